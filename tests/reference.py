@@ -1,0 +1,142 @@
+"""The explicit form of decorrelated layers, z = R x and y = W z, in the plainest words: what the engine must equal.
+
+Nothing here calls the engine. Statistics come from patches that are really formed, R is always a dense D x D matrix,
+W is the parameter that the optimizer trains.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class ExplicitLayer(nn.Module):
+    """A layer y = W (R x) with dense R, made from a plain convolution or linear layer."""
+
+    def __init__(self, plain: nn.Conv2d | nn.Linear, config) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(plain.weight.detach().clone())
+        self.bias = None if plain.bias is None else nn.Parameter(plain.bias.detach().clone())
+        self.conv = plain if isinstance(plain, nn.Conv2d) else None
+        self.groups = self.conv.groups if self.conv else 1
+        self.channels = plain.weight.shape[1]
+        self.positions = plain.weight[0, 0].numel() if self.conv else 1
+        self.dim = self.channels * self.positions
+        self.R = torch.eye(self.dim, dtype=self.weight.dtype).repeat(self.groups, 1, 1)
+        self.running = None
+
+    def patches(self, x):
+        """(g, rows, D)."""
+        if self.conv is None:
+            return x.reshape(1, -1, self.dim)
+        conv = self.conv
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        x = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
+        p = F.unfold(x, conv.kernel_size, conv.dilation, 0, conv.stride)
+        return p.view(len(x), self.groups, self.dim, -1).permute(1, 0, 3, 2).reshape(self.groups, -1, self.dim)
+
+    def forward(self, x):
+        p = self.patches(x)
+        self.p = p.detach()
+        self.images = len(x)
+        z = p @ self.R.mT
+        w = self.weight.reshape(self.groups, -1, self.dim)
+        y = z @ w.mT  # (g, rows, O)
+        if self.conv is None:
+            y = y[0].view(*x.shape[:-1], -1)
+            return y if self.bias is None else y + self.bias
+        y = y.view(self.groups, len(x), -1, w.shape[1]).permute(1, 0, 3, 2).flatten(1, 2)
+        out = F.conv2d(x[:1], self.weight, None, self.conv.stride, self.conv.padding, self.conv.dilation, self.groups)
+        y = y.unflatten(2, out.shape[2:])
+        return y if self.bias is None else y + self.bias.view(-1, 1, 1)
+
+    @property
+    def kernel(self):
+        """A = W R, shaped like the weight."""
+        return (self.weight.detach().reshape(self.groups, -1, self.dim) @ self.R).reshape(self.weight.shape)
+
+    @torch.no_grad()
+    def refresh(self):
+        config = self.config
+        p = self.p
+        if config.sample < 1:
+            rows = p.view(self.groups, self.images, -1, self.dim)
+            count = max(1, round(self.images * config.sample))
+            p = rows[:, [i * self.images // count for i in range(count)]].flatten(1, 2)
+        sigma = p.mT @ p / p.shape[1]
+        new = torch.stack(self.dbp(sigma) if config.rule == "dbp" else self.whiten(sigma))
+        if config.preserve_function:
+            w = self.weight.reshape(self.groups, -1, self.dim)
+            self.weight.copy_((w @ self.R @ torch.linalg.inv(new)).reshape(self.weight.shape))
+        self.R = new
+
+    def dbp(self, sigma):
+        if self.config.structure == "space":
+            return self.in_space(self.space_factor(sigma).mean(0), self.dbp_step)
+        return [self.dbp_step(s, r) for s, r in zip(sigma, self.R, strict=True)]
+
+    def dbp_step(self, sigma, r):
+        z2 = r @ sigma @ r.T
+        step = torch.zeros_like(r)
+        for i in range(len(r)):  # the paper, entry by entry
+            step[i] += self.config.kappa * (z2[i, i] - 1) * r[i]
+            for j in range(len(r)):
+                if i != j:
+                    step[i] += (1 - self.config.kappa) * z2[i, j] * r[j]
+        return r - self.config.decor_lr * step
+
+    def whiten(self, sigma):
+        config = self.config
+        if config.structure == "full":
+            eye = torch.eye(self.dim, dtype=sigma.dtype)
+            return [torch.linalg.inv(torch.linalg.cholesky(s + config.damping * eye)) for s in self.average(sigma)]
+        if config.structure == "space":
+
+            def root(s, _):
+                values, vectors = torch.linalg.eigh(s)
+                return vectors @ torch.diag((values + config.damping) ** -0.5) @ vectors.T
+
+            return self.in_space(self.average(self.space_factor(sigma).mean(0)[None])[0], root)
+        channel = self.channel_factor(sigma)
+        channel, space = self.average(channel, self.space_factor(sigma))
+        return [self.joint_root(c, s) for c, s in zip(channel, space, strict=True)]
+
+    def joint_root(self, channel, space):
+        (lc, qc), (ls, qs) = torch.linalg.eigh(channel), torch.linalg.eigh(space)
+        lc = lc.clone()
+        rest = self.channels - max(1, round(self.config.rank * self.channels))
+        if rest:
+            lc[:rest] = lc[:rest].mean()
+        q = torch.kron(qc.contiguous(), qs.contiguous())
+        return q @ torch.diag((torch.kron(lc, ls) + self.config.damping) ** -0.5) @ q.T
+
+    def average(self, *fresh):
+        """Running averages in units of the mean eigenvalue, then normalised again for use."""
+        unit = [s / s.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] for s in fresh]
+        keep = self.config.stat_decay
+        old = self.running
+        self.running = unit if old is None else [keep * o + (1 - keep) * u for o, u in zip(old, unit, strict=True)]
+        return self.running[0] if len(unit) == 1 else self.running
+
+    def channel_factor(self, sigma):
+        return torch.einsum("gcsds->gcd", sigma.view(self.groups, *(self.channels, self.positions) * 2))
+
+    def space_factor(self, sigma):
+        return torch.einsum("gcsct->gst", sigma.view(self.groups, *(self.channels, self.positions) * 2)) / self.channels
+
+    def in_space(self, sigma, function):
+        small = self.R[0, : self.positions, : self.positions]
+        dense = torch.kron(torch.eye(self.channels, dtype=sigma.dtype), function(sigma, small))
+        return [dense] * self.groups
+
+
+def explicit_twin(model: nn.Module, config, fits) -> nn.Module:
+    """A deep copy of a plain model whose layers that `fits(layer)` are explicit."""
+    import copy
+
+    twin = copy.deepcopy(model)
+    for name, module in list(twin.named_modules()):
+        if isinstance(module, nn.Conv2d | nn.Linear) and fits(module):
+            parent = twin.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], ExplicitLayer(module, config))
+    return twin

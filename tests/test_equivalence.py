@@ -1,0 +1,113 @@
+"""The merged view equals the explicit z = R x, y = W z: every rule, structure, layer kind and optimizer, in float64."""
+
+import pytest
+import timm.optim
+import torch
+import torch.nn.functional as F
+from reference import ExplicitLayer, explicit_twin
+from torch import nn
+
+import timm_decor
+from timm_decor import DecorConfig
+
+STEPS = 20
+RULES = [("dbp", "full"), ("dbp", "space"), ("whiten", "full"), ("whiten", "kronecker"), ("whiten", "space")]
+
+
+class Net(nn.Module):
+    """One layer of each kind that the engine claims to handle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strided = nn.Conv2d(3, 6, 3, stride=2, padding=1)
+        self.dilated = nn.Conv2d(6, 6, 3, padding=2, dilation=2, bias=False)
+        self.grouped = nn.Conv2d(6, 4, (3, 2), padding=(1, 0), groups=2, padding_mode="reflect")
+        self.pointwise = nn.Conv2d(4, 5, 1, bias=False)
+        self.tokens = nn.Linear(5, 6)  # 3 dimensions
+        self.maps = nn.Linear(6, 6, bias=False)  # 4 dimensions
+        self.head = nn.Linear(6, 3)  # 2 dimensions
+
+    def forward(self, x):
+        x = self.strided(x).tanh()
+        x = x + self.dilated(x)
+        x = self.pointwise(self.grouped(x).tanh())
+        x = self.tokens(x.flatten(2).transpose(1, 2)).tanh()
+        x = x + self.maps(x[:, None])[:, 0]
+        return self.head(x.mean(1))
+
+
+def data(images=8):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(STEPS, images, 3, 9, 9, generator=generator, dtype=torch.float64).cumsum(3).cumsum(4) * 0.2
+    return x, torch.randint(0, 3, (STEPS, images), generator=generator)
+
+
+def make_optimizer(name, model):
+    if name == "sgd":
+        return torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-2, nesterov=True)
+    if name == "adamw":
+        return torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.1)
+    return timm.optim.create_optimizer_v2(model, "muon", lr=0.02, weight_decay=0.1)
+
+
+def train(model, optimizer, x, y, after_step=lambda step: None):
+    losses = []
+    for step in range(STEPS):
+        loss = F.cross_entropy(model(x[step]), y[step])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        after_step(step)
+        losses.append(loss.item())
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+def compare(config, optimizer_name):
+    """Largest difference of the losses and kernels after STEPS steps, engine against reference."""
+    torch.manual_seed(0)
+    plain = Net().double()
+    explicit = explicit_twin(plain, config, lambda m: config.structure != "space" or m.weight[0, 0].numel() > 1)
+    layers = {name: module for name, module in explicit.named_modules() if isinstance(module, ExplicitLayer)}
+
+    def refresh(step):
+        if step % config.every == 0:
+            for layer in layers.values():
+                layer.refresh()
+
+    x, y = data()
+    expected = train(explicit, make_optimizer(optimizer_name, explicit), x, y, refresh)
+
+    model = timm_decor.decorrelate(plain, config)
+    optimizer = make_optimizer(optimizer_name, model)
+    handle = timm_decor.attach(model, optimizer)
+    losses = train(model, optimizer, x, y)
+
+    assert {row.name for row in handle.report().rows} == set(layers)
+    assert all(row.refreshes == -(-STEPS // config.every) and not row.skips for row in handle.report().rows)
+    differences = [(losses - expected).abs().max()]
+    differences += [(model.get_submodule(name).weight.detach() - layer.kernel).abs().max() for name, layer in layers.items()]
+    moved = max((layer.R - torch.eye(layer.dim)).abs().max() for layer in layers.values())
+    assert moved > 1e-2, "R hardly moved: the comparison would prove nothing"
+    return max(float(d) for d in differences)
+
+
+@pytest.mark.parametrize("preserve", [True, False], ids=["preserve", "move"])
+@pytest.mark.parametrize("rule,structure", RULES)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
+def test_engine_equals_explicit_layers(optimizer, rule, structure, preserve):
+    config = DecorConfig(
+        rule=rule, structure=structure, every=3, sample=1.0, kappa=0.3, decor_lr=0.05, damping=0.5, rank=0.5,
+        preserve_function=preserve,
+    )  # fmt: skip
+    assert compare(config, optimizer) < 1e-10
+
+
+@pytest.mark.parametrize("rule,structure", RULES)
+def test_a_sample_of_the_images(rule, structure):
+    config = DecorConfig(rule=rule, structure=structure, every=2, sample=0.4, decor_lr=0.05)
+    assert compare(config, "sgd") < 1e-10
+
+
+@pytest.mark.parametrize("rank,every", [(0.1, 1), (1.0, 1), (0.1, 7), (1.0, 7)])
+def test_kronecker_ranks_and_intervals(rank, every):
+    assert compare(DecorConfig(rank=rank, every=every, sample=1.0), "sgd") < 1e-10

@@ -1,0 +1,30 @@
+"""timm_decor: decorrelated backpropagation (arXiv 2405.02385) for timm.
+
+    import timm, timm_decor
+
+    model = timm.create_model("decor_resnet18", num_classes=10)
+    optimizer = timm.optim.create_optimizer_v2(model, opt="sgd", lr=0.4, momentum=0.9)
+    handle = timm_decor.attach(model, optimizer)  # from here every optimizer.step() is a decorrelated step
+
+Importing this package registers the `decor_*` models with timm.
+"""
+
+from timm_decor.attach import DecorHandle, attach
+from timm_decor.config import DecorConfig
+from timm_decor.convert import decorrelate, to_plain
+from timm_decor.layers import DecorConv2d, DecorLinear
+from timm_decor.version import __version__
+
+from timm_decor import models  # isort: skip  # last: registration builds on everything above
+
+__all__ = [
+    "DecorConfig",
+    "DecorConv2d",
+    "DecorHandle",
+    "DecorLinear",
+    "__version__",
+    "attach",
+    "decorrelate",
+    "models",
+    "to_plain",
+]

@@ -1,0 +1,225 @@
+"""attach(model, optimizer): binds a decorrelated model to its optimizer, in the merged view.
+
+The model's parameter is always A = W R, an ordinary kernel; forward and backward never see R. Around each
+`optimizer.step()` hooks turn it into a step on W:
+
+    before:  gradient <- gradient R^T,  parameter <- W
+    after:   W <- parameter;  every `every` steps R <- rule(R, statistics);  parameter <- W R
+
+which is exactly the step of explicit modules z = R x, y = W z, for any optimizer (tests/test_equivalence.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from timm_decor.config import DecorConfig
+from timm_decor.convert import attached_layers, decor_layers, fit_reason
+from timm_decor.layers import DecorLayer
+from timm_decor.reporting import AttachReport
+from timm_decor.rules import DegenerateMoment
+from timm_decor.state import LayerState, averaged_moments
+from timm_decor.statistics import at_least_float32
+from timm_decor.structure import STRUCTURES
+
+_logger = logging.getLogger(__name__)
+
+STATE_KEY = "timm_decor"  # in optimizer.state_dict()
+_STATE_FORMAT = 1
+
+_attached_optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+
+
+class DecorHandle:
+    """What `attach` returns: the binding of one model to one optimizer."""
+
+    def __init__(self, optimizer: Optimizer, states: list[LayerState], config: DecorConfig) -> None:
+        self.config = config
+        self.step = 0  # optimizer steps since attach
+        self._optimizer = optimizer
+        self._states = states
+        self._active: list[LayerState] = []
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_state_dict_post_hook(self._save),
+            optimizer.register_load_state_dict_pre_hook(self._load),
+        ]
+        _attached_optimizers.add(optimizer)
+        attached_layers.update(state.layer for state in states)
+        self._set_recording()
+
+    def report(self) -> AttachReport:
+        """Correlation before and after R, condition, refreshes and skips of each layer; costs up to D^3 a layer."""
+        return AttachReport(self.step, tuple(state.report() for state in self._states))
+
+    def detach(self) -> None:
+        """Make the optimizer's steps plain again; the model keeps its function. A second call does nothing.
+
+        Optimizer state such as momentum stays where it is, in the coordinates of W.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for state in self._states:
+            state.layer.stop_recording()
+            attached_layers.discard(state.layer)
+        _attached_optimizers.discard(self._optimizer)
+
+    @property
+    def _refresh_due(self) -> bool:
+        return self.step % self.config.every == 0
+
+    def _set_recording(self) -> None:
+        for state in self._states:
+            if self._refresh_due:
+                state.layer.start_recording(state.r.moments, self.config.sample)
+            else:
+                state.layer.stop_recording()
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # args[0] is the optimizer itself where step is called as a bound method of the class
+        if any(callable(value) for value in (*args[1:], *kwargs.values())):
+            raise ValueError(
+                "a decorrelated step takes no closure: during the step the parameters hold W, not the model's weights"
+            )
+        self._active = [state for state in self._states if state.layer.weight.grad is not None]
+        for state in self._active:
+            weight = state.layer.weight
+            with torch.autocast(weight.device.type, enabled=False):
+                state.sync_latent()
+                assert weight.grad is not None and state.latent is not None
+                weight.grad.copy_(state.times(state.r.apply_transposed, weight.grad))
+                weight.copy_(state.latent)
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for state in self._active:
+            assert state.latent is not None
+            state.latent.copy_(state.layer.weight)
+        if self._refresh_due:
+            self._refresh()
+        for state in self._active:
+            with torch.autocast(state.layer.weight.device.type, enabled=False):
+                state.write()
+        self._active = []
+        self.step += 1
+        self._set_recording()
+
+    def _refresh(self) -> None:
+        for state, moments in zip(self._active, averaged_moments(self._active), strict=True):
+            try:
+                with torch.autocast(state.layer.weight.device.type, enabled=False):
+                    state.refresh(moments, self.config)
+                state.refreshes += 1
+            except DegenerateMoment as error:
+                state.skips += 1
+                log = _logger.warning if state.skips == 1 else _logger.debug
+                log("step %d, layer %s: refresh of R skipped: %s", self.step, state.name, error)
+
+    def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        state_dict[STATE_KEY] = {
+            "format": _STATE_FORMAT,
+            "config": self.config.to_json(),
+            "step": self.step,
+            "layers": {state.name: state.state_dict() for state in self._states},
+        }
+        return state_dict
+
+    def _load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        saved = state_dict.get(STATE_KEY)
+        if saved is None:
+            _logger.warning("the optimizer state has no decorrelation state: R starts from the identity")
+            return
+        self._check_loadable(saved)
+        for state in self._states:
+            state.load_state_dict(saved["layers"][state.name])
+        self.step = saved["step"]
+        self._set_recording()
+
+    def _check_loadable(self, saved: dict[str, Any]) -> None:
+        if saved.get("format") != _STATE_FORMAT:
+            raise ValueError(f"decorrelation state of format {saved.get('format')!r}; this version reads {_STATE_FORMAT}")
+        theirs = DecorConfig.from_json(saved["config"])
+        if theirs.structure != self.config.structure:
+            raise ValueError(
+                f"the optimizer state holds R as {theirs.structure!r}, this run uses {self.config.structure!r}; "
+                f"attach with the saved config, or start without the optimizer state"
+            )
+        for state in self._states:
+            entry = saved["layers"].get(state.name)
+            if entry is None or entry["latent"].shape != state.layer.weight.shape:
+                has = "nothing" if entry is None else f"shape {tuple(entry['latent'].shape)}"
+                raise ValueError(
+                    f"the optimizer state has {has} for layer {state.name}, which has {tuple(state.layer.weight.shape)}"
+                )
+
+
+def attach(model: nn.Module, optimizer: Optimizer, config: DecorConfig | None = None) -> DecorHandle:
+    """Make every `optimizer.step()` from now on a decorrelated step of the model.
+
+    R starts as the identity, so that the first step is a plain one. The state (R, statistics, W) travels in
+    `optimizer.state_dict()` under the key "timm_decor".
+
+    Args:
+        model: a model that went through `decorrelate` (every `decor_*` model has); DDP and torch.compile may wrap it.
+        optimizer: any `torch.optim.Optimizer` that steps without a closure; Accelerate's and timm's wrappers are fine.
+        config: that given to `decorrelate` if None.
+
+    Returns:
+        A handle with `report()` and `detach()`.
+
+    Raises:
+        ValueError: no decorrelated layer, attached twice, or the optimizer does not hold the layers' weights.
+    """
+    inner = _innermost(optimizer)
+    config = config or _config_of(model)
+    layers = [(name, layer) for name, layer in decor_layers(model) if not fit_reason(layer, config)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no decorrelated layers: call timm_decor.decorrelate(model) first")
+    if inner in _attached_optimizers or any(layer in attached_layers for _, layer in layers):
+        raise ValueError("already attached: call detach() on the first handle before attaching again")
+    trained = [(name, layer) for name, layer in layers if layer.weight.requires_grad]
+    held = {id(p) for group in inner.param_groups for p in group["params"]}
+    missing = [name for name, layer in trained if id(layer.weight) not in held]
+    if missing:
+        raise ValueError(
+            f"the optimizer does not hold the weight of {missing[0]}"
+            + (f" and {len(missing) - 1} more layers" if len(missing) > 1 else "")
+            + "; make the optimizer from this model's parameters, after decorrelate and before attach"
+        )
+    if not trained:
+        raise ValueError("every decorrelated layer is frozen: nothing to attach")
+    return DecorHandle(inner, [_new_state(name, layer, config) for name, layer in trained], config)
+
+
+def _new_state(name: str, layer: DecorLayer, config: DecorConfig) -> LayerState:
+    like = at_least_float32(layer.weight.detach()[:0])
+    return LayerState(name, layer, STRUCTURES[config.structure].identity(layer.decor_shape, config, like))
+
+
+def _innermost(optimizer: Any) -> Optimizer:
+    """The optimizer whose `step` runs torch's hooks: inside Accelerate's (.optimizer) and timm's Lookahead's wrapper."""
+    while True:
+        inner = getattr(optimizer, "optimizer", None) or getattr(optimizer, "_base_optimizer", None)
+        if inner is None:
+            break
+        optimizer = inner
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(f"{type(optimizer).__name__} is not a torch.optim.Optimizer")
+    return optimizer
+
+
+def _config_of(model: nn.Module) -> DecorConfig:
+    for module in model.modules():  # the first hit is the model itself, or what a wrapper holds
+        report = getattr(module, "decor_report", None)
+        if report is not None:
+            return report.config
+    return DecorConfig()

@@ -1,0 +1,112 @@
+"""DecorConfig: every knob of decorrelation, its default and where it comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+# Which rule can refresh which structure. `dbp` iterates on R itself, so R must be stored as a matrix; the Kronecker
+# structure is defined by the eigenbasis of two factors, which only `whiten` computes.
+RULE_STRUCTURES: dict[str, tuple[str, ...]] = {
+    "dbp": ("full", "space"),
+    "whiten": ("full", "kronecker", "space"),
+}
+STRUCTURES = ("full", "kronecker", "space")
+
+
+def _knob(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value in choices:
+        return
+    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown {name} {value!r}{hint} ({name}s: {', '.join(choices)})")
+
+
+@dataclass(frozen=True)
+class DecorConfig:
+    """How layer inputs are decorrelated. Immutable and validated; travels as JSON.
+
+    The paper's rule is ``DecorConfig(rule="dbp", structure="full", every=1, sample=0.1, preserve_function=False)``
+    (arXiv 2405.02385); the defaults are the settings that did best in benchmarks/cpu_study.py.
+
+    Raises:
+        ValueError: a value out of range, an unknown rule or structure, or two that do not go together.
+        TypeError: a value of the wrong type.
+    """
+
+    rule: str = _knob("whiten", "rule that moves R: whiten (damped whitening) or dbp (arXiv 2405.02385)")
+    kappa: float = _knob(0.5, "dbp: weight of the unit-variance term V against the decorrelation term C, in [0, 1]")
+    decor_lr: float = _knob(5e-3, "dbp: learning rate of R")
+    damping: float = _knob(1.0, "whiten: added to the second moment's eigenvalues, in units of their mean")
+    every: int = _knob(20, "optimizer steps between two refreshes of R")
+    sample: float = _knob(0.25, "share of the batch's images that the statistics are taken from; 1.0: every row")
+    structure: str = _knob("kronecker", "form of R: full, kronecker (channels x space) or space")
+    preserve_function: bool = _knob(True, "W <- A R^-1 at a refresh, so that the function A = W R does not change")
+    rank: float = _knob(0.25, "kronecker: share of the channel eigenvectors kept; the others share their mean eigenvalue")
+    stat_decay: float = _knob(0.5, "whiten: weight of the old second moment in its running average, per refresh")
+    max_dim: int = _knob(8192, "layers whose R would need a factor larger than this stay plain")
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            object.__setattr__(self, spec.name, _typed(spec.name, getattr(self, spec.name), type(spec.default)))
+        _check_choice("rule", self.rule, tuple(RULE_STRUCTURES))
+        _check_choice("structure", self.structure, STRUCTURES)
+        if self.structure not in RULE_STRUCTURES[self.rule]:
+            raise ValueError(
+                f"rule {self.rule!r} does not go with structure {self.structure!r}; "
+                f"{self.rule!r} takes: {', '.join(RULE_STRUCTURES[self.rule])}"
+            )
+        self._require("kappa", 0 <= self.kappa <= 1, "in [0, 1]")
+        self._require("decor_lr", 0 <= self.decor_lr < math.inf, "zero or more")
+        self._require("damping", 0 <= self.damping < math.inf, "zero or more")
+        self._require("every", self.every >= 1, "1 or more")
+        self._require("sample", 0 < self.sample <= 1, "in (0, 1]")
+        self._require("rank", 0 < self.rank <= 1, "in (0, 1]")
+        self._require("stat_decay", 0 <= self.stat_decay < 1, "in [0, 1)")
+        self._require("max_dim", self.max_dim >= 1, "1 or more")
+
+    def _require(self, name: str, holds: bool, wanted: str) -> None:
+        if not holds:  # a NaN fails every comparison, so it is caught here as well
+            raise ValueError(f"{name}={getattr(self, name)!r}: must be {wanted}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The knobs as a plain dictionary."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        """The knobs as one JSON object; `from_json` reads it back to an equal config."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DecorConfig:
+        """Build a config from a dictionary.
+
+        Raises:
+            ValueError: a key that is no knob (with the near miss), or a value that is refused.
+        """
+        names = tuple(spec.name for spec in dataclasses.fields(cls))
+        for key in values:
+            _check_choice("DecorConfig field", key, names)
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, text: str) -> DecorConfig:
+        """Read what `to_json` wrote; see `from_dict` for what is raised."""
+        return cls.from_dict(json.loads(text))
+
+
+def _typed(name: str, value: Any, kind: type) -> Any:
+    """Return value as `kind`: an int is a fine float, nothing else is converted."""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise TypeError(f"{name}={value!r}: must be {kind.__name__}, not {type(value).__name__}")

@@ -1,0 +1,222 @@
+"""decorrelate(model) and to_plain(model): which layers can be decorrelated, which stay plain, and why."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from timm_decor.config import DecorConfig
+from timm_decor.layers import DECOR_TYPES, PLAIN_TYPES, DecorConv2d, DecorLayer, DecorLinear
+from timm_decor.structure import STRUCTURES
+from timm_decor.table import text_table
+
+_logger = logging.getLogger(__name__)
+
+FilterFn = Callable[[str, nn.Module], bool]
+
+# Layers that a handle is attached to. Not an attribute of the layer, so that a deep copy (EMA) does not inherit it.
+attached_layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer in the report of `decorrelate`.
+
+    Attributes:
+        name: the module's name in the model.
+        kind: its class.
+        dim: D, the length of the vector that R decorrelates (one group's patch); 0 where the layer stays plain.
+        bytes: memory of R in float32; 0 where the layer stays plain.
+        weight_bytes: memory of the weight.
+        plain_reason: why the layer stays plain, or "" for a decorrelated one.
+    """
+
+    name: str
+    kind: str
+    dim: int
+    bytes: int
+    weight_bytes: int
+    plain_reason: str = ""
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What `decorrelate` did, as `model.decor_report`; `str()` gives a table."""
+
+    config: DecorConfig
+    rows: tuple[LayerRow, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Memory of every R together."""
+        return sum(row.bytes for row in self.rows)
+
+    @property
+    def decorrelated(self) -> tuple[LayerRow, ...]:
+        return tuple(row for row in self.rows if not row.plain_reason)
+
+    @property
+    def plain(self) -> tuple[LayerRow, ...]:
+        return tuple(row for row in self.rows if row.plain_reason)
+
+    def summary(self) -> str:
+        """One line: how many layers, of what structure, R's memory against the weights'."""
+        weights = sum(row.weight_bytes for row in self.rows)
+        ratio = f"{self.bytes / weights:.2f}x the weights" if weights else "no weights"
+        return (
+            f"{len(self.decorrelated)} layers decorrelated ({self.config.rule}, {self.config.structure}), "
+            f"{len(self.plain)} left plain; R takes {self.bytes / 2**20:.1f} MiB, {ratio}"
+        )
+
+    def __str__(self) -> str:
+        cells = [
+            (row.name, row.kind, row.dim or "", f"{row.bytes:,}" if row.bytes else "", row.plain_reason)
+            for row in self.rows
+        ]
+        return text_table(("layer", "kind", "D", "bytes of R", "left plain because"), cells) + "\n" + self.summary()
+
+
+def decorrelate(model: nn.Module, config: DecorConfig | None = None, filter_fn: FilterFn | None = None) -> nn.Module:
+    """Turn a model's `nn.Conv2d` and `nn.Linear` layers into layers that can be decorrelated, in place.
+
+    Modules, Parameters, names, hooks and the function stay the same objects; only the layers' class changes. What was
+    done to each layer is in `model.decor_report` (print it) and in one line of the log. A second call replaces the
+    configuration. Nothing trains differently until `attach`.
+
+    Args:
+        model: any module.
+        config: `DecorConfig()` if None.
+        filter_fn: called with (name, layer); layers for which it is false stay plain.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model is wrapped (DDP, FSDP, torch.compile), is attached, or has no layer that fits.
+    """
+    config = config or DecorConfig()
+    _refuse_wrapped(model)
+    rows = []
+    shared = _shared_weights(model)
+    candidates = [(name, module) for name, module in model.named_modules() if _has_matrix_weight(module)]
+    _refuse_attached(module for _, module in candidates)
+    for name, module in candidates:
+        weight_bytes = module.weight.numel() * module.weight.element_size()
+        reason = _kind_reason(module, id(module.weight) in shared)
+        if not reason and filter_fn is not None and not filter_fn(name, module):
+            reason = "excluded by filter_fn"
+        if not reason:
+            module.__class__ = DECOR_TYPES.get(type(module), type(module))
+            reason = fit_reason(module, config)
+        if reason:
+            if type(module) in PLAIN_TYPES:
+                _make_plain(module)
+            rows.append(LayerRow(name, type(module).__name__, 0, 0, weight_bytes, reason))
+            continue
+        shape = module.decor_shape
+        size = 4 * STRUCTURES[config.structure].size(shape, config)
+        rows.append(LayerRow(name, type(module).__name__, shape.dim, size, weight_bytes))
+    report = ConversionReport(config, tuple(rows))
+    if not report.decorrelated:
+        reasons = Counter(row.plain_reason for row in rows).most_common(1)
+        why = f"; most often: {reasons[0][0]}" if reasons else ", nor any other convolution or linear layer"
+        raise ValueError(f"{type(model).__name__} has no nn.Conv2d or nn.Linear that can be decorrelated{why}")
+    model.decor_report = report  # type: ignore[assignment]
+    _logger.info("%s: %s", type(model).__name__, report.summary())
+    return model
+
+
+def to_plain(model: nn.Module) -> nn.Module:
+    """Turn a decorrelated model back into ordinary modules, in place; the function and the Parameters stay.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model is wrapped, or still attached to an optimizer.
+    """
+    _refuse_wrapped(model)
+    layers = [module for module in model.modules() if type(module) in PLAIN_TYPES]
+    _refuse_attached(layers)
+    for module in layers:
+        _make_plain(module)
+    model.__dict__.pop("decor_report", None)
+    _name_plain_architecture(model)
+    return model
+
+
+def decor_layers(model: nn.Module) -> Iterator[tuple[str, DecorLayer]]:
+    """(name, layer) of every decorrelated layer, named as in the unwrapped model."""
+    for name, module in model.named_modules():
+        if isinstance(module, DecorConv2d | DecorLinear):
+            yield name.replace("_orig_mod.", "").removeprefix("module."), module
+
+
+def fit_reason(layer: DecorLayer, config: DecorConfig) -> str:
+    """Why a layer cannot have the structure that the config asks for; "" if it can."""
+    shape = layer.decor_shape
+    if shape.dim == 1:
+        return "D = 1: nothing to decorrelate"
+    if config.structure == "space" and shape.positions == 1:
+        return "space structure: a 1x1 kernel has one position"
+    factor = STRUCTURES[config.structure].largest_factor(shape)
+    if factor > config.max_dim:
+        return f"needs a factor of {factor} x {factor}; max_dim is {config.max_dim}"
+    return ""
+
+
+def _has_matrix_weight(module: nn.Module) -> bool:
+    """Whether a user would expect the layer in the report: it multiplies its input by a weight matrix."""
+    is_kind = isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+    return is_kind and getattr(module, "weight", None) is not None
+
+
+def _kind_reason(module: nn.Module, is_shared: bool) -> str:
+    # The exact type: a subclass may read its weight past forward, or standardise it, and then A = W R does not hold.
+    if type(module) not in DECOR_TYPES and type(module) not in PLAIN_TYPES:
+        return f"{type(module).__name__} is not nn.Conv2d or nn.Linear itself"
+    if isinstance(module.weight, nn.parameter.UninitializedParameter):
+        return "its shape is not known before the first forward pass"
+    if is_shared:
+        return "its weight is shared with another layer, whose inputs differ"
+    return ""
+
+
+def _shared_weights(model: nn.Module) -> set[int]:
+    """ids of Parameters that several modules hold."""
+    holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    return {key for key, count in holders.items() if count > 1}
+
+
+def _make_plain(module: nn.Module) -> None:
+    for name in ("recording", "sample", "wanted", "moments", "rows"):
+        module.__dict__.pop(name, None)
+    module.__class__ = PLAIN_TYPES[type(module)]
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    kind = type(model).__name__
+    if kind in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
+        raise ValueError(f"the model is wrapped in {kind}: call this on the model itself, before wrapping it")
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("the model is compiled: call this on the model itself, before torch.compile")
+
+
+def _refuse_attached(modules: Iterator[nn.Module] | list[nn.Module]) -> None:
+    if any(module in attached_layers for module in modules):
+        raise ValueError(
+            "the model is attached to an optimizer: call detach() on the handle first, or use copy.deepcopy(model)"
+        )
+
+
+def _name_plain_architecture(model: nn.Module) -> None:
+    """timm models name their architecture in pretrained_cfg: a plain model must not claim to be a decor_ one."""
+    cfg = getattr(model, "pretrained_cfg", None)
+    if isinstance(cfg, dict) and str(cfg.get("architecture", "")).startswith("decor_"):
+        model.pretrained_cfg = {**cfg, "architecture": cfg["architecture"].removeprefix("decor_")}  # type: ignore
+        model.default_cfg = model.pretrained_cfg

@@ -1,0 +1,126 @@
+"""DecorConv2d and DecorLinear: the plain layers, able to report the second moment of their inputs.
+
+They compute exactly what their base classes compute, with the same parameters under the same names, at the same cost;
+in a step that is followed by a refresh they also add their input's statistics to `moments`. Nothing else is here: R
+belongs to the optimizer (see attach.py), so a checkpoint of these layers is a checkpoint of the plain ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from timm_decor import statistics
+from timm_decor.statistics import ConvShape
+from timm_decor.structure import LayerShape
+
+
+class DecorMixin:
+    """What both layers share. The class attributes are the state of a layer that nothing is attached to."""
+
+    recording: bool = False  # set for the forward passes of a step that is followed by a refresh
+    sample: float = 1.0  # share of the batch's images to record
+    wanted: tuple[str, ...] = ()  # names of the moments to record
+    moments: dict[str, Tensor]  # sums over rows
+    rows: int = 0  # rows in the sums
+
+    weight: nn.Parameter
+    training: bool
+
+    @property
+    def decor_shape(self) -> LayerShape:
+        """Groups, channels and kernel positions that R acts on."""
+        raise NotImplementedError
+
+    def grouped(self, tensor: Tensor) -> Tensor:
+        """A view of a tensor shaped like the weight as (g, O, C, S)."""
+        raise NotImplementedError
+
+    def start_recording(self, wanted: tuple[str, ...], sample: float) -> None:
+        """Forget earlier statistics and record from the next training forward on."""
+        self.moments, self.rows, self.wanted, self.sample, self.recording = {}, 0, wanted, sample, True
+
+    def stop_recording(self) -> None:
+        """Record no more and let go of the sums."""
+        self.moments, self.rows, self.recording = {}, 0, False
+
+    def _record(self, x: Tensor) -> None:
+        # Validation inside the step and activation checkpointing's first, gradient-free pass are not training inputs.
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            x = statistics.at_least_float32(statistics.sample_images(x.detach(), self.sample))
+            count, functions = self._moment_functions(x)
+            for name in self.wanted:
+                total = functions[name]()
+                self.moments[name] = self.moments[name] + total if name in self.moments else total
+            self.rows += count
+
+    def _moment_functions(self, x: Tensor) -> tuple[int, dict[str, Callable[[], Tensor]]]:
+        """Rows in x, and the functions that give each moment's sum over them."""
+        raise NotImplementedError
+
+
+class DecorConv2d(DecorMixin, nn.Conv2d):
+    """`nn.Conv2d` (any stride, padding, padding mode, dilation and groups) that can report its input statistics."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) to (N, C_out, H', W'), as `nn.Conv2d`."""
+        if self.recording:
+            self._record(x)
+        return self._conv_forward(x, self.weight, self.bias)
+
+    @property
+    def decor_shape(self) -> LayerShape:
+        return LayerShape(self.groups, self.in_channels // self.groups, self.kernel_size[0] * self.kernel_size[1])
+
+    def grouped(self, tensor: Tensor) -> Tensor:
+        return tensor.unflatten(0, (self.groups, -1)).flatten(3)
+
+    def _moment_functions(self, x: Tensor) -> tuple[int, dict[str, Callable[[], Tensor]]]:
+        shape = ConvShape(self.kernel_size, self.stride, self.dilation, self.groups)  # type: ignore[arg-type]
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        padded = F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
+        return statistics.conv_rows(padded, shape), {
+            "patch": lambda: statistics.patch_moment(padded, shape),
+            "channel": lambda: statistics.channel_moment(padded, shape),
+            "space": lambda: statistics.space_moment(padded, shape),
+            "shared_space": lambda: statistics.space_moment(padded, shape).mean(0, keepdim=True),
+        }
+
+
+class DecorLinear(DecorMixin, nn.Linear):
+    """`nn.Linear` on inputs of 2, 3, 4 or more dimensions that can report its input statistics."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C_in) to (..., C_out), as `nn.Linear`."""
+        if self.recording:
+            self._record(x)
+        return F.linear(x, self.weight, self.bias)
+
+    @property
+    def decor_shape(self) -> LayerShape:
+        return LayerShape(1, self.in_features, 1)
+
+    def grouped(self, tensor: Tensor) -> Tensor:
+        return tensor[None, :, :, None]
+
+    def _moment_functions(self, x: Tensor) -> tuple[int, dict[str, Callable[[], Tensor]]]:
+        rows = x.numel() // x.shape[-1]
+        return rows, {
+            "patch": lambda: statistics.vector_moment(x),
+            "channel": lambda: statistics.vector_moment(x),
+            # One position: its factor is the number 1, so that Sigma_c (x) Sigma_s is the moment itself.
+            "space": lambda: x.new_full((1, 1, 1), rows),
+        }
+
+
+DecorLayer = DecorConv2d | DecorLinear
+DECOR_TYPES: dict[type[nn.Module], type[DecorConv2d] | type[DecorLinear]] = {
+    nn.Conv2d: DecorConv2d,
+    nn.Linear: DecorLinear,
+}
+PLAIN_TYPES: dict[type[nn.Module], type[nn.Module]] = {decor: plain for plain, decor in DECOR_TYPES.items()}
