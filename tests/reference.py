@@ -104,7 +104,7 @@ class ExplicitLayer(nn.Module):
     def joint_root(self, channel, space):
         (lc, qc), (ls, qs) = torch.linalg.eigh(channel), torch.linalg.eigh(space)
         lc = lc.clone()
-        rest = self.channels - max(1, round(self.config.rank * self.channels))
+        rest = max(0, self.channels - self.config.rank)
         if rest:
             lc[:rest] = lc[:rest].mean()
         q = torch.kron(qc.contiguous(), qs.contiguous())

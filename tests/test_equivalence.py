@@ -85,7 +85,8 @@ def compare(config, optimizer_name):
     assert {row.name for row in handle.report().rows} == set(layers)
     assert all(row.refreshes == -(-STEPS // config.every) and not row.skips for row in handle.report().rows)
     differences = [(losses - expected).abs().max()]
-    differences += [(model.get_submodule(name).weight.detach() - layer.kernel).abs().max() for name, layer in layers.items()]
+    for name, layer in layers.items():
+        differences.append((model.get_submodule(name).weight.detach() - layer.kernel).abs().max())
     moved = max((layer.R - torch.eye(layer.dim)).abs().max() for layer in layers.values())
     assert moved > 1e-2, "R hardly moved: the comparison would prove nothing"
     return max(float(d) for d in differences)
@@ -96,7 +97,7 @@ def compare(config, optimizer_name):
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 def test_engine_equals_explicit_layers(optimizer, rule, structure, preserve):
     config = DecorConfig(
-        rule=rule, structure=structure, every=3, sample=1.0, kappa=0.3, decor_lr=0.05, damping=0.5, rank=0.5,
+        rule=rule, structure=structure, every=3, sample=1.0, kappa=0.3, decor_lr=0.05, damping=0.5, rank=2,
         preserve_function=preserve,
     )  # fmt: skip
     assert compare(config, optimizer) < 1e-10
@@ -108,6 +109,6 @@ def test_a_sample_of_the_images(rule, structure):
     assert compare(config, "sgd") < 1e-10
 
 
-@pytest.mark.parametrize("rank,every", [(0.1, 1), (1.0, 1), (0.1, 7), (1.0, 7)])
+@pytest.mark.parametrize("rank,every", [(1, 1), (32, 1), (1, 7), (32, 7)])
 def test_kronecker_ranks_and_intervals(rank, every):
     assert compare(DecorConfig(rank=rank, every=every, sample=1.0), "sgd") < 1e-10

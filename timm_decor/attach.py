@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from timm_decor.config import DecorConfig
 from timm_decor.convert import attached_layers, decor_layers, fit_reason
+from timm_decor.coordinates import coordinates_for
 from timm_decor.layers import DecorLayer
 from timm_decor.reporting import AttachReport
 from timm_decor.rules import DegenerateMoment
@@ -62,7 +63,7 @@ class DecorHandle:
     def detach(self) -> None:
         """Make the optimizer's steps plain again; the model keeps its function. A second call does nothing.
 
-        Optimizer state such as momentum stays where it is, in the coordinates of W.
+        Optimizer state stays what it is: SGD's momentum is that of the plain weights, other optimizers' is W's.
         """
         for hook in self._hooks:
             hook.remove()
@@ -92,23 +93,18 @@ class DecorHandle:
             )
         self._active = [state for state in self._states if state.layer.weight.grad is not None]
         for state in self._active:
-            weight = state.layer.weight
-            with torch.autocast(weight.device.type, enabled=False):
-                state.sync_latent()
-                assert weight.grad is not None and state.latent is not None
-                weight.grad.copy_(state.times(state.r.apply_transposed, weight.grad))
-                weight.copy_(state.latent)
+            with torch.autocast(state.layer.weight.device.type, enabled=False):
+                state.coordinates.enter(state.r)
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for state in self._active:
-            assert state.latent is not None
-            state.latent.copy_(state.layer.weight)
+            state.coordinates.leave()
         if self._refresh_due:
             self._refresh()
         for state in self._active:
             with torch.autocast(state.layer.weight.device.type, enabled=False):
-                state.write()
+                state.coordinates.write(state.r)
         self._active = []
         self.step += 1
         self._set_recording()
@@ -146,7 +142,7 @@ class DecorHandle:
 
     def _check_loadable(self, saved: dict[str, Any]) -> None:
         if saved.get("format") != _STATE_FORMAT:
-            raise ValueError(f"decorrelation state of format {saved.get('format')!r}; this version reads {_STATE_FORMAT}")
+            raise ValueError(f"decorrelation state format {saved.get('format')!r}; can read {_STATE_FORMAT}")
         theirs = DecorConfig.from_json(saved["config"])
         if theirs.structure != self.config.structure:
             raise ValueError(
@@ -155,11 +151,10 @@ class DecorHandle:
             )
         for state in self._states:
             entry = saved["layers"].get(state.name)
-            if entry is None or entry["latent"].shape != state.layer.weight.shape:
-                has = "nothing" if entry is None else f"shape {tuple(entry['latent'].shape)}"
-                raise ValueError(
-                    f"the optimizer state has {has} for layer {state.name}, which has {tuple(state.layer.weight.shape)}"
-                )
+            shape = list(state.layer.weight.shape)
+            if entry is None or entry["shape"] != shape:
+                has = "nothing" if entry is None else f"shape {entry['shape']}"
+                raise ValueError(f"the optimizer state has {has} for layer {state.name}, which has shape {shape}")
 
 
 def attach(model: nn.Module, optimizer: Optimizer, config: DecorConfig | None = None) -> DecorHandle:
@@ -197,16 +192,17 @@ def attach(model: nn.Module, optimizer: Optimizer, config: DecorConfig | None = 
         )
     if not trained:
         raise ValueError("every decorrelated layer is frozen: nothing to attach")
-    return DecorHandle(inner, [_new_state(name, layer, config) for name, layer in trained], config)
+    return DecorHandle(inner, [_new_state(name, layer, inner, config) for name, layer in trained], config)
 
 
-def _new_state(name: str, layer: DecorLayer, config: DecorConfig) -> LayerState:
+def _new_state(name: str, layer: DecorLayer, optimizer: Optimizer, config: DecorConfig) -> LayerState:
     like = at_least_float32(layer.weight.detach()[:0])
-    return LayerState(name, layer, STRUCTURES[config.structure].identity(layer.decor_shape, config, like))
+    r = STRUCTURES[config.structure].identity(layer.decor_shape, config, like)
+    return LayerState(name, layer, r, coordinates_for(layer, optimizer))
 
 
 def _innermost(optimizer: Any) -> Optimizer:
-    """The optimizer whose `step` runs torch's hooks: inside Accelerate's (.optimizer) and timm's Lookahead's wrapper."""
+    """The optimizer whose `step` runs torch's hooks, out of Accelerate's wrapper and timm's Lookahead."""
     while True:
         inner = getattr(optimizer, "optimizer", None) or getattr(optimizer, "_base_optimizer", None)
         if inner is None:

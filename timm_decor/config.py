@@ -50,7 +50,7 @@ class DecorConfig:
     sample: float = _knob(0.25, "share of the batch's images that the statistics are taken from; 1.0: every row")
     structure: str = _knob("kronecker", "form of R: full, kronecker (channels x space) or space")
     preserve_function: bool = _knob(True, "W <- A R^-1 at a refresh, so that the function A = W R does not change")
-    rank: float = _knob(0.25, "kronecker: share of the channel eigenvectors kept; the others share their mean eigenvalue")
+    rank: int = _knob(32, "kronecker: channel eigenvectors kept (all where a layer has fewer); the rest share a scale")
     stat_decay: float = _knob(0.5, "whiten: weight of the old second moment in its running average, per refresh")
     max_dim: int = _knob(8192, "layers whose R would need a factor larger than this stay plain")
 
@@ -69,7 +69,7 @@ class DecorConfig:
         self._require("damping", 0 <= self.damping < math.inf, "zero or more")
         self._require("every", self.every >= 1, "1 or more")
         self._require("sample", 0 < self.sample <= 1, "in (0, 1]")
-        self._require("rank", 0 < self.rank <= 1, "in (0, 1]")
+        self._require("rank", self.rank >= 1, "1 or more")
         self._require("stat_decay", 0 <= self.stat_decay < 1, "in [0, 1)")
         self._require("max_dim", self.max_dim >= 1, "1 or more")
 

@@ -8,6 +8,7 @@ belongs to the optimizer (see attach.py), so a checkpoint of these layers is a c
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +28,9 @@ class DecorMixin:
     moments: dict[str, Tensor]  # sums over rows
     rows: int = 0  # rows in the sums
 
-    weight: nn.Parameter
-    training: bool
+    if TYPE_CHECKING:
+        weight: Tensor
+        training: bool
 
     @property
     def decor_shape(self) -> LayerShape:
@@ -78,7 +80,8 @@ class DecorConv2d(DecorMixin, nn.Conv2d):
         return LayerShape(self.groups, self.in_channels // self.groups, self.kernel_size[0] * self.kernel_size[1])
 
     def grouped(self, tensor: Tensor) -> Tensor:
-        return tensor.unflatten(0, (self.groups, -1)).flatten(3)
+        # view, not reshape: a copy would be written to and lost
+        return tensor.view(self.groups, -1, tensor.shape[1], tensor.shape[2] * tensor.shape[3])
 
     def _moment_functions(self, x: Tensor) -> tuple[int, dict[str, Callable[[], Tensor]]]:
         shape = ConvShape(self.kernel_size, self.stride, self.dilation, self.groups)  # type: ignore[arg-type]

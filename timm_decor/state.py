@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from timm_decor.config import DecorConfig
+from timm_decor.coordinates import Coordinates
 from timm_decor.layers import DecorLayer
 from timm_decor.reporting import AttachedRow
 from timm_decor.rules import DegenerateMoment, normalized
@@ -26,8 +26,7 @@ class LayerState:
         name: the layer's name in the model.
         layer: the layer, whose weight is A = W R between steps.
         r: R.
-        latent: W, in the weight's shape and precision; None until the first step, then W = A R^-1.
-        version: of the weight when it was last written here: another one means that somebody else wrote it.
+        coordinates: how the optimizer's step on A becomes one on W.
         moments: the averaged statistics that R was last refreshed with, by name.
         refreshes: refreshes of R so far.
         skips: refreshes that were due but left R alone.
@@ -36,38 +35,13 @@ class LayerState:
     name: str
     layer: DecorLayer
     r: Structure
-    latent: Tensor | None = None
-    version: int = -1
+    coordinates: Coordinates
     moments: dict[str, Tensor] = field(default_factory=dict)
     refreshes: int = 0
     skips: int = 0
 
-    def times(self, product: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-        """product((g, O, C, S)) of a tensor shaped like the weight, in R's precision, in the weight's shape."""
-        grouped = product(at_least_float32(self.layer.grouped(tensor)))
-        out = torch.empty_like(tensor)
-        self.layer.grouped(out).copy_(grouped)
-        return out
-
-    def write(self) -> None:
-        """Weight <- W R."""
-        weight = self.layer.weight
-        assert self.latent is not None
-        self.layer.grouped(weight).copy_(self.r.apply(at_least_float32(self.layer.grouped(self.latent))))
-        self.version = weight._version
-
-    def sync_latent(self) -> None:
-        """Make W R equal the weight again where the weight was written elsewhere (a checkpoint, EMA, Lookahead)."""
-        weight = self.layer.weight
-        if self.latent is not None and self.version == weight._version:
-            return
-        # Loading a checkpoint writes what is there already: keep W then, for a resume that is exact to the bit.
-        if self.latent is None or not torch.equal(self.times(self.r.apply, self.latent), weight):
-            self.latent = self.times(self.r.apply_inverse, weight)
-        self.version = weight._version
-
     def refresh(self, fresh: dict[str, Tensor], config: DecorConfig) -> None:
-        """Move R by the config's rule; W follows where the function is to be preserved.
+        """Move R by the config's rule, between the coordinates' `leave` and `write`.
 
         Args:
             fresh: averaged moments of this step's inputs, by name.
@@ -79,12 +53,7 @@ class LayerState:
         moments = fresh if config.rule == "dbp" else self._running_average(fresh, config.stat_decay)
         r = self.r.refreshed(moments, config)
         _require_finite(r.tensors(), "the new R is not finite")
-        if config.preserve_function:
-            assert self.latent is not None
-            function = self.times(self.r.apply, self.latent)
-            latent = self.times(r.apply_inverse, function)
-            _require_finite({"W": latent}, "R is too close to singular")
-            self.latent = latent
+        self.coordinates.move(self.r, r, config.preserve_function)
         self.r, self.moments = r, moments
 
     def _running_average(self, fresh: dict[str, Tensor], decay: float) -> dict[str, Tensor]:
@@ -95,26 +64,27 @@ class LayerState:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers that continue this layer exactly."""
         with torch.no_grad():
-            self.sync_latent()
+            coordinates = self.coordinates.state_dict(self.r)
         return {
+            "shape": list(self.layer.weight.shape),
             "r": dict(self.r.tensors()),
             "moments": dict(self.moments),
-            "latent": self.latent,
+            "coordinates": coordinates,
             "refreshes": self.refreshes,
             "skips": self.skips,
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take over what `state_dict` gave, on the weight's device."""
-        weight = self.layer.weight
+        device = self.layer.weight.device
 
         def here(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {name: tensor.to(weight.device, copy=True) for name, tensor in tensors.items()}
+            return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
 
         self.r = type(self.r).from_tensors(here(saved["r"]))
         self.moments = here(saved["moments"])
-        self.latent = torch.empty_like(weight).copy_(saved["latent"])
-        self.version = -1  # whether the weight is W R is seen at the next step
+        with torch.no_grad():
+            self.coordinates.load_state_dict(saved["coordinates"])
         self.refreshes, self.skips = saved["refreshes"], saved["skips"]
 
     def report(self) -> AttachedRow:

@@ -69,11 +69,12 @@ def patch_moment(x: Tensor, shape: ConvShape) -> Tensor:
     Returns:
         (g, C * S, C * S).
     """
-    total = 0
+    size = x.shape[1] // shape.groups * shape.positions
+    total = x.new_zeros(shape.groups, size, size)
     for part in _chunks(x, shape.positions):
         patches = _unfold(part, shape).unflatten(1, (shape.groups, -1)).transpose(0, 1)  # (g, n, C * S, L)
         rows = patches.transpose(1, 2).flatten(2)  # (g, C * S, n * L)
-        total = total + rows @ rows.mT
+        total += rows @ rows.mT
     return total
 
 
@@ -93,11 +94,11 @@ def channel_moment(x: Tensor, shape: ConvShape) -> Tensor:
 def space_moment(x: Tensor, shape: ConvShape) -> Tensor:
     """Sum over rows of the patches' partial trace over channels, divided by C: (g, S, S)."""
     channels = x.shape[1] // shape.groups
-    total = 0
+    total = x.new_zeros(shape.groups, shape.positions, shape.positions)
     for part in _chunks(x, shape.positions):
         patches = _unfold(part, shape).unflatten(1, (shape.groups, channels, shape.positions))  # (n, g, C, S, L)
         rows = patches.permute(1, 3, 0, 2, 4).flatten(2)  # (g, S, n * C * L)
-        total = total + rows @ rows.mT
+        total += rows @ rows.mT
     return total / channels
 
 

@@ -67,6 +67,10 @@ class PatchR:
         """G R^T: the gradient for W when G is the gradient for A = W R. Shape of grad: (g, O, C, S)."""
         return self._rows(grad, lambda rows: rows @ self.matrix.mT)
 
+    def apply_gram(self, grad: Tensor) -> Tensor:
+        """G R^T R: the gradient for W, as a direction for A. Shape of grad: (g, O, C, S)."""
+        return self.apply(self.apply_transposed(grad))
+
     def apply_inverse(self, a: Tensor) -> Tensor:
         """A R^-1, shape of a: (g, O, C, S)."""
         if self.inverse is None:
@@ -147,7 +151,7 @@ class KroneckerR:
     """`kronecker`: channels (x) space in the product's eigenbasis; see `rules.KroneckerFactors`.
 
     R is symmetric and no D x D matrix is formed: applying it takes two thin products with the weight (C x r, where
-    r = rank * C) and S x S ones. Needs the moments "channel" and "space".
+    r = min(rank, C)) and S x S ones. Needs the moments "channel" and "space".
     """
 
     moments: tuple[str, ...] = ("channel", "space")
@@ -156,13 +160,14 @@ class KroneckerR:
         self.factors = factors
         self._matrix = _Spiked(factors.channel_basis, factors.space_basis, factors.gain, factors.tail)
         self._inverse = _Spiked(factors.channel_basis, factors.space_basis, 1 / factors.gain, 1 / factors.tail)
+        self._gram = _Spiked(factors.channel_basis, factors.space_basis, factors.gain**2, factors.tail**2)
 
     @classmethod
     def identity(cls, shape: LayerShape, config: DecorConfig, like: Tensor) -> KroneckerR:
         def eye(rows: int, columns: int) -> Tensor:
             return torch.eye(rows, columns, dtype=like.dtype, device=like.device).repeat(shape.groups, 1, 1)
 
-        rank = _kept(shape.channels, config.rank)
+        rank = min(config.rank, shape.channels)
         return cls(
             rules.KroneckerFactors(
                 channel_basis=eye(shape.channels, rank),
@@ -174,7 +179,7 @@ class KroneckerR:
 
     @staticmethod
     def size(shape: LayerShape, config: DecorConfig) -> int:
-        rank = _kept(shape.channels, config.rank)
+        rank = min(config.rank, shape.channels)
         s = shape.positions
         return shape.groups * (shape.channels * rank + s * s + (rank + 1) * s)
 
@@ -188,6 +193,10 @@ class KroneckerR:
 
     apply_transposed = apply  # R is symmetric
 
+    def apply_gram(self, grad: Tensor) -> Tensor:
+        """G R^T R at the cost of one product, shape of grad: (g, O, C, S)."""
+        return self._gram.multiply(grad)
+
     def apply_inverse(self, a: Tensor) -> Tensor:
         """A R^-1, shape of a: (g, O, C, S)."""
         return self._inverse.multiply(a)
@@ -199,7 +208,7 @@ class KroneckerR:
             rules.DegenerateMoment: the statistics cannot be used; R must stay as it is.
         """
         channel = moments["channel"]
-        rank = _kept(channel.shape[-1], config.rank)
+        rank = min(config.rank, channel.shape[-1])
         return KroneckerR(rules.whiten_kronecker(channel, moments["space"], config.damping, rank))
 
     def output_moment(self, moments: dict[str, Tensor]) -> Tensor:
@@ -217,7 +226,9 @@ class KroneckerR:
 
     def condition(self) -> float:
         """Condition number of R, the largest over groups."""
-        scales = torch.cat([self.factors.gain.flatten(1), self.factors.tail], 1)
+        gain, tail = self.factors.gain, self.factors.tail
+        channels, kept = self.factors.channel_basis.shape[1:]
+        scales = gain.flatten(1) if kept == channels else torch.cat([gain.flatten(1), tail], 1)
         return float((scales.amax(1) / scales.amin(1)).max())
 
     def dense(self, shape: LayerShape) -> Tensor:
@@ -255,11 +266,6 @@ class _Spiked:
         thin = self.space_basis @ ((self.space_basis.mT @ thin) * self.core)  # (g, O, S, r)
         rest = (self.space_tail @ last).flatten(1, 2)
         return torch.baddbmm(rest, thin.flatten(1, 2), self.channel_basis.mT).view(last.shape).transpose(2, 3)
-
-
-def _kept(channels: int, rank: float) -> int:
-    """r, the channel eigenvectors that `rank` keeps."""
-    return max(1, round(channels * rank))
 
 
 Structure = PatchR | KroneckerR

@@ -10,10 +10,8 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     cells = [[str(value) for value in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     numeric = [all(_is_number(row[i]) for row in cells[1:]) for i in range(len(header))]
-    lines = [
-        "  ".join(cell.rjust(w) if number else cell.ljust(w) for cell, w, number in zip(row, widths, numeric, strict=True))
-        for row in cells
-    ]
+    align = [str.rjust if number else str.ljust for number in numeric]
+    lines = ["  ".join(align[i](row[i], widths[i]) for i in range(len(header))) for row in cells]
     return "\n".join([lines[0].rstrip(), "  ".join("-" * w for w in widths), *(line.rstrip() for line in lines[1:])])
 
 

@@ -1,0 +1,294 @@
+"""attach: the life of a handle, its state in checkpoints, and what it does with trouble."""
+
+import copy
+import io
+import logging
+
+import pytest
+import timm.optim
+import torch
+import torch.nn.functional as F
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import timm_decor
+from timm_decor import DecorConfig
+
+CONFIG = DecorConfig(every=2, sample=1.0)
+
+
+def net(dtype=torch.float32):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 3, 2), nn.Flatten(), nn.Linear(36, 3)
+    )
+    return model.to(dtype)
+
+
+def batch(seed, images=6, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(images, 3, 8, 8, generator=generator, dtype=dtype) + 0.5, torch.arange(images) % 3
+
+
+def step(model, optimizer, seed, **kwargs):
+    x, y = batch(seed, **kwargs)
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def attached(config=CONFIG, lr=0.1, **kwargs):
+    model = timm_decor.decorrelate(net(**kwargs), config)
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
+    return model, optimizer, timm_decor.attach(model, optimizer)
+
+
+def test_decorrelation_lowers_the_correlation_of_layer_inputs():
+    model, optimizer, handle = attached(DecorConfig(every=1, damping=0.01))
+    assert handle.report().mean_correlation() is None
+    for seed in range(10):
+        step(model, optimizer, seed)
+    before, after = handle.report().mean_correlation()
+    assert after < 0.5 * before
+    text = str(handle.report())
+    assert "after 10 steps" in text and all(row.name in text for row in handle.report().rows)
+
+
+def test_reported_correlation_is_that_of_the_explicit_inputs():
+    """For every structure: from R's dense form and the moments' dense form, entry by entry."""
+    from timm_decor.statistics import mean_correlation
+
+    for structure in ("full", "kronecker", "space"):
+        model, optimizer, handle = attached(DecorConfig(structure=structure, every=1))
+        for seed in range(3):
+            step(model, optimizer, seed)
+        for state, row in zip(handle._states, handle.report().rows, strict=True):
+            sigma = state.r.input_moment(state.moments)
+            r = state.r.matrix if structure == "space" else state.r.dense(state.layer.decor_shape)
+            assert row.correlation_before == pytest.approx(mean_correlation(sigma), rel=1e-4)
+            assert row.correlation_after == pytest.approx(mean_correlation(r @ sigma @ r.mT), rel=1e-3)
+            assert row.condition == pytest.approx(float(torch.linalg.cond(r).max()), rel=1e-3)
+
+
+def test_detach_makes_steps_plain_again():
+    model, optimizer, handle = attached()
+    for seed in range(3):
+        step(model, optimizer, seed)
+    handle.detach()
+    handle.detach()
+    assert "timm_decor" not in optimizer.state_dict()
+    twin = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    twin_optimizer = torch.optim.SGD(twin.parameters(), 0.1)
+    for seed in range(3):
+        assert step(model, optimizer, seed) == step(twin, twin_optimizer, seed)
+    timm_decor.attach(model, optimizer)  # and it can be attached again
+
+
+@pytest.mark.parametrize("structure", ["full", "kronecker", "space"])
+@pytest.mark.parametrize("weights_first", [True, False])
+def test_resume_is_exact_to_the_bit(structure, weights_first):
+    config = DecorConfig(structure=structure, every=3, sample=1.0)
+    model, optimizer, _ = attached(config)
+    for seed in range(5):
+        step(model, optimizer, seed)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    expected = [step(model, optimizer, seed) for seed in range(5, 12)]
+
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed, resumed_optimizer, handle = attached(config)
+    if weights_first:
+        resumed.load_state_dict(saved["model"])
+    resumed_optimizer.load_state_dict(saved["optimizer"])
+    if not weights_first:
+        resumed.load_state_dict(saved["model"])
+    assert handle.step == 5
+    assert [step(resumed, resumed_optimizer, seed) for seed in range(5, 12)] == expected
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
+
+
+def test_saving_does_not_change_training():
+    model, optimizer, _ = attached()
+    twin, twin_optimizer, _ = attached()
+    for seed in range(4):
+        optimizer.state_dict()
+        assert step(model, optimizer, seed) == step(twin, twin_optimizer, seed)
+
+
+def test_weights_written_from_outside_are_kept():
+    """A checkpoint loaded in mid-training is what trains on: W follows the weight, not the other way round."""
+    model, optimizer, _ = attached(lr=0.0)
+    for seed in range(3):
+        step(model, optimizer, seed)
+    loaded = {key: value + 1 for key, value in model.state_dict().items()}
+    model.load_state_dict(loaded)
+    step(model, optimizer, 3)
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, loaded[key], rtol=1e-4, atol=1e-5)
+
+
+def test_state_of_another_structure_or_model_is_refused():
+    _, optimizer, _ = attached()
+    saved = optimizer.state_dict()
+    _, other, _ = attached(DecorConfig(structure="space"))
+    with pytest.raises(ValueError, match="holds R as 'kronecker', this run uses 'space'"):
+        other.load_state_dict(saved)
+    model, optimizer, _ = attached()
+    saved["timm_decor"]["layers"]["0"]["shape"] = [2, 3, 3, 3]
+    with pytest.raises(ValueError, match=r"shape \[2, 3, 3, 3\] for layer 0"):
+        optimizer.load_state_dict(saved)
+
+
+def test_plain_optimizer_state_says_that_r_starts_anew(caplog):
+    model, optimizer, _ = attached()
+    plain = torch.optim.SGD(net().parameters(), 0.1, momentum=0.9).state_dict()
+    with caplog.at_level(logging.WARNING):
+        optimizer.load_state_dict(plain)
+    assert "no decorrelation state" in caplog.text
+
+
+def test_attach_refuses_what_cannot_work():
+    model, optimizer, handle = attached()
+    with pytest.raises(ValueError, match="already attached"):
+        timm_decor.attach(model, optimizer)
+    with pytest.raises(ValueError, match="already attached"):
+        timm_decor.attach(model, torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(ValueError, match="call timm_decor.decorrelate"):
+        timm_decor.attach(net(), optimizer)
+    other = timm_decor.decorrelate(net())
+    with pytest.raises(ValueError, match="does not hold the weight of 0 and 2 more layers"):
+        timm_decor.attach(other, torch.optim.SGD(net().parameters(), 0.1))
+    other.requires_grad_(False)
+    with pytest.raises(ValueError, match="frozen"):
+        timm_decor.attach(other, torch.optim.SGD(net().parameters(), 0.1))
+    with pytest.raises(ValueError, match="not a torch.optim.Optimizer"):
+        timm_decor.attach(other, object())
+    x, y = batch(0)
+    F.cross_entropy(model(x), y).backward()
+    before = model[0].weight.detach().clone()
+    with pytest.raises(ValueError, match="no closure"):
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+    assert torch.equal(model[0].weight, before)
+
+
+def test_frozen_layers_and_layers_without_gradient_do_not_move():
+    model = timm_decor.decorrelate(net(), CONFIG)
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    handle = timm_decor.attach(model, optimizer)
+    assert [row.name for row in handle.report().rows] == ["2", "4"]
+    before = model[0].weight.detach().clone()
+    step(model, optimizer, 0)
+    model[2].requires_grad_(False)  # from now on it gets no gradient
+    frozen = model[2].weight.detach().clone()
+    for seed in range(1, 5):
+        step(model, optimizer, seed)
+    assert torch.equal(model[0].weight, before) and torch.equal(model[2].weight, frozen)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_unusable_statistics_skip_the_refresh_and_are_named(value, caplog):
+    """The refresh is skipped, counted and reported; R and the function of the other layers are as they were."""
+    model, optimizer, handle = attached(DecorConfig(every=1), lr=0.0)
+    step(model, optimizer, 0)
+    before = copy.deepcopy(optimizer.state_dict()["timm_decor"]["layers"]["0"]["r"])
+    x, y = batch(1)
+    model(torch.full_like(x, value))  # recorded; its gradient is not taken
+    optimizer.zero_grad()
+    if value == 0.0:
+        model[0].stop_recording()
+        model[0].start_recording(handle._states[0].r.moments, 1.0)
+        model[0](torch.zeros_like(x))
+        model[0].recording = False
+    F.cross_entropy(model(x), y).backward()
+    with caplog.at_level(logging.WARNING):
+        optimizer.step()
+    row = handle.report().rows[0]
+    assert (row.refreshes, row.skips) == (1, 1)
+    assert "step 1, layer 0: refresh of R skipped" in caplog.text
+    after = optimizer.state_dict()["timm_decor"]["layers"]["0"]["r"]
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    step(model, optimizer, 2)
+    assert handle.report().rows[0].refreshes == 2
+
+
+def test_gradient_accumulation_sees_every_micro_batch():
+    model, optimizer, _ = attached(dtype=torch.float64)
+    twin, twin_optimizer, _ = attached(dtype=torch.float64)
+    for seed in range(4):
+        x, y = batch(seed, dtype=torch.float64)
+        optimizer.zero_grad()
+        for part in (slice(0, 2), slice(2, 4), slice(4, 6)):
+            (F.cross_entropy(model(x[part]), y[part]) / 3).backward()
+        optimizer.step()
+        step(twin, twin_optimizer, seed, dtype=torch.float64)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_ema_averages_the_plain_kernels():
+    model, optimizer, handle = attached()
+    ema = ModelEmaV3(model, decay=0.5)
+    mean = copy.deepcopy(model[0].weight.detach())
+    for seed in range(3):
+        step(model, optimizer, seed)
+        ema.update(model)
+        mean.lerp_(model[0].weight.detach(), 0.5)
+    torch.testing.assert_close(ema.module[0].weight, mean)
+    assert handle.report().step == 3
+
+
+def test_lookahead_and_accelerate_wrappers():
+    model = timm_decor.decorrelate(net(), CONFIG)
+    optimizer = timm.optim.create_optimizer_v2(model, "lookahead_sgd", lr=0.1)
+    timm_decor.attach(model, optimizer)
+    losses = [step(model, optimizer, 0) for _ in range(20)]
+    assert losses[-1] < losses[0] / 2
+
+    accelerate = pytest.importorskip("accelerate")
+    model = timm_decor.decorrelate(net(), CONFIG)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    prepared, wrapped = accelerate.Accelerator(cpu=True).prepare(model, optimizer)
+    handle = timm_decor.attach(prepared, wrapped)
+    step(prepared, wrapped, 0)
+    assert handle.step == 1 and "timm_decor" in wrapped.state_dict()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_memory_format_changes_nothing(memory_format):
+    model, optimizer, _ = attached(dtype=torch.float64)
+    twin = timm_decor.decorrelate(net(torch.float64), CONFIG).to(memory_format=memory_format)
+    twin_optimizer = torch.optim.SGD(twin.parameters(), 0.1, momentum=0.9)
+    timm_decor.attach(twin, twin_optimizer)
+    for seed in range(5):
+        expected = step(model, optimizer, seed, dtype=torch.float64)
+        assert step(twin, twin_optimizer, seed, dtype=torch.float64) == pytest.approx(expected, rel=1e-10)
+
+
+def test_bfloat16_weights_and_autocast():
+    model, optimizer, handle = attached(dtype=torch.bfloat16, lr=0.02)
+    losses = [step(model, optimizer, 0, dtype=torch.bfloat16) for _ in range(20)]
+    assert losses[-1] < losses[0]
+    model, optimizer, handle = attached()
+    losses = []
+    for _ in range(20):
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # the step inside it, too: R's products stay in float32
+            losses.append(step(model, optimizer, 0))
+    assert losses[-1] < losses[0] / 2
+    assert all(t.dtype == torch.float32 for t in handle._states[0].r.tensors().values())
+
+
+def test_a_compiled_model_trains_the_same():
+    model, optimizer, _ = attached()
+    twin = timm_decor.decorrelate(net(), CONFIG)
+    twin_optimizer = torch.optim.SGD(twin.parameters(), 0.1, momentum=0.9)
+    compiled = torch.compile(twin, backend="aot_eager")
+    handle = timm_decor.attach(compiled, twin_optimizer)
+    for seed in range(5):
+        assert step(compiled, twin_optimizer, seed) == pytest.approx(step(model, optimizer, seed), rel=1e-4)
+    assert [row.name for row in handle.report().rows] == ["0", "2", "4"]

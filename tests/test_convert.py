@@ -1,0 +1,137 @@
+"""decorrelate and to_plain: same Parameters, same function, and a reason for every layer that stays plain."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+import timm_decor
+from timm_decor import DecorConfig, DecorConv2d, DecorLinear
+
+
+class OddConv(nn.Conv2d):
+    """A subclass, as weight-standardised convolutions are."""
+
+
+def small_net():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(8 * 36, 4))
+
+
+def test_the_same_parameters_modules_and_function():
+    model = small_net().eval()
+    x = torch.randn(2, 3, 8, 8)
+    before, parameters, modules = model(x), list(model.parameters()), list(model.modules())
+    assert timm_decor.decorrelate(model) is model
+    assert [type(m) for m in (model[0], model[2], model[4])] == [DecorConv2d, DecorConv2d, DecorLinear]
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    assert torch.equal(model(x), before)
+
+    assert timm_decor.to_plain(model) is model
+    assert [type(m) for m in (model[0], model[2], model[4])] == [nn.Conv2d, nn.Conv2d, nn.Linear]
+    assert torch.equal(model(x), before)
+    assert "moments" not in vars(model[0]) and not hasattr(model, "decor_report")
+
+
+def test_report_names_sizes_and_reasons():
+    shared = nn.Linear(6, 6)
+    tied = nn.Linear(6, 6)
+    tied.weight = shared.weight
+    model = nn.ModuleDict(
+        {
+            "conv": nn.Conv2d(8, 4, 3, groups=2),
+            "odd": OddConv(3, 4, 3),
+            "normed": weight_norm(nn.Conv2d(3, 4, 3)),
+            "transposed": nn.ConvTranspose2d(3, 4, 3),
+            "one": nn.Linear(1, 5),
+            "shared": shared,
+            "tied": tied,
+            "head": nn.Linear(6, 2),
+            "big": nn.Linear(40, 2),
+            "norm": nn.BatchNorm2d(4),
+        }
+    )
+    config = DecorConfig(structure="full", max_dim=36)
+    report = timm_decor.decorrelate(model, config, filter_fn=lambda name, module: name != "head").decor_report
+    rows = {row.name: row for row in report.rows}
+    assert "norm" not in rows  # no weight matrix: nobody expects it here
+    assert [row.name for row in report.decorrelated] == ["conv"]
+    assert (rows["conv"].dim, rows["conv"].bytes) == (36, 4 * 2 * 36 * 36)
+    assert "OddConv is not nn.Conv2d" in rows["odd"].plain_reason
+    assert "ParametrizedConv2d" in rows["normed"].plain_reason
+    assert "ConvTranspose2d" in rows["transposed"].plain_reason
+    assert "D = 1" in rows["one"].plain_reason
+    assert "shared" in rows["shared"].plain_reason and "shared" in rows["tied"].plain_reason
+    assert rows["head"].plain_reason == "excluded by filter_fn"
+    assert "40 x 40; max_dim is 36" in rows["big"].plain_reason
+    assert type(model["big"]) is nn.Linear and type(model["head"]) is nn.Linear
+    text = str(report)
+    assert all(row.name in text and row.plain_reason in text for row in report.rows)
+
+
+def test_reported_bytes_are_those_held():
+    for structure in ("full", "kronecker", "space"):
+        model = timm_decor.decorrelate(small_net(), DecorConfig(structure=structure))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        timm_decor.attach(model, optimizer)
+        model(torch.randn(2, 3, 8, 8)).sum().backward()
+        optimizer.step()
+        layers = optimizer.state_dict()["timm_decor"]["layers"]
+        for row in model.decor_report.decorrelated:
+            held = layers[row.name]["r"]
+            held.pop("inverse", None)  # R^-1 is kept beside R for W <- A R^-1, and is not R
+            assert sum(t.numel() * t.element_size() for t in held.values()) == row.bytes, (structure, row.name)
+
+
+def test_space_leaves_pointwise_layers_plain():
+    model = timm_decor.decorrelate(small_net(), DecorConfig(structure="space"))
+    assert [row.name for row in model.decor_report.decorrelated] == ["0"]
+    assert all("one position" in row.plain_reason for row in model.decor_report.plain)
+
+
+def test_a_second_call_replaces_the_configuration():
+    model = timm_decor.decorrelate(small_net())
+    timm_decor.decorrelate(model, DecorConfig(structure="space"))
+    assert type(model[0]) is DecorConv2d and type(model[2]) is nn.Conv2d
+    assert model.decor_report.config.structure == "space"
+
+
+def test_to_plain_names_the_plain_architecture():
+    model = timm_decor.to_plain(timm.create_model("decor_resnet18", num_classes=3))
+    assert model.pretrained_cfg["architecture"] == "resnet18"
+    assert {type(m) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)} == {nn.Conv2d, nn.Linear}
+
+
+def test_wrapped_models_are_refused_with_what_to_do():
+    class DistributedDataParallel(nn.Module):  # the real one needs a process group
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    with pytest.raises(ValueError, match="wrapped in DistributedDataParallel: .* before wrapping"):
+        timm_decor.decorrelate(DistributedDataParallel(small_net()))
+    with pytest.raises(ValueError, match="compiled: .* before torch.compile"):
+        timm_decor.decorrelate(torch.compile(small_net()))
+    with pytest.raises(ValueError, match="wrapped in DataParallel"):
+        timm_decor.to_plain(nn.DataParallel(small_net()))
+
+
+def test_a_model_without_layers_is_refused():
+    with pytest.raises(ValueError, match="has no nn.Conv2d or nn.Linear"):
+        timm_decor.decorrelate(nn.Sequential(nn.BatchNorm2d(3)))
+    with pytest.raises(ValueError, match="most often: excluded by filter_fn"):
+        timm_decor.decorrelate(small_net(), filter_fn=lambda name, module: False)
+
+
+def test_an_attached_model_is_refused_and_its_copy_is_not():
+    model = timm_decor.decorrelate(small_net())
+    handle = timm_decor.attach(model, torch.optim.SGD(model.parameters(), 0.1))
+    for function in (timm_decor.to_plain, timm_decor.decorrelate):
+        with pytest.raises(ValueError, match="detach"):
+            function(model)
+    assert type(timm_decor.to_plain(copy.deepcopy(model))[0]) is nn.Conv2d
+    handle.detach()
+    assert type(timm_decor.to_plain(model)[0]) is nn.Conv2d

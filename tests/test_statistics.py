@@ -1,0 +1,112 @@
+"""Second moments without patches equal those of patches that are really formed, for any convolution."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from timm_decor import DecorConv2d, DecorLinear, statistics
+from timm_decor.statistics import ConvShape, mean_correlation, sample_images
+
+
+@st.composite
+def convolutions(draw):
+    groups = draw(st.integers(1, 3))
+    channels = groups * draw(st.integers(1, 3))
+    side = st.integers(1, 3)
+    return nn.Conv2d(
+        channels,
+        groups * draw(st.integers(1, 3)),
+        kernel_size=(draw(side), draw(side)),
+        stride=(draw(side), draw(side)),
+        padding=(draw(st.integers(0, 2)), draw(st.integers(0, 2))),
+        dilation=(draw(side), draw(side)),
+        groups=groups,
+        padding_mode=draw(st.sampled_from(["zeros", "circular", "replicate"])),
+    ).double()
+
+
+@settings(max_examples=40, deadline=None)
+@given(conv=convolutions(), height=st.integers(7, 10), width=st.integers(7, 9), seed=st.integers(0, 9))
+def test_moments_of_any_convolution(conv, height, width, seed):
+    x = torch.randn(3, conv.in_channels, height, width, dtype=torch.float64, generator=torch.manual_seed(seed))
+    shape = (conv.groups, conv.in_channels // conv.groups, conv.kernel_size[0] * conv.kernel_size[1])
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    padded = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
+    patches = F.unfold(padded, conv.kernel_size, conv.dilation, 0, conv.stride).unflatten(1, shape)  # (N, g, C, S, L)
+
+    conv.__class__ = DecorConv2d
+    conv.start_recording(("patch", "channel", "space", "shared_space"), 1.0)
+    y = conv(x)
+
+    moments, (g, c, s) = conv.moments, shape
+    full = torch.einsum("ngcsl,ngdtl->gcsdt", patches, patches)
+    assert conv.rows == y.shape[0] * y.shape[2] * y.shape[3]
+    torch.testing.assert_close(moments["patch"], full.reshape(g, c * s, c * s))
+    torch.testing.assert_close(moments["channel"], torch.einsum("gcsds->gcd", full) / s)
+    torch.testing.assert_close(moments["space"], torch.einsum("gcsct->gst", full) / c)
+    torch.testing.assert_close(moments["shared_space"], (torch.einsum("gcsct->st", full) / c / g)[None])
+
+
+def test_chunks_change_nothing(monkeypatch):
+    x = torch.randn(7, 4, 8, 8, dtype=torch.float64)
+    shape = ConvShape((3, 3), (1, 1), (1, 1), 2)
+    whole = statistics.patch_moment(x, shape), statistics.space_moment(x, shape)
+    monkeypatch.setattr(statistics, "_CHUNK_ELEMENTS", 2 * 4 * 64 * 9)
+    torch.testing.assert_close((statistics.patch_moment(x, shape), statistics.space_moment(x, shape)), whole)
+
+
+def test_micro_batches_add_up():
+    x = torch.randn(6, 5, 7)
+    layer = nn.Linear(7, 3)
+    layer.__class__ = DecorLinear
+    layer.start_recording(("patch",), 1.0)
+    layer(x)
+    whole, rows = layer.moments["patch"], layer.rows
+    layer.start_recording(("patch",), 1.0)
+    layer(x[:2])
+    layer(x[2:])
+    assert layer.rows == rows == 30
+    torch.testing.assert_close(layer.moments["patch"], whole)
+
+
+def test_recording_is_for_training_inputs_only():
+    layer = nn.Linear(4, 4)
+    layer.__class__ = DecorLinear
+    layer.start_recording(("patch",), 1.0)
+    with torch.no_grad():
+        layer(torch.randn(3, 4))
+    layer.eval()(torch.randn(3, 4))
+    assert layer.rows == 0
+    layer.train()(torch.randn(3, 4))
+    assert layer.rows == 3
+    layer.stop_recording()
+    layer(torch.randn(3, 4))
+    assert layer.rows == 0 and not layer.moments
+
+
+@pytest.mark.parametrize("share,count", [(1.0, 10), (0.5, 5), (0.25, 2), (0.01, 1)])
+def test_sample_is_evenly_spaced_and_takes_no_randomness(share, count):
+    state = torch.get_rng_state()
+    picked = sample_images(torch.arange(10), share)
+    assert len(picked) == count and torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(picked, torch.tensor([i * 10 // count for i in range(count)]))
+
+
+def test_statistics_survive_half_precision():
+    layer = nn.Linear(4, 4)
+    layer.__class__ = DecorLinear
+    layer.start_recording(("patch",), 1.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(torch.full((2, 4), 300.0, dtype=torch.float16))
+    assert layer.moments["patch"].dtype == torch.float32
+    torch.testing.assert_close(layer.moments["patch"], torch.full((1, 4, 4), 180000.0))
+
+
+def test_mean_correlation():
+    sigma = torch.tensor([[[4.0, 1.0], [1.0, 1.0]]])
+    assert mean_correlation(sigma) == pytest.approx(0.5)
+    assert mean_correlation(torch.diag(torch.tensor([2.0, 0.0]))[None]) == 0  # a dead entry is uncorrelated
+    assert mean_correlation(torch.ones(2, 1, 1)) == 0
