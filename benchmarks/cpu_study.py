@@ -1,8 +1,8 @@
 """Plain against decorrelated training of a small BatchNorm ResNet on CIFAR-10: accuracy at equal epochs, and seconds.
 
 The setting that DecorConfig's defaults were chosen in: 25 000 training images, batch 128, flips, a linear warm-up over
-a tenth of the steps and a linear decay; sized for one CPU core. Learning rates are tuned on an equal grid against 10 000
-training images that are not trained on; the test images are only reported on.
+a tenth of the steps and a linear decay; sized for one CPU core. Learning rates are tuned on an equal grid against
+10 000 training images that are not trained on; the test images are only reported on.
 
     python benchmarks/cpu_study.py tune --data-dir ../shared/data/cifar10 --json benchmarks/results/cpu_study_tune.json
     python benchmarks/cpu_study.py report --data-dir ../shared/data/cifar10 --json benchmarks/results/cpu_study.json \
@@ -108,9 +108,8 @@ class Arm:
         self.model: nn.Module = small_resnet(num_classes)
         if self.kind == "decor":
             timm_decor.decorrelate(self.model, self.config)
-        kwargs = {"weight_decay": 5e-4} if self.opt != "sgd" else {"weight_decay": 5e-4, "momentum": 0.9}
         self.optimizer = timm.optim.create_optimizer_v2(
-            self.model, self.opt, lr=self.lr, filter_bias_and_bn=False, **kwargs
+            self.model, self.opt, lr=self.lr, momentum=0.9, weight_decay=5e-4, filter_bias_and_bn=False
         )
         if self.kind == "decor":
             timm_decor.attach(self.model, self.optimizer)
@@ -214,9 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds (default: 1)")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads (default: 1)")
     parser.add_argument("--train-images", type=int, default=TRAIN_IMAGES)
-    parser.add_argument(
-        "--decor", default="{}", metavar="JSON", help="DecorConfig fields that are not the defaults"
-    )
+    parser.add_argument("--decor", default="{}", metavar="JSON", help="DecorConfig fields that are not the defaults")
     args = parser.parse_args(argv)
 
     torch.set_num_threads(args.threads)
@@ -230,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
 
     arms: list[Arm] = []
     for seed in range(args.seeds):
-        arms += (turn := [Arm(*arm, seed=seed, opt=args.opt, config=config) for arm in chosen])
+        arms += (turn := [Arm(kind, lr, epochs, seed, args.opt, config) for kind, lr, epochs in chosen])
         train_in_turns(turn, train, test)
         if args.json:
             write(args, arms)

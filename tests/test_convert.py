@@ -99,8 +99,19 @@ def test_a_second_call_replaces_the_configuration():
     assert model.decor_report.config.structure == "space"
 
 
+def test_attach_follows_the_report():
+    """A new head is decorrelated, what filter_fn left out stays plain, and another config fits the layers anew."""
+    model = timm_decor.decorrelate(small_net(), DecorConfig(structure="space"), lambda name, layer: name != "2")
+    model[4] = nn.Linear(8 * 36, 7)
+    handle = timm_decor.attach(model, torch.optim.SGD(model.parameters(), 0.1), DecorConfig(structure="kronecker"))
+    assert [type(m) for m in (model[0], model[2], model[4])] == [DecorConv2d, nn.Conv2d, DecorLinear]
+    assert [row.name for row in handle.report().rows] == ["0", "4"]
+    assert model.decor_report.config == handle.config == DecorConfig(structure="kronecker")
+
+
 def test_to_plain_names_the_plain_architecture():
-    model = timm_decor.to_plain(timm.create_model("decor_resnet18", num_classes=3))
+    model = timm_decor.to_plain(timm.create_model("decor_resnet18", num_classes=3, decor_config=DecorConfig()))
+    assert "decor_config" not in model._model_args
     assert model.pretrained_cfg["architecture"] == "resnet18"
     assert {type(m) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)} == {nn.Conv2d, nn.Linear}
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from timm_decor.config import DecorConfig
-from timm_decor.convert import attached_layers, decor_layers, fit_reason
+from timm_decor.convert import attached_layers, decor_layers, reconverted
 from timm_decor.coordinates import coordinates_for
 from timm_decor.layers import DecorLayer
 from timm_decor.reporting import AttachReport
@@ -175,12 +175,10 @@ def attach(model: nn.Module, optimizer: Optimizer, config: DecorConfig | None = 
         ValueError: no decorrelated layer, attached twice, or the optimizer does not hold the layers' weights.
     """
     inner = _innermost(optimizer)
-    config = config or _config_of(model)
-    layers = [(name, layer) for name, layer in decor_layers(model) if not fit_reason(layer, config)]
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no decorrelated layers: call timm_decor.decorrelate(model) first")
-    if inner in _attached_optimizers or any(layer in attached_layers for _, layer in layers):
+    if inner in _attached_optimizers or any(layer in attached_layers for _, layer in decor_layers(model)):
         raise ValueError("already attached: call detach() on the first handle before attaching again")
+    config = reconverted(model, config).config
+    layers = list(decor_layers(model))
     trained = [(name, layer) for name, layer in layers if layer.weight.requires_grad]
     held = {id(p) for group in inner.param_groups for p in group["params"]}
     missing = [name for name, layer in trained if id(layer.weight) not in held]
@@ -211,11 +209,3 @@ def _innermost(optimizer: Any) -> Optimizer:
     if not isinstance(optimizer, Optimizer):
         raise ValueError(f"{type(optimizer).__name__} is not a torch.optim.Optimizer")
     return optimizer
-
-
-def _config_of(model: nn.Module) -> DecorConfig:
-    for module in model.modules():  # the first hit is the model itself, or what a wrapper holds
-        report = getattr(module, "decor_report", None)
-        if report is not None:
-            return report.config
-    return DecorConfig()

@@ -17,6 +17,8 @@ from timm_decor.table import text_table
 
 _logger = logging.getLogger(__name__)
 
+_EXCLUDED = "excluded by filter_fn"
+
 FilterFn = Callable[[str, nn.Module], bool]
 
 # Layers that a handle is attached to. Not an attribute of the layer, so that a deep copy (EMA) does not inherit it.
@@ -109,7 +111,7 @@ def decorrelate(model: nn.Module, config: DecorConfig | None = None, filter_fn: 
         weight_bytes = module.weight.numel() * module.weight.element_size()
         reason = _kind_reason(module, id(module.weight) in shared)
         if not reason and filter_fn is not None and not filter_fn(name, module):
-            reason = "excluded by filter_fn"
+            reason = _EXCLUDED
         if not reason:
             module.__class__ = DECOR_TYPES.get(type(module), type(module))
             reason = fit_reason(module, config)
@@ -146,8 +148,32 @@ def to_plain(model: nn.Module) -> nn.Module:
     for module in layers:
         _make_plain(module)
     model.__dict__.pop("decor_report", None)
-    _name_plain_architecture(model)
+    _forget_decor_name(model)
     return model
+
+
+def reconverted(model: nn.Module, config: DecorConfig | None = None) -> ConversionReport:
+    """Decorrelate again what went through `decorrelate`, wherever in `model` it is, with what `filter_fn` left out.
+
+    Layers that came since (timm's `reset_classifier` makes a new head) become decorrelated too.
+
+    Args:
+        model: may be wrapped.
+        config: that of the first time if None.
+
+    Returns:
+        The new report.
+
+    Raises:
+        ValueError: nothing here went through `decorrelate`, or no layer fits the config.
+    """
+    owner = next((module for module in model.modules() if "decor_report" in vars(module)), None)
+    if owner is None:
+        raise ValueError(f"{type(model).__name__} has no decorrelated layers: call timm_decor.decorrelate(model) first")
+    before: ConversionReport = owner.decor_report  # type: ignore[assignment]
+    excluded = {row.name for row in before.plain if row.plain_reason == _EXCLUDED}
+    decorrelate(owner, config or before.config, lambda name, _: name not in excluded)
+    return owner.decor_report  # type: ignore[return-value]
 
 
 def decor_layers(model: nn.Module) -> Iterator[tuple[str, DecorLayer]]:
@@ -214,8 +240,9 @@ def _refuse_attached(modules: Iterator[nn.Module] | list[nn.Module]) -> None:
         )
 
 
-def _name_plain_architecture(model: nn.Module) -> None:
-    """timm models name their architecture in pretrained_cfg: a plain model must not claim to be a decor_ one."""
+def _forget_decor_name(model: nn.Module) -> None:
+    """timm keeps a model's architecture and arguments for its config.json: a plain model's must be those of a twin."""
+    getattr(model, "_model_args", {}).pop("decor_config", None)
     cfg = getattr(model, "pretrained_cfg", None)
     if isinstance(cfg, dict) and str(cfg.get("architecture", "")).startswith("decor_"):
         model.pretrained_cfg = {**cfg, "architecture": cfg["architecture"].removeprefix("decor_")}  # type: ignore

@@ -7,6 +7,7 @@ bias absorbs no mean here, and the paper's C = <z z^T> is not centred either.
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -126,11 +127,13 @@ def whiten_kronecker(sigma_c: Tensor, sigma_s: Tensor, damping: float, rank: int
 
 
 def _eigh(sigma: Tensor) -> tuple[Tensor, Tensor]:
-    try:
-        values, basis = torch.linalg.eigh(sigma)
-    except torch.linalg.LinAlgError as error:
-        raise DegenerateMoment(f"no eigendecomposition: {error}") from error
-    return values.clamp_min(0), basis
+    # In float32 the iteration can fail, or silently give NaN, on moments of few rows: many eigenvalues equal zero.
+    for precision in dict.fromkeys((sigma.dtype, torch.float64)):
+        with contextlib.suppress(torch.linalg.LinAlgError):
+            values, basis = torch.linalg.eigh(sigma.to(precision))
+            if bool(torch.isfinite(values).all()):
+                return values.clamp_min(0).to(sigma.dtype), basis.to(sigma.dtype)
+    raise DegenerateMoment("the second moment has no eigendecomposition")
 
 
 def _damped_rsqrt(values: Tensor, damping: float) -> Tensor:

@@ -1,0 +1,46 @@
+# `make demo` and `make test` need only make and Python 3.10 or newer; they keep everything in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/installed
+CODE := timm_decor tests benchmarks train.py validate.py
+
+.DEFAULT_GOAL := help
+.PHONY: demo test test-lowest lint format clean help
+
+demo: $(STAMP) ## train decor_resnet18 beside resnet18 on handwritten digits; print who won
+	$(PY) train.py -c recipes/digits_resnet18.yaml --compare --output output/demo
+
+test: lint ## lint, check types, run every test
+	$(PY) -m pytest -q
+
+test-lowest: ## run the tests on the oldest dependencies that pyproject.toml admits
+	$(MAKE) VENV=.venv-lowest RESOLUTION=lowest-direct .venv-lowest/installed
+	.venv-lowest/bin/python -m pytest -q
+
+lint: $(STAMP) ## ruff and mypy, changing nothing
+	$(PY) -m ruff check $(CODE)
+	$(PY) -m ruff format --check $(CODE)
+	$(PY) -m mypy
+
+format: $(STAMP) ## let ruff rewrite the code in the house style
+	$(PY) -m ruff check --fix $(CODE)
+	$(PY) -m ruff format $(CODE)
+
+clean: ## remove the virtual environments, caches and build outputs; output/ stays
+	rm -rf .venv .venv-lowest build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+# Redone when pyproject.toml changes. uv installs torch and the rest in seconds where pip takes minutes.
+RESOLUTION ?= highest
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "timm_decor needs Python 3.10 or newer; '$(PYTHON)' is not: try make PYTHON=python3.12" >&2; exit 1; }
+	@echo "installing into $(VENV); the first time torch is downloaded, which is large"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check uv
+	@$(VENV)/bin/uv pip install --quiet --python $(PY) --resolution $(RESOLUTION) -e '.[test]'
+	@touch $@

@@ -1,0 +1,35 @@
+"""What every test stands on: one thread a worker, fixed seeds, and the data that may be absent."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+# Before torch is imported, and inherited by the command lines that tests start: the workers share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def cifar10_dir() -> Path:
+    """Folder with CIFAR-10's parquet files beside the checkout; the test is skipped where it is absent."""
+    folder = ROOT.parent / "shared" / "data" / "cifar10"
+    if not folder.is_dir():
+        pytest.skip(f"no data in {folder}")
+    return folder

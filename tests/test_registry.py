@@ -1,0 +1,210 @@
+"""`decor_<name>` in timm's registry: everything that works with a timm model's name works with its twin's."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
+from torch import Tensor, nn
+
+import timm_decor
+from timm_decor.layers import DecorConv2d, DecorLinear
+from timm_decor.models import PREFIX, decor_resnet, plain_name
+
+TWINS = timm.list_models(module="decor_resnet")
+
+
+def create_on_meta(name: str, **kwargs: Any) -> nn.Module:
+    with torch.device("meta"):
+        return timm.create_model(name, **kwargs)
+
+
+def images(channels: int = 3, count: int = 2) -> Tensor:
+    return torch.randn(count, channels, 64, 64)
+
+
+@pytest.fixture
+def weights_file(tmp_path: Path) -> Path:
+    """A resnet18 checkpoint, as `pretrained_cfg_overlay=dict(file=...)` takes it."""
+    path = tmp_path / "resnet18.safetensors"
+    model = timm.create_model("resnet18")
+    nn.init.normal_(model.fc.weight)
+    safetensors.torch.save_file(model.state_dict(), path)
+    return path
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    return safetensors.torch.load_file(path)
+
+
+def test_family_is_registered() -> None:
+    wanted = {"resnet18", "resnet34", "resnet50", "resnet101", "resnet18d", "resnet50d", "resnet14t", "resnet26t"}
+    assert {PREFIX + name for name in wanted} <= set(TWINS)
+    assert timm.list_models("decor_resnet*") == TWINS
+    assert all(timm.is_model(name) and timm.is_model(plain_name(name)) for name in TWINS)
+    assert set(decor_resnet.__all__) == set(TWINS)
+    assert decor_resnet.decor_resnet18 is timm.model_entrypoint("decor_resnet18")  # type: ignore[attr-defined]
+
+
+def test_plain_models_stay_plain() -> None:
+    model = create_on_meta("resnet18")
+    assert not any(isinstance(module, DecorConv2d | DecorLinear) for module in model.modules())
+    assert model.pretrained_cfg["architecture"] == "resnet18"
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_state_dict_has_the_twins_entries(name: str) -> None:
+    twin, plain = create_on_meta(name), create_on_meta(plain_name(name))
+    entries = [(key, value.shape, value.dtype) for key, value in twin.state_dict().items()]
+    assert entries == [(key, value.shape, value.dtype) for key, value in plain.state_dict().items()]
+    assert any(isinstance(module, DecorConv2d) for module in twin.modules())
+    assert isinstance(twin.fc, DecorLinear)
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_tags_are_the_twins(name: str) -> None:
+    theirs = get_arch_pretrained_cfgs(plain_name(name))
+    ours = get_arch_pretrained_cfgs(name)
+    assert list(ours) == [PREFIX + key for key in theirs]  # the same order: the first one is the default
+    for key, cfg in theirs.items():
+        own = ours[PREFIX + key].to_dict()
+        assert own.pop("architecture") == name
+        expected = cfg.to_dict()
+        del expected["architecture"]
+        assert own == expected
+        assert "decor" not in str(own.get("hf_hub_id"))
+    assert timm.is_model_pretrained(name) == timm.is_model_pretrained(plain_name(name))
+
+
+def test_listed_as_pretrained() -> None:
+    assert "decor_resnet18.a1_in1k" in timm.list_pretrained("decor_*")
+    assert "decor_resnet18.a1_in1k" in timm.list_models("decor_resnet18*", pretrained=True)
+    cfg = get_pretrained_cfg("decor_resnet18.a1_in1k")
+    assert (cfg.hf_hub_id, cfg.architecture, cfg.tag) == ("timm/resnet18.a1_in1k", "decor_resnet18", "a1_in1k")
+    assert get_pretrained_cfg("decor_resnet18").tag == get_pretrained_cfg("resnet18").tag
+
+
+def test_tag_reaches_the_model() -> None:
+    model = create_on_meta("decor_resnet50.a3_in1k")
+    plain = create_on_meta("resnet50.a3_in1k")
+    assert model.pretrained_cfg == {**plain.pretrained_cfg, "architecture": "decor_resnet50"}
+    by_argument = create_on_meta("decor_resnet50", pretrained_cfg="a3_in1k")
+    assert by_argument.pretrained_cfg == model.pretrained_cfg
+
+
+def test_unknown_tag_names_the_known_ones() -> None:
+    with pytest.raises(RuntimeError, match=r"^decor_resnet18 has no tag 'a9_in1k'; tags: .*a1_in1k"):
+        timm.create_model("decor_resnet18.a9_in1k")
+
+
+def test_importing_again_lists_nothing_twice() -> None:
+    before = timm.list_pretrained("decor_*"), list(get_arch_pretrained_cfgs("decor_resnet50"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        importlib.reload(decor_resnet)
+    assert (timm.list_pretrained("decor_*"), list(get_arch_pretrained_cfgs("decor_resnet50"))) == before
+    assert timm.list_models(module="decor_resnet") == TWINS
+
+
+def test_checkpoints_pass_both_ways() -> None:
+    plain, twin, back = (timm.create_model(name).eval() for name in ("resnet18", "decor_resnet18", "resnet18"))
+    twin.load_state_dict(plain.state_dict(), strict=True)
+    back.load_state_dict(twin.state_dict(), strict=True)
+    x = images()
+    with torch.no_grad():
+        assert torch.equal(twin(x), plain(x))
+        assert torch.equal(back(x), plain(x))
+        features = twin.forward_features(x)
+        assert torch.equal(features, plain.forward_features(x))
+        assert torch.equal(twin.forward_head(features), plain(x))
+        assert torch.equal(twin.forward_head(features, pre_logits=True), plain.forward_head(features, pre_logits=True))
+
+
+def test_pretrained_weights(weights_file: Path) -> None:
+    overlay = {"file": str(weights_file)}
+    model = timm.create_model("decor_resnet18", pretrained=True, pretrained_cfg_overlay=overlay)
+    assert overlay == {"file": str(weights_file)}
+    assert model.pretrained_cfg["file"] == str(weights_file)
+    saved = load_weights(weights_file)
+    assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items())
+
+
+def test_pretrained_weights_with_other_classes_and_channels(weights_file: Path) -> None:
+    kwargs: dict[str, Any] = {"num_classes": 7, "in_chans": 1, "pretrained": True}
+    kwargs["pretrained_cfg_overlay"] = {"file": str(weights_file)}
+    twin, plain = (timm.create_model(name, **kwargs).eval() for name in ("decor_resnet18", "resnet18"))
+    assert twin.num_classes == 7
+    assert twin(images(channels=1)).shape == (2, 7)
+    assert torch.equal(twin.conv1.weight, load_weights(weights_file)["conv1.weight"].sum(1, keepdim=True))
+    body = {key: value for key, value in plain.state_dict().items() if not key.startswith("fc.")}
+    assert all(torch.equal(twin.state_dict()[key], value) for key, value in body.items())
+
+
+def test_checkpoint_path(weights_file: Path) -> None:
+    model = timm.create_model("decor_resnet18", checkpoint_path=str(weights_file))
+    assert torch.equal(model.fc.weight, load_weights(weights_file)["fc.weight"])
+
+
+def test_features_only(weights_file: Path) -> None:
+    kwargs: dict[str, Any] = {"features_only": True, "out_indices": (1, 3), "pretrained": True}
+    kwargs["pretrained_cfg_overlay"] = {"file": str(weights_file)}
+    twin = timm.create_model("decor_resnet18", **kwargs).eval()
+    plain = timm.create_model("resnet18", **kwargs).eval()
+    assert list(twin.state_dict()) == list(plain.state_dict())
+    assert twin.feature_info.channels() == [64, 256]
+    assert isinstance(twin.conv1, DecorConv2d)
+    x = images()
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(twin(x), plain(x), strict=True))
+
+
+def test_headless_model() -> None:
+    model = timm.create_model("decor_resnet18", num_classes=0, global_pool="")
+    assert model(images()).shape == (2, 512, 2, 2)
+
+
+def test_reset_classifier() -> None:
+    model = timm.create_model("decor_resnet18")
+    model.reset_classifier(5)
+    assert (model.num_classes, tuple(model(images()).shape)) == (5, (2, 5))
+    assert list(model.state_dict()) == list(create_on_meta("resnet18").state_dict())
+    assert model.get_classifier() is model.fc
+    handle = timm_decor.attach(model, torch.optim.SGD(model.parameters(), 0.1))
+    assert isinstance(model.fc, DecorLinear)  # timm made a new nn.Linear; attach decorrelates it like the old one
+    assert handle.report().rows[-1].name == "fc"
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_decor_config_reaches_the_model(as_dict: bool) -> None:
+    config = timm_decor.DecorConfig(structure="space", every=7)
+    model = create_on_meta("decor_resnet18", decor_config=config.to_dict() if as_dict else config)
+    assert model.decor_report.config == config
+
+
+def test_arguments_reach_timms_model() -> None:
+    model = create_on_meta("decor_resnet18", drop_rate=0.3, drop_path_rate=0.2, act_layer="silu")
+    assert model.drop_rate == 0.3
+    assert model.layer4[1].drop_path.drop_prob == pytest.approx(0.2)
+    assert isinstance(model.act1, nn.SiLU)
+
+
+def test_local_dir_source(tmp_path: Path) -> None:
+    """A folder as timm's hub code writes it, under the twin's name, loads by `local-dir:`."""
+    model = timm.create_model("decor_resnet18", num_classes=3)
+    # Not safetensors: the oldest supported timm does not read them from a folder.
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=False)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert isinstance(again.fc, DecorLinear)
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_to_plain_names_the_plain_architecture() -> None:
+    model = timm_decor.to_plain(create_on_meta("decor_resnet18.a1_in1k"))
+    assert model.pretrained_cfg == create_on_meta("resnet18.a1_in1k").pretrained_cfg
