@@ -212,7 +212,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=3, help="tune: epochs (default: 3)")
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds (default: 1)")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads (default: 1)")
-    parser.add_argument("--train-images", type=int, default=TRAIN_IMAGES)
+    parser.add_argument("--train-images", type=int, default=TRAIN_IMAGES, help="images to train on")
+    parser.add_argument("--held-out", type=int, default=HELD_OUT, help="tune: training images to measure on")
     parser.add_argument("--decor", default="{}", metavar="JSON", help="DecorConfig fields that are not the defaults")
     args = parser.parse_args(argv)
 
@@ -220,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     everything = Data.read(args.data_dir / "train.parquet")
     shuffled = torch.randperm(len(everything.x), generator=torch.Generator().manual_seed(0))
     train = everything[shuffled[: args.train_images]]
-    test = everything[shuffled[-HELD_OUT:]] if args.stage == "tune" else Data.read(args.data_dir / "test.parquet")
+    test = everything[shuffled[-args.held_out :]] if args.stage == "tune" else Data.read(args.data_dir / "test.parquet")
     config = timm_decor.DecorConfig.from_dict(json.loads(args.decor))
     grid = [(kind, lr, args.epochs) for kind in ("plain", "decor") for lr in args.grid]
     chosen = args.arm or (grid if args.stage == "tune" else parser.error("report needs --arm"))
