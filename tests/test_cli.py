@@ -1,0 +1,274 @@
+"""The command lines: what is accepted, what is refused in one line, and two runs from start to end."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from training_runs import DECOR, ROOT, TINY, history, reset_accelerate, train
+
+from timm_decor import DecorConfig
+from timm_decor.training import run as train_module
+from timm_decor.training import validation
+from timm_decor.training.args import as_recipe, decor_config, train_parser
+from timm_decor.training.errors import UserError, exit_code
+from timm_decor.training.run import parse
+
+DIGITS = ("--dataset", "digits", "--device", "cpu", "-j", "0", "--split", "test[:70]")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of a decorrelated test_resnet with averaged weights."""
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    return train(folder, *DECOR, "--epochs", 1, "--model-ema", "--model-ema-decay", "0.5")
+
+
+def refused(main: Callable[[Sequence[str]], None], prog: str, words: list[str], capsys: pytest.CaptureFixture) -> str:
+    """The one line that a command line is refused with."""
+    reset_accelerate()
+    assert exit_code(prog, main, words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"{prog}: error: ") and error.count("\n") == 1 and "Traceback" not in error
+    return error.removeprefix(f"{prog}: error: ").strip()
+
+
+TRAIN_ERRORS = [
+    ("--model decor_resnet81", "unknown model 'decor_resnet81'; near: decor_resnet1"),
+    ("--model resnet81", "unknown model 'resnet81'; near: resnet"),
+    ("--model decor_resnet18.a9_in1k", "decor_resnet18 has no tag 'a9_in1k'; tags: "),
+    ("--model resnet18.a9_in1k", "resnet18 has no tag 'a9_in1k'; tags: a1_in1k"),
+    ("--model-kwargs depth=3", "cannot create test_resnet: "),
+    ("--model-kwargs depth", "takes key=value, not 'depth'"),
+    ("--decor --decor-rule witen", "unknown rule 'witen'; did you mean 'whiten'?"),
+    ("--decor --decor-structure kroneker", "unknown structure 'kroneker'; did you mean 'kronecker'?"),
+    ("--decor --decor-rule dbp --decor-structure kronecker", "rule 'dbp' does not go with structure 'kronecker'"),
+    ("--decor --decor-kappa 1.5", "kappa=1.5: must be in [0, 1]"),
+    ("--decor --decor-damping -1", "damping=-1.0"),
+    ("--decor --decor-every 0", "every=0"),
+    ("--decor-damping 2", "--decor-damping does nothing for plain test_resnet: add --decor"),
+    ("--compare", "--compare needs a decorrelated model"),
+    ("--opt sdg", "unknown optimizer 'sdg'; near: sgd"),
+    ("--opt sgd --opt-kwargs foo=1", "optimizer sgd: "),
+    ("--sched cosin", "argument --sched: invalid choice: 'cosin'"),
+    ("--lrr 0.1", "unknown argument '--lrr'; near: --lr"),
+    ("--epochs 0", "argument --epochs: must be 1 or more, not 0"),
+    ("--epochs x", "argument --epochs: invalid count value: 'x'"),
+    ("--lr nan", "argument --lr: must be 0 or more, not nan"),
+    ("--smoothing 2", "argument --smoothing: must be in [0, 1], not 2"),
+    ("--batch-size 200", "the training split has 128"),
+    ("--mixup 0.5 --batch-size 33", "--batch-size must be even, not 33"),
+    ("--aa nonsense", "timm cannot make that transform"),
+    ("--num-classes 4", "but the model has 4 classes"),
+    ("--in-chans 2", "images have 1 or 3 channels, not 2"),
+    ("--mean 0.5 0.5", "--mean takes 1 or 3 values, not 2"),
+    ("--dataset digit", "unknown dataset 'digit'; near: digits"),
+    ("--dataset parquet", "--dataset parquet needs --data-dir"),
+    ("--dataset parquet --data-dir {tmp}/nope", "nope does not exist"),
+    ("--dataset parquet --data-dir {tmp}", "is empty"),
+    ("--dataset torch/cifar10 --data-dir {tmp}", "cannot open torch/cifar10, split train[:128]"),
+    ("--train-split train[", "split 'train['"),
+    ("--device tpu9", "--device tpu9: no such device"),
+    ("--amp", "--amp in float16 needs a GPU"),
+    ("-c {tmp}/nope.yaml", "cannot read recipe"),
+    ("--initial-checkpoint {tmp}/nope.pth", "no checkpoint file"),
+    ("--resume {tmp}/nope", "nothing to resume"),
+    ("--output {file}", "cannot make output folder"),
+    ("--eval-metric top6", "argument --eval-metric: invalid choice"),
+]
+
+
+@pytest.mark.parametrize(("words", "expected"), TRAIN_ERRORS, ids=[words for words, _ in TRAIN_ERRORS])
+def test_train_refuses_in_one_line(words: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    file = tmp_path.parent / f"{tmp_path.name}.txt"
+    file.touch()
+    extra = words.format(tmp=tmp_path, file=file).split()
+    output = [] if "--output" in extra else ["--output", str(tmp_path.parent / f"{tmp_path.name}-out")]
+    line = refused(train_module.main, "train.py", [*TINY, "--epochs", "1", *output, *extra], capsys)
+    assert expected in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture):
+    words = [*TINY, "--device", "cuda", "--output", str(tmp_path)]
+    assert "no usable CUDA GPU; use --device cpu" in refused(train_module.main, "train.py", words, capsys)
+
+
+class TestRecipes:
+    def written(self, folder: Path, text: str) -> str:
+        (folder / "r.yaml").write_text(text)
+        return str(folder / "r.yaml")
+
+    def test_the_command_line_overrides_the_recipe(self, tmp_path: Path):
+        recipe = self.written(
+            tmp_path, "lr: 0.5\nopt_betas: [0.8, 0.9]\namp: true\nmodel-kwargs: {a: 1, b: x}\ndecor_every: 7\n"
+        )
+        args = parse(["-c", recipe, "--lr", "0.25", "--no-amp"])
+        assert (args.lr, args.opt_betas, args.amp, args.decor_every) == (0.25, [0.8, 0.9], False, 7)
+        assert args.model_kwargs == {"a": 1, "b": "x"}
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("epoch: 3", "unknown key 'epoch'; near: epochs"),
+            ("epochs: -1", "argument --epochs: must be 1 or more, not -1"),
+            ("amp: 3", "must be true or false, not 3"),
+            ("lr: true", "takes a value, not True"),
+            ("- lr", "must be a mapping"),
+            ("a: [", "is not YAML"),
+            ("config: other.yaml", "unknown key 'config'"),
+        ],
+    )
+    def test_bad_ones_are_refused(self, text: str, expected: str, tmp_path: Path):
+        with pytest.raises(UserError) as error:
+            parse(["-c", self.written(tmp_path, text)])
+        assert expected in str(error.value)
+
+    def test_what_a_run_writes_reads_back(self, tmp_path: Path):
+        args = parse([*TINY, "--no-aug", "--mean", "-0.1", "--no-sched-on-updates", "--opt-kwargs", "a=1", "--decor"])
+        recipe = self.written(tmp_path, yaml.safe_dump(as_recipe(args)))
+        assert as_recipe(parse(["-c", recipe])) == as_recipe(args)
+
+    @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+    def test_the_published_ones_parse(self, path: Path):
+        args = parse(["-c", str(path), "--compare"])
+        decor_config(args)
+        assert f"recipes/{path.name}" in path.read_text().split("\n\n")[0], "the header says how it is run"
+
+
+class TestParser:
+    def test_every_knob_of_decorrelation_has_an_argument(self):
+        args = parse(["--decor-lr", "0.125", "--no-decor-preserve-function", "--decor-structure", "space"])
+        expected = dataclasses.replace(DecorConfig(), decor_lr=0.125, preserve_function=False, structure="space")
+        assert decor_config(args) == expected
+        flags = train_parser().format_help()
+        for spec in dataclasses.fields(DecorConfig):
+            assert f"--decor-{spec.name.removeprefix('decor_').replace('_', '-')}" in flags
+
+    @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a reminder for the checkout")
+    def test_every_argument_is_used(self):
+        code = "".join(path.read_text() for path in (ROOT / "timm_decor" / "training").glob("*.py"))
+        # read by timm's own helpers (optimizer_kwargs, scheduler_kwargs, resolve_data_config) from the namespace
+        timms = shlex.split(
+            "opt_eps opt_betas layer_decay interpolation momentum weight_decay decay_milestones decay_epochs "
+            "decay_rate warmup_lr warmup_epochs warmup_prefix cooldown_epochs min_lr patience_epochs lr_noise "
+            "lr_noise_pct lr_noise_std lr_cycle_mul lr_cycle_decay lr_cycle_limit lr_k_decay "
+            "sched_on_updates crop_pct mean std"
+        )
+        for action in train_parser()._actions:
+            read = f"args.{action.dest}" in code or f'"{action.dest}"' in code
+            known = action.dest in timms or action.dest.startswith("decor") or isinstance(action, argparse._HelpAction)
+            assert read or known, f"{action.dest} is accepted but read by nothing"
+
+
+class TestValidate:
+    def evaluated(self, folder: Path, *words: str) -> dict:
+        reset_accelerate()
+        out = folder / "result.json"
+        validation.main([*DIGITS, *words, "--results-file", str(out), "--results-format", "json"])
+        return json.loads(out.read_text())
+
+    def test_it_agrees_with_training(self, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+        result = self.evaluated(tmp_path, "--checkpoint", str(trained / "last.safetensors"))
+        row = history(trained)[-1]
+        assert json.loads(capsys.readouterr().out) == result
+        assert result["top1"] == pytest.approx(row["eval_top1"], abs=1e-3)
+        assert result["top5"] == pytest.approx(row["eval_top5"], abs=1e-3)
+        assert result["loss"] == pytest.approx(row["eval_loss"], abs=1e-5)
+        assert (result["model"], result["images"], result["img_size"]) == ("test_resnet", 70, 32)
+
+    def test_averaged_weights(self, trained: Path, tmp_path: Path):
+        result = self.evaluated(tmp_path, "--checkpoint", str(trained / "last.safetensors"), "--use-ema")
+        assert result["loss"] == pytest.approx(history(trained)[-1]["ema_loss"], abs=1e-5)
+        in_one_file = self.evaluated(
+            tmp_path, "--checkpoint", str(trained / "resume.pt"), "--use-ema", "--model", "test_resnet",
+            *("--img-size", "32", "--crop-pct", "1"),
+        )  # fmt: skip
+        assert in_one_file["loss"] == pytest.approx(result["loss"], abs=1e-5)
+
+    def test_both_names_take_the_same_checkpoint(self, tmp_path: Path):
+        import timm
+
+        weights = timm.create_model("resnet10t", num_classes=10).state_dict()
+        save_file({key: value.contiguous() for key, value in weights.items()}, tmp_path / "w.safetensors")
+        torch.save({"state_dict": weights}, tmp_path / "w.pth")
+        pairs = (("resnet10t", "w.safetensors"), ("decor_resnet10t", "w.safetensors"), ("resnet10t", "w.pth"))
+        losses = [
+            self.evaluated(tmp_path, "--model", name, "--img-size", "32", "--checkpoint", str(tmp_path / file))["loss"]
+            for name, file in pairs
+        ]
+        assert losses == [pytest.approx(losses[0])] * 3
+
+    def test_csv(self, trained: Path, tmp_path: Path):
+        reset_accelerate()
+        checkpoint = str(trained / "last.safetensors")
+        validation.main([*DIGITS, "--checkpoint", checkpoint, "--results-file", str(tmp_path / "r.csv")])
+        with open(tmp_path / "r.csv", newline="") as file:
+            assert [row["images"] for row in csv.DictReader(file)] == ["70"]
+
+    @pytest.mark.parametrize(
+        ("words", "expected"),
+        [
+            ("--checkpoint {run}/last.safetensors --model resnet18", "does not fit resnet18: it has no 'conv1.weight'"),
+            (
+                "--checkpoint {run}/last.safetensors --num-classes 7",
+                "'fc.weight' has shape (10, 96), the model's is",
+            ),
+            ("--checkpoint {run}/summary.csv --model test_resnet", "summary.csv is not a checkpoint"),
+            ("--checkpoint {tmp}/cut.safetensors --model test_resnet", "cut.safetensors is not a checkpoint"),
+            ("--checkpoint {tmp}/list.pth --model test_resnet", "list.pth is not a checkpoint"),
+            ("--checkpoint {tmp}/evil.pth --model test_resnet", "evil.pth is not a checkpoint"),
+            ("--checkpoint {tmp}/bare.safetensors --use-ema --model test_resnet", "no averaged weights"),
+            ("--checkpoint {tmp}/nope.safetensors --model test_resnet", "no checkpoint file"),
+            ("--checkpoint {tmp}/bare.safetensors", "--model is needed"),
+            ("--model resnet81 --checkpoint {run}/last.safetensors", "unknown model 'resnet81'; near: "),
+            ("", "--model is needed"),
+            ("--checkpoint a --pretrained", "exclude each other"),
+            ("--use-ema --model resnet18", "--use-ema needs --checkpoint"),
+            (
+                "--checkpoint {run}/last.safetensors --results-file {tmp}/cut.safetensors/r.csv",
+                "cannot make output folder",
+            ),
+        ],
+    )
+    def test_it_refuses_in_one_line(
+        self, words: str, expected: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    ):
+        data = (trained / "last.safetensors").read_bytes()
+        (tmp_path / "cut.safetensors").write_bytes(data[: len(data) // 2])
+        torch.save([1, 2], tmp_path / "list.pth")
+        torch.save({"state_dict": Path("x")}, tmp_path / "evil.pth")
+        save_file(load_file(trained / "last.safetensors"), tmp_path / "bare.safetensors")
+        filled = words.format(run=trained, tmp=tmp_path).split()
+        assert expected in refused(validation.main, "validate.py", [*DIGITS, *filled], capsys)
+
+
+class TestAsCommands:
+    def call(self, *words: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+    def test_train_then_validate(self, tmp_path: Path):
+        words = [*TINY, *DECOR, "--epochs", "1", "--compare", "--output", str(tmp_path), "--experiment", "run"]
+        done = self.call("train.py", *words)
+        assert done.returncode == 0, done.stderr
+        assert f"picture: {tmp_path / 'run' / 'compare.png'}" in done.stdout and "| learning rate |" in done.stdout
+        assert "\r" not in done.stderr, "no progress bar where nobody looks"
+        done = self.call("validate.py", *DIGITS, "--checkpoint", str(tmp_path / "run" / "plain" / "best.safetensors"))
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["model"] == "test_resnet"
+
+    def test_an_error_is_one_line_and_exit_code_2(self):
+        done = self.call("train.py", "--model", "decor_resnet81")
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert done.stderr.startswith("train.py: error: unknown model 'decor_resnet81'; near: ")

@@ -1,0 +1,285 @@
+"""Training: fair twins, resuming, checkpoints, and the arguments that change how a model is trained."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from training_runs import DECOR, ROOT, TINY, history, reset_accelerate, train, untimed
+
+from timm_decor.training import arm as arm_module
+from timm_decor.training.compare import Side, markdown, summary, verdict
+from timm_decor.training.errors import UserError
+from timm_decor.training.loaders import Batches
+from timm_decor.training.validation import main as validate
+
+
+def weights(folder: Path, name: str = "last") -> dict[str, torch.Tensor]:
+    return load_file(folder / f"{name}.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished comparison: two decorrelated epochs, three plain ones at another learning rate."""
+    folder = tmp_path_factory.mktemp("runs") / "both"
+    return train(folder, *DECOR, "--epochs", 2, "--compare", "--compare-lr", 0.02, "--compare-epochs", 3)
+
+
+class TestComparison:
+    def test_taking_turns_changes_neither_side(self, run: Path, tmp_path: Path):
+        alone = train(tmp_path / "plain", "--epochs", 3, "--lr", 0.02)
+        assert untimed(history(run / "plain")) == untimed(history(alone))
+        assert same(weights(run / "plain"), weights(alone))
+        alone = train(tmp_path / "decorrelated", *DECOR, "--epochs", 2)
+        assert untimed(history(run / "decorrelated")) == untimed(history(alone))
+        assert same(weights(run / "decorrelated"), weights(alone))
+
+    def test_the_sides_differ(self, run: Path):
+        assert not same(weights(run / "plain"), weights(run / "decorrelated"))
+
+    def test_both_start_from_the_same_weights(self, tmp_path: Path):
+        run = train(tmp_path / "still", *DECOR, "--epochs", 1, "--lr", 0, "--compare")
+        mine, twin = weights(run / "decorrelated"), weights(run / "plain")
+        # the running statistics are those of the same images, too
+        assert all(torch.allclose(mine[key], twin[key], atol=1e-6) for key in mine)
+
+    def test_files(self, run: Path):
+        assert (run / "compare.png").read_bytes().startswith(b"\x89PNG")
+        table = (run / "compare.md").read_text()
+        assert "| learning rate | 0.05 | 0.02 |" in table and "| epochs | 2 | 3 |" in table
+        sides = json.loads((run / "compare.json").read_text())["sides"]
+        assert [len(side["history"]) for side in sides] == [2, 3]
+        assert [side["steps"] for side in sides] == [8, 12]
+
+    def test_resuming_goes_on_with_both_sides(self, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        folder = tmp_path / "both"
+        interrupt_after(monkeypatch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train(folder, *DECOR, "--epochs", 2, "--compare", "--compare-lr", 0.02, "--compare-epochs", 3)
+        monkeypatch.undo()
+        train(folder, "--resume", folder, base=[])
+        for side in ("plain", "decorrelated"):
+            assert same(weights(run / side), weights(folder / side))
+
+    def test_figures(self):
+        def side(name: str, accuracies: list[float], seconds: float) -> Side:
+            rows = [
+                {"epoch": i + 1, "steps": 10 * (i + 1), "epoch_seconds": seconds, "seconds": seconds * (i + 1)}
+                | {"eval_top1": accuracy, "train_loss": 1.0, "eval_loss": 1.0}
+                for i, accuracy in enumerate(accuracies)
+            ]
+            return Side(name, name, "sgd", 0.1, len(rows), rows)
+
+        quick, slow = side("quick", [50, 71, 80], 3.0), side("slow", [40, 70, 65], 2.0)
+        figures = summary(quick, slow)
+        assert (figures["reach_epoch"], figures["reach_seconds"]) == (2, 6.0)
+        assert (figures["best_top1"], figures["seconds_per_step"]) == (80, 0.3)
+        assert summary(slow, quick)["reach_epoch"] is None and summary(slow, quick)["best_top1"] == 70
+        assert "| time per step, ms (median epoch) | 300.0 | 200.0 |" in markdown((quick, slow))
+        assert "| as accurate as the other's best after epoch | 2 | - |" in markdown((quick, slow))
+        words = verdict((quick, slow))
+        assert "10.00 points above slow" in words and "1.50 times as long" in words and "after epoch 2 of 3" in words
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, epochs: int) -> None:
+    """Let training be interrupted when `epochs` epochs of all arms together are done."""
+    run_epoch, done = arm_module.Arm.run_epoch, []
+
+    def interrupted(self: arm_module.Arm) -> dict:
+        if len(done) == epochs:
+            raise KeyboardInterrupt
+        done.append(self)
+        return run_epoch(self)
+
+    monkeypatch.setattr(arm_module.Arm, "run_epoch", interrupted)
+
+
+class TestResume:
+    @pytest.mark.parametrize(
+        "words",
+        [
+            [*DECOR, "--drop", "0.2", "--mixup", "0.4"],
+            # a learning rate at which the accuracy does not move, so that plateau's schedule does
+            shlex.split("--lr 1e-5 --model-ema --model-ema-decay 0.9 --sched plateau --patience-epochs 0"),
+        ],
+        ids=["decorrelated", "ema-plateau"],
+    )
+    @pytest.mark.filterwarnings("ignore:PlateauLRScheduler")
+    def test_it_ends_where_an_uninterrupted_run_ends(
+        self, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        whole = train(tmp_path / "whole", *words, "--epochs", 4)
+        interrupt_after(monkeypatch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "parts", *words, "--epochs", 4)
+        monkeypatch.undo()
+        train(tmp_path / "parts", "--resume", tmp_path / "parts", base=[])
+        assert untimed(history(tmp_path / "parts")) == untimed(history(whole))
+        assert same(weights(tmp_path / "parts"), weights(whole))
+        if "--model-ema" in words:
+            assert history(whole)[-1]["lr"] < history(whole)[0]["lr"], "the schedule did something to restore"
+            assert same(weights(tmp_path / "parts", "last-ema"), weights(whole, "last-ema"))
+
+    def test_of_another_model_or_of_nothing(self, tmp_path: Path):
+        run = train(tmp_path / "run", "--epochs", 1)
+        with pytest.raises(UserError, match="does not fit resnet10t: "):
+            train(tmp_path / "run", "--resume", run, "--model", "resnet10t")
+        with pytest.raises(UserError, match="optimizer state does not fit"):
+            train(tmp_path / "run", "--resume", run, "--opt-kwargs", "--weight-decay", 0, *DECOR, "--opt", "sgd")
+        with pytest.raises(UserError, match="nothing to resume"):
+            train(tmp_path / "run", "--resume", tmp_path / "nope")
+        (run / "resume.pt").write_bytes(b"PK nonsense")
+        with pytest.raises(UserError, match="cannot resume from"):
+            train(tmp_path / "run", "--resume", run)
+
+
+class TestCheckpoints:
+    def test_the_plain_architecture_loads_them(self, tmp_path: Path):
+        run = train(tmp_path / "run", *DECOR, "--epochs", 1, "--channels-last")
+        model = timm.create_model("test_resnet", num_classes=10, checkpoint_path=str(run / "best.safetensors"))
+        assert same(model.state_dict(), weights(run))
+        with safe_open(run / "last.safetensors", "pt") as file:
+            metadata = file.metadata()
+        assert metadata["architecture"] == "test_resnet" and metadata["epoch"] == "1"
+
+    def test_the_best_ones_are_kept(self, tmp_path: Path):
+        run = train(tmp_path / "run", "--epochs", 4, "--checkpoint-hist", 2, "--eval-metric", "loss")
+        ranked = sorted(history(run), key=lambda row: row["eval_loss"])
+        kept = {int(file.stem.split("-")[1]) for file in run.glob("checkpoint-*")}
+        assert kept == {int(row["epoch"]) for row in ranked[:2]}
+        with safe_open(run / "best.safetensors", "pt") as file:
+            assert int(file.metadata()["epoch"]) == ranked[0]["epoch"]
+        assert not list(run.glob(".*")), "no unfinished file stays behind"
+
+    def test_a_non_finite_loss_stops_and_keeps_the_last_good_one(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        getitems = Batches.__getitems__
+
+        def poisoned(self: Batches, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+            images, labels = getitems(self, indices)
+            return (images * math.nan if int(self._epoch) == 1 else images), labels
+
+        monkeypatch.setattr(Batches, "__getitems__", poisoned)
+        with pytest.raises(UserError, match="loss is not finite in epoch 2, step 5"):
+            train(tmp_path / "run", *DECOR, "--epochs", 3)
+        with safe_open(tmp_path / "run" / "last.safetensors", "pt") as file:
+            assert file.metadata()["epoch"] == "1"
+        assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
+
+    def test_results_name_no_place_on_this_machine(self, tmp_path: Path):
+        run = train(tmp_path / "run", "--epochs", 1)
+        results = json.loads((run / "results.json").read_text())
+        assert str(tmp_path) not in json.dumps(results)
+        assert results["final"]["steps"] == 4 and set(results["versions"]) >= {"torch", "timm", "timm_decor"}
+
+
+class TestArguments:
+    def test_schedule_on_updates(self, tmp_path: Path):
+        run = train(tmp_path / "run", "--epochs", 4, "--sched", "poly", "--decay-rate", 1, "--warmup-epochs", 0.5)
+        rates = [row["lr"] for row in history(run)]
+        # 16 updates, the last of an epoch being number 4 k - 1: 2 of warm-up, then linear decay to 0
+        assert rates == pytest.approx([0.05 * (1 - n / 16) for n in (3, 7, 11, 15)])
+
+    def test_learning_rate_from_the_batch_size(self, tmp_path: Path):
+        words = ("--epochs", 1, "--sched", "none", "--lr-base", 0.1)
+        base = [word for i, word in enumerate(TINY) if "--lr" not in (word, TINY[i - 1])]
+        assert history(train(tmp_path / "a", *words, base=base))[0]["lr"] == pytest.approx(0.1 * 32 / 256)
+        words += ("--opt", "adamw", "--grad-accum-steps", 2)
+        assert history(train(tmp_path / "b", *words, base=base))[0]["lr"] == pytest.approx(0.1 * 0.5)
+
+    def test_gradient_accumulation_equals_the_larger_batch(self, tmp_path: Path):
+        words = ("--model", "test_vit", "--model-kwargs", "img_size=32", "--no-aug", "--epochs", 2)
+        whole = train(tmp_path / "whole", *words, "-b", 64)
+        parts = train(tmp_path / "parts", *words, "-b", 32, "--grad-accum-steps", 2)
+        assert [row["steps"] for row in history(parts)] == [row["steps"] for row in history(whole)] == [2, 4]
+        a, b = weights(whole), weights(parts)
+        assert all(torch.allclose(a[key], b[key], rtol=1e-3, atol=1e-5) for key in a)
+
+    def test_clipping_bounds_the_step(self, tmp_path: Path):
+        still = train(tmp_path / "still", "--epochs", 1, "--lr", 0)
+        words = ("--epochs", 1, "--sched", "none", "--lr", 1, "--opt", "momentum", "--momentum", 0)
+        words += ("--weight-decay", 0, "--clip-grad", 1e-3)
+        moved = train(tmp_path / "moved", *words)
+        names = [name for name, _ in timm.create_model("test_resnet", num_classes=10).named_parameters()]
+        a, b = weights(still), weights(moved)
+        distance = math.sqrt(sum(float((a[name] - b[name]).square().sum()) for name in names))
+        assert 1e-4 < distance <= 4 * 1e-3 * 1.01, "four updates of length 1e-3 at most"
+
+    def test_ema(self, tmp_path: Path):
+        words = ("--epochs", 1, "--model-ema", "--model-ema-decay")
+        kept = train(tmp_path / "a", *words, 0)
+        assert same(weights(kept, "last-ema"), weights(kept))
+        run = train(tmp_path / "b", *words, 0.9)
+        assert not same(weights(run, "last-ema"), weights(run))
+        row = history(run)[0]
+        assert row["ema_loss"] != row["eval_loss"]
+
+    @pytest.mark.parametrize("words", [["--mixup", "0.5", "--bce-loss"], ["--bce-loss"], ["--smoothing", "0.1"]])
+    def test_losses(self, words: list[str], tmp_path: Path):
+        plain = history(train(tmp_path / "plain", "--epochs", 1))[0]["train_loss"]
+        other = history(train(tmp_path / "other", "--epochs", 1, *words))[0]["train_loss"]
+        assert math.isfinite(other) and abs(other - plain) > 1e-3
+
+    def test_mixed_precision(self, tmp_path: Path):
+        run = train(tmp_path / "amp", *DECOR, "--epochs", 2, "--amp", "--amp-dtype", "bfloat16")
+        full = train(tmp_path / "full", *DECOR, "--epochs", 2)
+        assert all(value.dtype == torch.float32 for value in weights(run).values() if value.is_floating_point())
+        a, b = history(run)[0]["train_loss"], history(full)[0]["train_loss"]
+        assert a != b and a == pytest.approx(b, rel=0.1)
+
+    def test_val_interval(self, tmp_path: Path):
+        run = train(tmp_path / "run", "--epochs", 3, "--val-interval", 2)
+        assert ["eval_top1" in row for row in history(run)] == [False, True, True]
+
+    def test_one_channel(self, tmp_path: Path):
+        run = train(tmp_path / "run", "--epochs", 1, "--in-chans", 1)
+        assert weights(run)["conv1.0.weight"].shape[1] == 1
+
+
+def test_it_learns(tmp_path: Path):
+    words = ["--train-split", "train[:512]", "--epochs", "4", "--lr", "0.1"]
+    assert history(train(tmp_path / "run", *DECOR, *words))[-1]["eval_top1"] > 60
+
+
+def test_two_processes(tmp_path: Path):
+    """The batches are shared out, evaluation counts every image once, and one process writes what both agree on."""
+    arguments = [
+        *TINY,
+        *DECOR,
+        "--compare",
+        "--epochs",
+        "2",
+        "--lr",
+        "0.2",
+        "--output",
+        str(tmp_path),
+        "--experiment",
+        "run",
+    ]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launch, str(ROOT / "train.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("epoch 2/2") == 2, "once for each twin"
+    for side in ("decorrelated", "plain"):
+        rows = history(tmp_path / "run" / side)
+        assert [row["steps"] for row in rows] == [2, 4], "128 images in batches of 2 x 32"
+        checkpoint = tmp_path / "run" / side / "last.safetensors"
+        reset_accelerate()
+        words = f"--dataset digits --split test[:70] --device cpu -j 0 -b 32 --checkpoint {checkpoint}"
+        validate([*words.split(), "--results-file", str(tmp_path / "r.json"), "--results-format", "json"])
+        result = json.loads((tmp_path / "r.json").read_text())
+        assert result["loss"] == pytest.approx(rows[-1]["eval_loss"], abs=2e-6)
+        assert result["top1"] == pytest.approx(rows[-1]["eval_top1"], abs=1e-3)

@@ -1,0 +1,55 @@
+"""Short training runs in this process, for the tests of training and of the command lines."""
+
+from __future__ import annotations
+
+import csv
+import shlex
+from pathlib import Path
+from typing import Any
+
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from timm_decor.training.run import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# timm's smallest ResNet on 128 digits: an epoch takes a second or so.
+TINY = shlex.split(
+    "--model test_resnet --dataset digits --train-split train[:128] --val-split test[:70] --img-size 32 --crop-pct 1 "
+    "-b 32 --lr 0.05 --warmup-epochs 0 --hflip 0 --color-jitter 0 --scale 0.8 1.0 --smoothing 0 -j 0 --device cpu"
+)
+DECOR = ["--decor", "--decor-every", "3", "--decor-sample", "0.5"]
+
+
+def reset_accelerate() -> None:
+    """Let the next Accelerator choose its own precision: Accelerate keeps the first one's for the whole process."""
+    AcceleratorState._reset_state(True)
+    PartialState._reset_state()
+    GradientState._reset_state()
+
+
+def train(folder: Path, *words: Any, base: list[str] = TINY) -> Path:
+    """Run train.py in this process.
+
+    Args:
+        folder: the run's folder.
+        words: arguments on top of `base`.
+        base: arguments.
+
+    Returns:
+        The run's folder.
+    """
+    reset_accelerate()
+    main([*base, "--output", str(folder.parent), "--experiment", folder.name, *map(str, words)])
+    return folder
+
+
+def history(folder: Path) -> list[dict[str, float]]:
+    """summary.csv's rows as numbers."""
+    with open(folder / "summary.csv", newline="") as file:
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def untimed(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Rows without what depends on the clock."""
+    return [{key: value for key, value in row.items() if "second" not in key and key != "images_per_s"} for row in rows]

@@ -1,0 +1,227 @@
+"""The arguments of train.py and validate.py. Names and defaults are timm's where timm has them.
+
+Deliberate differences: values are range-checked, switches also have a `--no-` form so that a command line can undo a
+recipe, schedules step on every update, and `--device`, `--workers` and `--num-classes` are found out when not given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from timm_decor.config import DecorConfig
+from timm_decor.training.errors import UserError
+from timm_decor.training.parser import KeyValues, Parser, amount, count, index, share
+
+_SWITCH = argparse.BooleanOptionalAction
+_SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "constant", "none")
+
+
+def train_parser() -> Parser:
+    """The command line of train.py."""
+    parser = Parser(prog="train.py", description="Train a timm image classifier, decorrelated or plain.")
+    parser.add_argument("-c", "--config", metavar="FILE", help="YAML recipe; the command line overrides it")
+    add_data_arguments(parser, batch_size=128)
+    group = parser.add_argument_group("training data")
+    group.add_argument("--train-split", default="train", metavar="NAME", help="training split, as in train[:1000]")
+    group.add_argument("--val-split", default="validation", metavar="NAME", help="falls back to val or test")
+    group.add_argument("-vb", "--validation-batch-size", type=count, metavar="N", help="default: --batch-size")
+    add_model_arguments(parser, default_model="decor_resnet18")
+    group = parser.add_argument_group("start")
+    group.add_argument("--pretrained", action=_SWITCH, default=False, help="start from timm's pretrained weights")
+    group.add_argument("--initial-checkpoint", metavar="FILE", help="start from these weights")
+    group.add_argument("--resume", metavar="PATH", help="run folder (or its resume.pt) to go on with, in place")
+    group.add_argument("--drop", type=share, default=0.0, metavar="PCT", help="dropout rate")
+    group.add_argument("--drop-path", type=share, metavar="PCT", help="drop path rate")
+    group.add_argument("--grad-checkpointing", action=_SWITCH, default=False, help="trade compute for memory")
+    _add_decor_arguments(parser)
+    _add_optimizer_arguments(parser)
+    _add_schedule_arguments(parser)
+    _add_augmentation_arguments(parser)
+    _add_run_arguments(parser)
+    return parser
+
+
+def validate_parser() -> Parser:
+    """The command line of validate.py."""
+    parser = Parser(prog="validate.py", description="Evaluate a checkpoint, or timm's pretrained weights.")
+    add_data_arguments(parser, batch_size=256)
+    add_model_arguments(parser, default_model=None)
+    parser.add_argument("--split", default="validation", metavar="NAME", help="falls back to val or test")
+    parser.add_argument("--checkpoint", metavar="FILE", help="safetensors, or a torch file that loads weights-only")
+    parser.add_argument("--pretrained", action=_SWITCH, default=False, help="timm's weights; implied by no checkpoint")
+    parser.add_argument("--use-ema", action=_SWITCH, default=False, help="the checkpoint's averaged weights")
+    parser.add_argument("--results-file", metavar="FILE", help="write the result here as well")
+    parser.add_argument("--results-format", choices=("csv", "json"), default="csv", help="format of that file")
+    parser.add_argument("--seed", type=index, default=42, help="random seed")
+    return parser
+
+
+def add_data_arguments(parser: Parser, batch_size: int) -> None:
+    """Arguments that say which images, and how they become tensors."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--data-dir", metavar="DIR", help="root folder of the data")
+    group.add_argument(
+        "--dataset",
+        metavar="NAME",
+        help="digits (scikit-learn's, no folder needed), parquet, folder, torch/<name> or hfds/<name>; "
+        "default: folder with --data-dir, else digits",
+    )
+    group.add_argument("--dataset-download", action=_SWITCH, default=False, help="let torch/ datasets download")
+    group.add_argument("--class-map", metavar="FILE", help="file that maps class names to indices (folder)")
+    group.add_argument("--input-key", metavar="NAME", help="image column (parquet, hfds)")
+    group.add_argument("--target-key", metavar="NAME", help="label column (parquet, hfds)")
+    group.add_argument(
+        "--cache-images",
+        action=_SWITCH,
+        help="keep decoded images in memory; default: yes for digits and parquet where that takes less than 1 GiB",
+    )
+    group.add_argument("-b", "--batch-size", type=count, default=batch_size, metavar="N", help="per process")
+    group.add_argument("-j", "--workers", type=index, metavar="N", help="data processes; default: CPUs - 2, at most 8")
+    group.add_argument("--pin-mem", action=_SWITCH, default=False, help="pin CPU memory for the transfer to a GPU")
+    group.add_argument("--img-size", type=count, metavar="N", help="default: the model's")
+    group.add_argument("--in-chans", type=count, metavar="N", help="image channels: 3 (default) or 1")
+    group.add_argument("--input-size", nargs=3, type=count, metavar=("C", "H", "W"), help="instead of the two above")
+    group.add_argument("--crop-pct", type=amount, metavar="PCT", help="centre crop at evaluation; default: the model's")
+    group.add_argument("--mean", type=float, nargs="+", help="mean pixel value; default: the model's")
+    group.add_argument("--std", type=float, nargs="+", help="deviation of pixel values; default: the model's")
+    group.add_argument("--interpolation", metavar="NAME", help="resize interpolation; default: the model's")
+
+
+def add_model_arguments(parser: Parser, default_model: str | None) -> None:
+    """Arguments that say which model, on which device."""
+    group = parser.add_argument_group("model")
+    group.add_argument("-m", "--model", default=default_model, metavar="NAME", help="any timm model, or a decor_ one")
+    group.add_argument("--num-classes", type=count, metavar="N", help="default: the data set's, else the model's")
+    group.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="for the model")
+    group.add_argument("--channels-last", action=_SWITCH, default=False, help="channels_last memory layout")
+    group.add_argument("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="compile the model")
+    group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:N or mps; default: the best there is")
+    group.add_argument("--amp", action=_SWITCH, default=False, help="automatic mixed precision")
+    group.add_argument("--amp-dtype", default="float16", choices=("float16", "bfloat16"), help="AMP's dtype")
+
+
+def _decor_dest(name: str) -> str:
+    return "decor_" + name.removeprefix("decor_")
+
+
+def _add_decor_arguments(parser: Parser) -> None:
+    """`--decor` and one `--decor-*` argument per field of DecorConfig: a new knob appears here by itself."""
+    group = parser.add_argument_group("decorrelation", "For decor_ models, and for any other with --decor.")
+    group.add_argument("--decor", action=_SWITCH, default=False, help="decorrelate a plain timm model")
+    for spec in dataclasses.fields(DecorConfig):
+        flag = "--" + _decor_dest(spec.name).replace("_", "-")
+        text = spec.metadata.get("help", spec.name)
+        if isinstance(spec.default, bool):
+            group.add_argument(flag, action=_SWITCH, default=spec.default, help=text)
+        else:
+            group.add_argument(flag, type=type(spec.default), default=spec.default, metavar="X", help=text)
+
+
+def decor_config(args: argparse.Namespace) -> DecorConfig:
+    """The DecorConfig that the `--decor-*` arguments describe.
+
+    Raises:
+        UserError: what DecorConfig refuses, in its words.
+    """
+    try:
+        return DecorConfig(**{s.name: getattr(args, _decor_dest(s.name)) for s in dataclasses.fields(DecorConfig)})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--decor-*: {error}") from error
+
+
+def changed_decor_flags(args: argparse.Namespace) -> list[str]:
+    """The `--decor-*` arguments that differ from their defaults."""
+    specs = [(_decor_dest(spec.name), spec.default) for spec in dataclasses.fields(DecorConfig)]
+    return ["--" + dest.replace("_", "-") for dest, default in specs if getattr(args, dest) != default]
+
+
+def _add_optimizer_arguments(parser: Parser) -> None:
+    group = parser.add_argument_group("optimizer")
+    group.add_argument("--opt", default="sgd", metavar="NAME", help="one of timm's optimizers")
+    group.add_argument("--opt-eps", type=amount, metavar="EPS", help="default: the optimizer's")
+    group.add_argument("--opt-betas", type=float, nargs="+", metavar="BETA", help="default: the optimizer's")
+    group.add_argument("--momentum", type=amount, default=0.9, help="optimizer momentum")
+    group.add_argument("--weight-decay", type=amount, default=2e-5, help="not applied to biases and norms")
+    group.add_argument("--clip-grad", type=amount, metavar="NORM", help="clip gradients; default: no")
+    group.add_argument("--clip-mode", default="norm", choices=("norm", "value", "agc"), help="how to clip")
+    group.add_argument("--layer-decay", type=amount, metavar="X", help="layer-wise learning rate decay")
+    group.add_argument("--opt-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="for the optimizer")
+    group.add_argument("--grad-accum-steps", type=count, default=1, metavar="N", help="batches an update")
+    group.add_argument("--model-ema", action=_SWITCH, default=False, help="keep a moving average of the weights")
+    group.add_argument("--model-ema-decay", type=share, default=0.9998, help="of that average")
+    group.add_argument("--model-ema-warmup", action=_SWITCH, default=False, help="let that decay grow from 0")
+
+
+def _add_schedule_arguments(parser: Parser) -> None:
+    group = parser.add_argument_group("learning rate")
+    group.add_argument("--sched", default="cosine", choices=_SCHEDULES, metavar="NAME", help=", ".join(_SCHEDULES))
+    group.add_argument("--sched-on-updates", action=_SWITCH, default=True, help="step the schedule on each update")
+    group.add_argument("--lr", type=amount, help="learning rate; default: from --lr-base")
+    group.add_argument("--lr-base", type=amount, default=0.1, help="lr = lr_base * global_batch / lr_base_size")
+    group.add_argument("--lr-base-size", type=count, default=256, metavar="N", help="see --lr-base")
+    group.add_argument("--lr-base-scale", choices=("linear", "sqrt"), help="default: by optimizer, as timm does")
+    group.add_argument("--lr-noise", type=float, nargs="+", help="epoch shares at which noise goes on and off")
+    group.add_argument("--lr-noise-pct", type=amount, default=0.67, help="limit of that noise")
+    group.add_argument("--lr-noise-std", type=amount, default=1.0, help="deviation of that noise")
+    group.add_argument("--lr-cycle-mul", type=amount, default=1.0, help="factor of a cycle's length")
+    group.add_argument("--lr-cycle-decay", type=amount, default=0.5, help="factor of the learning rate, per cycle")
+    group.add_argument("--lr-cycle-limit", type=count, default=1, help="number of cycles")
+    group.add_argument("--lr-k-decay", type=amount, default=1.0, help="k-decay of cosine and poly")
+    group.add_argument("--warmup-lr", type=amount, default=1e-5, help="learning rate at the first update")
+    group.add_argument("--warmup-epochs", type=amount, default=5, metavar="N", help="may be a fraction of an epoch")
+    group.add_argument("--warmup-prefix", action=_SWITCH, default=False, help="schedule starts after the warm-up")
+    group.add_argument("--cooldown-epochs", type=index, default=0, metavar="N", help="epochs at --min-lr, at the end")
+    group.add_argument("--min-lr", type=amount, default=0.0, help="lower bound")
+    group.add_argument("--epochs", type=count, default=300, metavar="N", help="epochs to train")
+    group.add_argument("--decay-milestones", type=count, nargs="+", default=[90, 180, 270], help="multistep's epochs")
+    group.add_argument("--decay-epochs", type=amount, default=90, metavar="N", help="step's interval")
+    group.add_argument("--decay-rate", "--dr", type=amount, default=0.1, help="step's factor; poly's power")
+    group.add_argument("--patience-epochs", type=index, default=10, metavar="N", help="plateau's patience")
+
+
+def _add_augmentation_arguments(parser: Parser) -> None:
+    group = parser.add_argument_group("augmentation and loss")
+    group.add_argument("--no-aug", action="store_true", help="no training augmentation at all")
+    group.add_argument("--train-crop-mode", choices=("rrc", "rkrc", "rkrr"), help="default: rrc, a random resized crop")
+    group.add_argument("--scale", type=amount, nargs=2, default=[0.08, 1.0], help="share of the area a crop takes")
+    group.add_argument("--ratio", type=amount, nargs=2, default=[3 / 4, 4 / 3], help="a crop's aspect ratio")
+    group.add_argument("--hflip", type=share, default=0.5, help="chance of a horizontal flip")
+    group.add_argument("--vflip", type=share, default=0.0, help="chance of a vertical flip")
+    group.add_argument("--color-jitter", type=amount, default=0.4, help="strength of colour jitter")
+    group.add_argument("--aa", metavar="POLICY", help="AutoAugment or RandAugment policy, as rand-m9-mstd0.5")
+    group.add_argument("--reprob", type=share, default=0.0, help="chance of random erasing")
+    group.add_argument("--remode", default="pixel", choices=("const", "rand", "pixel"), help="what erasing writes")
+    group.add_argument("--recount", type=count, default=1, help="blocks to erase")
+    group.add_argument("--mixup", type=amount, default=0.0, metavar="ALPHA", help="mixup, if above 0")
+    group.add_argument("--cutmix", type=amount, default=0.0, metavar="ALPHA", help="cutmix, if above 0")
+    group.add_argument("--cutmix-minmax", type=share, nargs=2, help="cutmix's smallest and largest share")
+    group.add_argument("--mixup-prob", type=share, default=1.0, help="chance that a batch is mixed")
+    group.add_argument("--mixup-switch-prob", type=share, default=0.5, help="chance of cutmix where both are on")
+    group.add_argument("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="what shares a mix")
+    group.add_argument("--mixup-off-epoch", type=index, default=0, metavar="N", help="stop mixing there, if above 0")
+    group.add_argument("--train-interpolation", default="random", help="random, bilinear or bicubic")
+    group.add_argument("--smoothing", type=share, default=0.1, help="label smoothing")
+    group.add_argument("--bce-loss", action=_SWITCH, default=False, help="binary cross-entropy")
+    group.add_argument("--bce-target-thresh", type=share, help="threshold for softened targets of --bce-loss")
+
+
+def _add_run_arguments(parser: Parser) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument("--seed", type=index, default=42, help="random seed")
+    group.add_argument("--log-interval", type=count, default=50, metavar="N", help="batches between progress figures")
+    group.add_argument("--val-interval", type=count, default=1, metavar="N", help="epochs between evaluations")
+    group.add_argument("--checkpoint-hist", type=index, default=10, metavar="N", help="best checkpoints to keep")
+    group.add_argument("--output", default="output", metavar="DIR", help="folder of runs")
+    group.add_argument("--experiment", metavar="NAME", help="this run's folder there; default: time-model-size")
+    group.add_argument("--eval-metric", default="top1", choices=("top1", "top5", "loss"), help="what 'best' means")
+    group = parser.add_argument_group("comparison with the plain twin")
+    group.add_argument("--compare", action=_SWITCH, default=False, help="train both twins and write the comparison")
+    group.add_argument("--compare-lr", type=amount, metavar="LR", help="the twin's learning rate; default: the same")
+    group.add_argument("--compare-epochs", type=count, metavar="N", help="the twin's epochs; default: the same")
+
+
+def as_recipe(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments as a recipe that `-c` reads back; without those that name this very call."""
+    return {key: value for key, value in vars(args).items() if key not in ("config", "resume")}

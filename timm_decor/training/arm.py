@@ -1,0 +1,295 @@
+"""An arm: one model with all that trains it, an epoch at a time.
+
+A run has one arm, a comparison two. An arm shares nothing with another but the loaders, and each epoch starts from
+random numbers that depend on seed and epoch only, so arms may take turns without changing each other's results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.models import model_parameters
+from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import timm_decor
+from timm_decor.training.args import decor_config
+from timm_decor.training.build import check_fit, place
+from timm_decor.training.errors import UserError
+from timm_decor.training.evaluate import Metrics, evaluate
+from timm_decor.training.optim import make_loss, make_optimizer, make_scheduler
+from timm_decor.training.runtime import mixed_seed, seed_everything
+
+Row = dict[str, Any]  # an epoch in summary.csv
+
+
+class NonFiniteLoss(UserError):
+    """The loss became infinite or NaN; training stops, and the checkpoints of the epochs before stay."""
+
+
+class Arm:
+    """One model in training.
+
+    Args:
+        name: for messages and tables.
+        model: on any device; moved, but kept the same object.
+        args: train.py's arguments, with `lr` resolved and `epochs` those of this arm.
+        accelerator: of this arm alone, because it holds the gradient scaler.
+        train_loader: prepared by any Accelerator; sets the number of updates an epoch.
+        eval_loader: the same.
+        decorrelated: attach decorrelation to the optimizer.
+
+    Attributes:
+        history: a row per finished epoch.
+        epochs: how many there will be.
+        handle: what `timm_decor.attach` returned, or None.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        args: argparse.Namespace,
+        accelerator: Accelerator,
+        train_loader: DataLoader[Any],
+        eval_loader: DataLoader[Any],
+        decorrelated: bool,
+    ) -> None:
+        self.name = name
+        self.args = args
+        self.accelerator = accelerator
+        self.history: list[Row] = []
+        self._train_loader, self._eval_loader = train_loader, eval_loader
+        self.model = place(model, accelerator.device, args.channels_last)
+        # the average is a copy: made before anything wraps or attaches to the model
+        self.ema = (
+            ModelEmaV3(self.model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+            if args.model_ema
+            else None
+        )
+        optimizer = make_optimizer(args, self.model)
+        self._wrapped, self._optimizer = accelerator.prepare(self.model, optimizer)
+        self.handle = None
+        if decorrelated:
+            try:
+                self.handle = timm_decor.attach(self.model, self._optimizer, decor_config(args))
+            except ValueError as error:
+                raise UserError(f"{name}: {error}") from error
+        if args.torchcompile:
+            self._wrapped = torch.compile(self._wrapped, backend=args.torchcompile)
+        self._second_order = bool(getattr(optimizer, "is_second_order", False))
+        self._loss = make_loss(args).to(accelerator.device)
+        self._updates_per_epoch = -(-len(train_loader) // args.grad_accum_steps)
+        self._scheduler, self.epochs = make_scheduler(args, optimizer, self._updates_per_epoch)
+        self._schedule(0)
+
+    @property
+    def epoch(self) -> int:
+        """Finished epochs."""
+        return len(self.history)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer updates so far."""
+        return self.history[-1]["steps"] if self.history else 0
+
+    @property
+    def best(self) -> Row | None:
+        """The row with the best --eval-metric, of the averaged weights where there are any; the first of equals."""
+        column = self.metric_column
+        rows = [row for row in self.history if row.get(column) is not None]
+        sign = -1 if column.endswith("loss") else 1
+        return max(rows, key=lambda row: sign * row[column], default=None)
+
+    @property
+    def metric_column(self) -> str:
+        """The column of the history that decides what is best."""
+        return f"{'ema' if self.ema else 'eval'}_{self.args.eval_metric}"
+
+    def run_epoch(self) -> Row:
+        """Train one epoch, evaluate where one is due, and append the row to the history.
+
+        Raises:
+            NonFiniteLoss: names epoch and step.
+        """
+        epoch = self.epoch
+        row = self._train(epoch)
+        if self.accelerator.num_processes > 1:  # each process has its own running statistics
+            distribute_bn(self.model, self.accelerator.num_processes, reduce=True)
+            if self.ema:
+                distribute_bn(self.ema.module, self.accelerator.num_processes, reduce=True)
+        due = (epoch + 1) % self.args.val_interval == 0 or epoch + 1 == self.epochs
+        row |= _columns("eval", self.evaluate(self.model) if due else None)
+        if self.ema:
+            row |= _columns("ema", self.evaluate(self.ema.module) if due else None)
+        self.history.append(row)
+        self._schedule(epoch + 1)
+        return row
+
+    def evaluate(self, model: nn.Module) -> Metrics:
+        """Evaluate the model, or its average, on the evaluation split."""
+        return evaluate(model, self._eval_loader, self.accelerator, self.args.channels_last)
+
+    def _train(self, epoch: int) -> Row:
+        accelerator, args = self.accelerator, self.args
+        seed_everything(mixed_seed(args.seed, epoch, accelerator.process_index))
+        self._train_loader.set_epoch(epoch)  # type: ignore[attr-defined]
+        # Accelerate's loader passes this on by itself, but not on several processes
+        self._train_loader.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
+        self.model.train()
+        steps = self.steps
+        watch = _LossWatch(self.name, epoch, accelerator, args.log_interval)
+        bar = tqdm(
+            total=len(self._train_loader),
+            desc=f"{self.name} {epoch + 1}/{self.epochs}",
+            leave=False,
+            disable=not (accelerator.is_main_process and sys.stderr.isatty()),
+        )
+        start = time.perf_counter()
+        for images, labels in self._train_loader:
+            if args.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            with accelerator.accumulate(self._wrapped):
+                loss = self._loss(self._wrapped(images), labels)
+                watch.see(loss.detach(), len(images), steps + 1)
+                accelerator.backward(loss, create_graph=self._second_order)
+                if args.clip_grad is not None and accelerator.sync_gradients:
+                    self._clip()
+                self._optimizer.step()
+                self._optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                steps += 1
+                if self.ema:
+                    self.ema.update(self.model, step=steps)
+                lr = self._lr()
+                if self._scheduler is not None:
+                    self._scheduler.step_update(steps)
+            if watch.due:
+                bar.set_postfix(loss=f"{watch.check():.3f}", lr=f"{self._lr():.2g}", refresh=False)
+            bar.update()
+        bar.close()
+        if hasattr(self._optimizer.optimizer, "sync_lookahead"):
+            self._optimizer.optimizer.sync_lookahead()
+        train_loss, images_seen = watch.finish()
+        seconds = time.perf_counter() - start
+        return {
+            "epoch": epoch + 1,
+            "train_loss": train_loss,
+            "lr": lr,
+            "steps": steps,
+            "epoch_seconds": seconds,
+            "seconds": seconds + (self.history[-1]["seconds"] if self.history else 0.0),
+            "images_per_s": images_seen / seconds,
+        }
+
+    def _clip(self) -> None:
+        self.accelerator.unscale_gradients()
+        mode = self.args.clip_mode
+        dispatch_clip_grad(model_parameters(self.model, exclude_head="agc" in mode), self.args.clip_grad, mode=mode)
+
+    def _lr(self) -> float:
+        groups = self._optimizer.param_groups
+        return float(sum(group["lr"] for group in groups) / len(groups))
+
+    def _schedule(self, epoch: int) -> None:
+        """Tell the scheduler that `epoch` epochs are done; one that steps on updates looks at those."""
+        if self._scheduler is None:
+            return
+        if epoch:
+            self._scheduler.step(epoch, self.history[epoch - 1].get(self.metric_column))
+        self._scheduler.step_update(self.history[epoch - 1]["steps"] if epoch else 0)
+
+    def state(self) -> dict[str, Any]:
+        """All that is needed to go on, in tensors and plain Python types."""
+        scaler = self.accelerator.scaler
+        return {
+            "arch": self.args.model,
+            "epoch": self.epoch,
+            "history": self.history,
+            "state_dict": self.model.state_dict(),
+            "state_dict_ema": self.ema.module.state_dict() if self.ema else None,
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+
+    def load_state(self, state: dict[str, Any], path: str) -> None:
+        """Go on from what `state` returned.
+
+        Raises:
+            UserError: the state is of another model or optimizer.
+        """
+        check_fit(self.model, state["state_dict"], path)
+        self.model.load_state_dict(state["state_dict"])
+        if self.ema:
+            self.ema.module.load_state_dict(state["state_dict_ema"] or state["state_dict"])
+        self.history = list(state["history"])
+        # A schedule is a function of updates and of the metrics so far: replaying those restores it. Before the
+        # optimizer's state, because plateau's schedule multiplies the learning rates that it finds.
+        for epoch in range(self.epoch + 1):
+            self._schedule(epoch)
+        try:
+            self._optimizer.load_state_dict(state["optimizer"])
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise UserError(f"{path}: its optimizer state does not fit this run: {error}") from error
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+
+class _LossWatch:
+    """Adds up an epoch's loss and notices when it stops being finite, without making a GPU wait at every step."""
+
+    def __init__(self, name: str, epoch: int, accelerator: Accelerator, interval: int) -> None:
+        self._name, self._epoch, self._accelerator = name, epoch, accelerator
+        looking_is_free = accelerator.device.type == "cpu" and accelerator.num_processes == 1
+        self._interval = 1 if looking_is_free else interval
+        self._sums = torch.zeros(2, device=accelerator.device)
+        self._bad = torch.zeros((), dtype=torch.int64, device=accelerator.device)  # first bad step, or 0
+        self._last = self._sums[0]
+        self._seen = 0
+
+    def see(self, loss: Tensor, images: int, step: int) -> None:
+        """Count a batch's mean loss."""
+        self._sums += torch.stack((loss.float() * images, loss.new_tensor(images, dtype=torch.float32)))
+        self._bad = torch.where((self._bad == 0) & ~torch.isfinite(loss), step, self._bad)
+        self._last = loss
+        self._seen += 1
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to look."""
+        return self._seen % self._interval == 0
+
+    def check(self) -> float:
+        """The last batch's loss.
+
+        Raises:
+            NonFiniteLoss: one of the batches so far had a loss that is not finite.
+        """
+        first = self._accelerator.gather(self._bad[None])
+        if bool(first.any()):
+            step = int(first[first > 0].min())
+            raise NonFiniteLoss(
+                f"{self._name}: the loss is not finite in epoch {self._epoch + 1}, step {step}; the checkpoint of the "
+                f"epoch before is kept. Try a lower --lr, a longer --warmup-epochs or --clip-grad"
+            )
+        return float(self._last)
+
+    def finish(self) -> tuple[float, float]:
+        """The epoch's mean loss and number of images, over all processes; raises what `check` raises."""
+        self.check()
+        total, images = self._accelerator.reduce(self._sums, reduction="sum").tolist()
+        return total / images, images
+
+
+def _columns(prefix: str, metrics: Metrics | None) -> Row:
+    if metrics is None:
+        return {}
+    row = {f"{prefix}_loss": metrics.loss, f"{prefix}_top1": metrics.top1}
+    return row if metrics.top5 is None else row | {f"{prefix}_top5": metrics.top5}

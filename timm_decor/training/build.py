@@ -1,0 +1,207 @@
+"""The model of a run: names, twins, weights."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from timm.data import resolve_data_config
+from timm.models import get_arch_pretrained_cfgs, is_model, list_models, load_state_dict, split_model_name_tag
+from torch import nn
+
+import timm_decor
+from timm_decor.models import PREFIX, plain_name
+from timm_decor.training.args import changed_decor_flags, decor_config
+from timm_decor.training.errors import UserError, first_line, near
+
+EMA_SUFFIX = "-ema"  # last.safetensors has its averaged weights in last-ema.safetensors
+
+
+def is_decorrelated(args: argparse.Namespace) -> bool:
+    """Whether the arguments ask for a decorrelated model.
+
+    Raises:
+        UserError: `--decor-*` knobs were turned for a plain model.
+    """
+    if args.model.startswith(PREFIX) or args.decor:
+        return True
+    changed = changed_decor_flags(args)
+    if changed:
+        raise UserError(f"{changed[0]} does nothing for plain {args.model}: add --decor, or use a {PREFIX} model")
+    return False
+
+
+def check_model_name(name: str) -> None:
+    """Refuse an unknown architecture or tag, with its near misses; names such as hf-hub:... are left to timm.
+
+    Raises:
+        UserError: see above.
+    """
+    if ":" in name or "/" in name:
+        return
+    arch, tag = split_model_name_tag(name)
+    if not is_model(arch):
+        raise UserError(f"unknown model '{arch}'{near(arch, list_models())}")
+    tags = [split_model_name_tag(key)[1] for key in get_arch_pretrained_cfgs(arch)]
+    if tag and tag not in tags:
+        raise UserError(f"{arch} has no tag '{tag}'; tags: {', '.join(t for t in tags if t) or 'none'}")
+
+
+def create(args: argparse.Namespace, num_classes: int | None, in_chans: int) -> nn.Module:
+    """The model that the arguments name, with its starting weights; decorrelated where they say so.
+
+    Args:
+        args: of train.py or validate.py; only train.py's can decorrelate a plain name or drop.
+        num_classes: None for the model's own.
+        in_chans: image channels.
+
+    Raises:
+        UserError: unknown name or tag, arguments the model does not take, weights that do not load.
+    """
+    check_model_name(args.model)
+    kwargs = {"drop_rate": getattr(args, "drop", None) or None, "drop_path_rate": getattr(args, "drop_path", None)}
+    try:
+        model = timm.create_model(
+            args.model,
+            pretrained=args.pretrained,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            **kwargs,
+            **args.model_kwargs,
+        )
+        if getattr(args, "decor", False):
+            model = timm_decor.decorrelate(model, decor_config(args))
+    except (RuntimeError, ValueError, TypeError, KeyError, OSError, AttributeError, AssertionError) as error:
+        raise UserError(f"cannot create {args.model}: {first_line(error)}") from error
+    if getattr(args, "grad_checkpointing", False):
+        cast(Any, model).set_grad_checkpointing(True)
+    if getattr(args, "initial_checkpoint", None):
+        load_weights(model, args.initial_checkpoint)
+    return model
+
+
+def class_count(model: nn.Module) -> int:
+    """The number of classes of a timm model."""
+    return cast(int, model.num_classes)
+
+
+def place(model: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
+    """Move a model, in place, to a device and a memory layout."""
+    model.to(device=device)
+    return model.to(memory_format=torch.channels_last) if channels_last else model
+
+
+def plain_twin(model: nn.Module) -> nn.Module:
+    """A plain model with the same weights, as the other side of a comparison."""
+    return timm_decor.to_plain(copy.deepcopy(model))
+
+
+def twin_name(name: str) -> str:
+    """The plain architecture's name: `decor_resnet18` gives `resnet18`."""
+    return plain_name(name)
+
+
+def data_config(args: argparse.Namespace, model: nn.Module, in_chans: int) -> dict[str, Any]:
+    """timm's data configuration (input_size, mean, std, interpolation, crop) for the number of channels in use.
+
+    Raises:
+        UserError: --mean or --std of another length than the channels.
+    """
+    for name in ("mean", "std"):
+        given = getattr(args, name)
+        if given is not None and len(given) not in (1, in_chans):
+            raise UserError(f"--{name} takes 1 or {in_chans} values, not {len(given)}")
+    config = resolve_data_config(vars(args), model=model)
+    config["input_size"] = (in_chans, *config["input_size"][1:])
+    for name in ("mean", "std"):
+        if len(config[name]) != in_chans:  # timm's defaults are for RGB
+            config[name] = (sum(config[name]) / len(config[name]),) * in_chans
+    return config
+
+
+def input_channels(args: argparse.Namespace) -> int:
+    """Channels of the images: 3 unless --in-chans or --input-size says 1.
+
+    Raises:
+        UserError: neither 1 nor 3.
+    """
+    channels: int = args.input_size[0] if args.input_size else args.in_chans or 3
+    if channels not in (1, 3):
+        raise UserError(f"images have 1 or 3 channels, not {channels}")
+    return channels
+
+
+def load_weights(model: nn.Module, path: str, use_ema: bool = False) -> None:
+    """Load a checkpoint's weights: safetensors, or a torch file that loads with weights_only.
+
+    Args:
+        model: decorrelated or plain; both have the same keys.
+        path: the file.
+        use_ema: take the averaged weights: `<name>-ema.safetensors` next to `<name>.safetensors`, or `state_dict_ema`
+            inside a torch file.
+
+    Raises:
+        UserError: no such file, not a checkpoint, no averaged weights, or of another shape or architecture.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"no checkpoint file {path}")
+    if use_ema and file.suffix == ".safetensors" and not file.stem.endswith(EMA_SUFFIX):
+        averaged = file.with_name(f"{file.stem}{EMA_SUFFIX}{file.suffix}")
+        if not averaged.is_file():
+            raise UserError(f"{path} has no averaged weights: {averaged.name} is not next to it")
+        file = averaged
+    try:
+        if use_ema and file.suffix != ".safetensors":
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            if not isinstance(saved, dict) or not (saved.get("state_dict_ema") or saved.get("model_ema")):
+                raise UserError(f"{path} has no averaged weights")
+        weights = load_state_dict(str(file), use_ema=use_ema, weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # on arbitrary bytes the weights-only unpickler raises whatever it stumbles over
+        raise UserError(f"{path} is not a checkpoint: {first_line(error)}") from error
+    check_fit(model, weights, path)
+    model.load_state_dict(weights)
+
+
+def check_fit(model: nn.Module, weights: Any, path: str) -> None:
+    """Refuse a state dict that the model cannot load.
+
+    Raises:
+        UserError: names the first key that is missing, unknown, or of another shape.
+    """
+    own = model.state_dict()
+    if not isinstance(weights, dict) or not any(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise UserError(f"{path} is not a checkpoint: it holds no tensors")
+    for key, value in own.items():
+        if key not in weights:
+            raise UserError(f"{path} does not fit {_kind(model)}: it has no '{key}'")
+        if weights[key].shape != value.shape:
+            raise UserError(
+                f"{path} does not fit {_kind(model)}: '{key}' has shape {tuple(weights[key].shape)}, "
+                f"the model's is {tuple(value.shape)}"
+            )
+    extra = next((key for key in weights if key not in own), None)
+    if extra is not None:
+        raise UserError(f"{path} does not fit {_kind(model)}: the model has no '{extra}'")
+
+
+def _kind(model: nn.Module) -> str:
+    return str((getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__)
+
+
+def safetensors_metadata(path: str) -> dict[str, str]:
+    """The text that this project stores in its own checkpoints; empty for any other file."""
+    if not path.endswith(".safetensors"):
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError):
+        return {}  # load_weights will say what is wrong with it

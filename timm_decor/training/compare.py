@@ -1,0 +1,125 @@
+"""The comparison of a decorrelated model with its plain twin: pure functions from two histories to a table and text."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison.
+
+    Attributes:
+        name: for headings.
+        model: timm's name.
+        optimizer: timm's name.
+        lr: peak learning rate.
+        epochs: planned epochs.
+        history: summary.csv's rows.
+    """
+
+    name: str
+    model: str
+    optimizer: str
+    lr: float
+    epochs: int
+    history: list[dict[str, Any]]
+
+    @property
+    def evaluated(self) -> list[dict[str, Any]]:
+        """The epochs that were evaluated."""
+        return [row for row in self.history if row.get("eval_top1") is not None]
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The evaluated epoch with the highest top-1 accuracy, the first of equals."""
+        return max(self.evaluated, key=lambda row: row["eval_top1"])
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Median over epochs: one epoch that was disturbed does not count."""
+        before = [0] + [row["steps"] for row in self.history]
+        return median(row["epoch_seconds"] / (row["steps"] - n) for row, n in zip(self.history, before, strict=False))
+
+    def first_at(self, top1: float) -> dict[str, Any] | None:
+        """The first epoch whose accuracy is at least `top1` (%), or None."""
+        return next((row for row in self.evaluated if row["eval_top1"] >= top1), None)
+
+
+def summary(side: Side, other: Side) -> dict[str, Any]:
+    """One side's figures; `reach_*` says when it was first as accurate as the other's best, None for never."""
+    last, reached = side.evaluated[-1], side.first_at(other.best["eval_top1"])
+    return {
+        "model": side.model,
+        "optimizer": side.optimizer,
+        "lr": side.lr,
+        "epochs": side.epochs,
+        "steps": last["steps"],
+        "final_top1": last["eval_top1"],
+        "best_top1": side.best["eval_top1"],
+        "final_train_loss": last["train_loss"],
+        "final_eval_loss": last["eval_loss"],
+        "train_seconds": last["seconds"],
+        "seconds_per_step": side.seconds_per_step,
+        "reach_epoch": reached and reached["epoch"],
+        "reach_seconds": reached and reached["seconds"],
+    }
+
+
+# label, key of `summary`, format, factor to the label's unit
+_ROWS: tuple[tuple[str, str, str, float | None], ...] = (
+    ("model", "model", "{}", None),
+    ("optimizer", "optimizer", "{}", None),
+    ("learning rate", "lr", "{:.4g}", None),
+    ("epochs", "epochs", "{}", None),
+    ("steps", "steps", "{}", None),
+    ("final top-1 accuracy, %", "final_top1", "{:.2f}", None),
+    ("best top-1 accuracy, %", "best_top1", "{:.2f}", None),
+    ("final training loss", "final_train_loss", "{:.4f}", None),
+    ("final evaluation loss", "final_eval_loss", "{:.4f}", None),
+    ("training time, s", "train_seconds", "{:.1f}", None),
+    ("time per step, ms (median epoch)", "seconds_per_step", "{:.1f}", 1000),
+    ("as accurate as the other's best after epoch", "reach_epoch", "{}", None),
+    ("as accurate as the other's best after, s", "reach_seconds", "{:.1f}", None),
+)
+
+
+def markdown(sides: tuple[Side, Side]) -> str:
+    """The comparison as a markdown table, a column a side."""
+    figures = [summary(sides[0], sides[1]), summary(sides[1], sides[0])]
+    lines = [f"| | {sides[0].name} | {sides[1].name} |", "|---|---|---|"]
+    for label, key, form, factor in _ROWS:
+        cells = ["-" if f[key] is None else form.format(f[key] * factor if factor else f[key]) for f in figures]
+        lines.append(f"| {label} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines) + "\n"
+
+
+def verdict(sides: tuple[Side, Side]) -> str:
+    """Who won, in a sentence or two."""
+    mine, other = summary(sides[0], sides[1]), summary(sides[1], sides[0])
+    gap = mine["best_top1"] - other["best_top1"]
+    won = "level with" if abs(gap) < 0.005 else f"{abs(gap):.2f} points {'above' if gap > 0 else 'below'}"
+    cost = mine["seconds_per_step"] / other["seconds_per_step"]
+    text = (
+        f"{sides[0].name} ends {won} {sides[1].name} in best top-1 accuracy; its step takes {cost:.2f} times as long."
+    )
+    if mine["reach_epoch"] is not None:
+        text += (
+            f" It is as accurate as the twin's best after epoch {mine['reach_epoch']} of {mine['epochs']} "
+            f"({mine['reach_seconds']:.1f} s; the twin took {sides[1].best['seconds']:.1f} s)."
+        )
+    return text
+
+
+def as_json(sides: tuple[Side, Side], context: dict[str, Any]) -> dict[str, Any]:
+    """Everything in the comparison: context (configuration, versions, machine), figures and histories."""
+    return {
+        **context,
+        "verdict": verdict(sides),
+        "sides": [
+            {"name": side.name, **summary(side, other), "history": asdict(side)["history"]}
+            for side, other in (sides, sides[::-1])
+        ],
+    }

@@ -1,0 +1,46 @@
+"""The one exception for what the person at the keyboard can put right, and how it reaches them."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(Exception):
+    """Bad input: one line that names the thing, the value and what would work. The command line exits with code 2."""
+
+
+def near(name: str, known: Iterable[str], count: int = 3) -> str:
+    """The known names closest to `name`, as text to append to a message: `; near: a, b`, or nothing."""
+    matches = difflib.get_close_matches(name, list(known), n=count, cutoff=0.6)
+    return f"; near: {', '.join(matches)}" if matches else ""
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's message cut to its first line; its type where it has no message."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def message(error: UserError) -> str:
+    """The error's own line.
+
+    A DataLoader worker's exception is raised again in the main process with the worker's traceback as its message;
+    the line that was written for the reader is then the last one, behind the class name.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].split(f"{UserError.__name__}: ", 1)[-1]
+
+
+def exit_code(prog: str, main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
+    """Run a command line: 0 when it returned, 2 and one line on stderr for a `UserError`, 130 for an interrupt."""
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"{prog}: error: {message(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,65 @@
+"""Evaluation: loss and accuracy over every image of a loader, on every process."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Attributes:
+    loss: mean cross-entropy.
+    top1: accuracy in %.
+    top5: accuracy in %, None with five classes or fewer.
+    images: how many were seen.
+    seconds: wall-clock time, data loading included.
+    """
+
+    loss: float
+    top1: float
+    top5: float | None
+    images: int
+    seconds: float
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: DataLoader[Any],
+    accelerator: Accelerator,
+    channels_last: bool = False,
+) -> Metrics:
+    """Evaluate a model, in evaluation mode, on all images of a prepared loader; each image counts once."""
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device="cpu" if accelerator.device.type == "mps" else accelerator.device)
+    classes = 0
+    start = time.perf_counter()
+    for images, labels in loader:
+        if channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with accelerator.autocast():
+            output = model(images)
+        output = output.float()
+        classes = output.shape[1]
+        losses = functional.cross_entropy(output, labels, reduction="none")
+        ranked = output.topk(min(5, classes), dim=1).indices == labels[:, None]
+        # on several processes the last batch is padded; gather_for_metrics drops the padding
+        losses, ranked = accelerator.gather_for_metrics((losses, ranked))
+        batch = torch.stack((losses.sum(), ranked[:, 0].sum(), ranked.any(1).sum(), losses.new_tensor(len(losses))))
+        sums += batch.to(sums)
+    loss, top1, top5, images_seen = sums.tolist()
+    return Metrics(
+        loss=loss / images_seen,
+        top1=100 * top1 / images_seen,
+        top5=100 * top5 / images_seen if classes > 5 else None,
+        images=int(images_seen),
+        seconds=time.perf_counter() - start,
+    )

@@ -1,0 +1,240 @@
+"""From a source of images to batches on the device.
+
+All of the data's randomness (order, augmentation, erasing, mixup) is a function of seed, epoch and batch alone. It does
+not depend on worker processes, on what else draws random numbers, or on which model trains: so twins see the same
+batches, and a resumed run goes on with the batches that an uninterrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from timm.data import Mixup, create_transform
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from timm_decor.training.errors import UserError, first_line
+from timm_decor.training.runtime import available_cpus, mixed_seed, seed_everything
+from timm_decor.training.sources import Source, read
+
+
+class Batches(Dataset[Any]):
+    """A source seen through a transform; `__getitems__` gives a finished batch.
+
+    Args:
+        source: labelled images.
+        transform: PIL image to a uint8 tensor (or array) of shape (C, H, W).
+        mean: per channel, of pixel values in [0, 1].
+        std: the same.
+        num_classes: labels at or above it are refused.
+        seed: of every random choice made here.
+        erase: random erasing of a normalised batch, in place.
+        mixup: turns (images, labels) into mixed images and soft labels of shape (N, num_classes).
+        mixup_off_epoch: from that epoch on nothing is mixed; 0 for never.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Callable[[Any], Any],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        num_classes: int,
+        seed: int,
+        erase: RandomErasing | None = None,
+        mixup: Mixup | None = None,
+        mixup_off_epoch: int = 0,
+    ) -> None:
+        self.source = source
+        self._transform = transform
+        self._mean = 255 * torch.tensor(mean).view(1, -1, 1, 1)
+        self._std = 255 * torch.tensor(std).view(1, -1, 1, 1)
+        self._num_classes = num_classes
+        self._seed = seed
+        self._erase = erase
+        self._mixup = mixup
+        self._mixup_off_epoch = mixup_off_epoch
+        # shared memory, because persistent workers hold their own copy of this object
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose random numbers the next batches use."""
+        self._epoch.fill_(epoch)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        epoch = int(self._epoch)
+        with _random_numbers_of(mixed_seed(self._seed, epoch, indices[0])):
+            samples = [self._sample(index) for index in indices]
+            images = torch.stack([torch.as_tensor(image) for image, _ in samples]).float()
+            images.sub_(self._mean).div_(self._std)
+            labels = torch.tensor([label for _, label in samples])
+            if self._erase is not None:
+                images = self._erase(images)
+            if self._mixup is not None:
+                self._mixup.mixup_enabled = not self._mixup_off_epoch or epoch < self._mixup_off_epoch
+                images, labels = self._mixup(images, labels)
+        return images, labels
+
+    def _sample(self, index: int) -> tuple[Any, int]:
+        image, label = read(self.source, index)
+        if label >= self._num_classes:
+            raise UserError(
+                f"image {self.source.where(index)} has label {label}, but the model has {self._num_classes} classes"
+            )
+        return self._transform(image), label
+
+
+@contextlib.contextmanager
+def _random_numbers_of(seed: int) -> Iterator[None]:
+    """Seed the CPU generators, and put them back as they were afterwards."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPU's generators as well
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def train_loader(
+    args: argparse.Namespace, source: Source, data_config: dict[str, Any], num_classes: int, accelerator: Accelerator
+) -> DataLoader[Any]:
+    """The training batches: images (N, C, H, W), labels (N,) or soft labels (N, classes) with mixup or cutmix.
+
+    Args:
+        args: train.py's arguments.
+        source: the training images.
+        data_config: timm's: input_size, mean, std, interpolation.
+        num_classes: of the model.
+        accelerator: shards the batches over its processes and moves them to its device.
+
+    Raises:
+        UserError: fewer images than one global batch, or a transform that timm refuses.
+    """
+    wanted = args.batch_size * accelerator.num_processes
+    if len(source) < wanted:
+        raise UserError(f"--batch-size {args.batch_size} on {accelerator.num_processes} process(es) takes {wanted} "
+                        f"images a step; the training split has {len(source)}")  # fmt: skip
+    dataset = Batches(
+        source,
+        _transform(
+            input_size=data_config["input_size"],
+            is_training=True,
+            no_aug=args.no_aug,
+            train_crop_mode=args.train_crop_mode,
+            scale=args.scale,
+            ratio=args.ratio,
+            hflip=args.hflip,
+            vflip=args.vflip,
+            color_jitter=args.color_jitter or None,
+            auto_augment=args.aa,
+            interpolation=data_config["interpolation"] if args.no_aug else args.train_interpolation,
+            mean=data_config["mean"],
+            crop_pct=data_config["crop_pct"],
+        ),
+        data_config["mean"],
+        data_config["std"],
+        num_classes,
+        args.seed,
+        erase=_erasing(args),
+        mixup=_mixup(args, num_classes),
+        mixup_off_epoch=args.mixup_off_epoch,
+    )
+    seed_everything(args.seed)  # Accelerate's sampler takes its seed from torch's generator
+    return _loader(dataset, args.batch_size, args, accelerator, shuffle=True)
+
+
+def eval_loader(
+    args: argparse.Namespace, source: Source, data_config: dict[str, Any], num_classes: int, accelerator: Accelerator
+) -> DataLoader[Any]:
+    """Every image of an evaluation split once, in order; arguments as for `train_loader`."""
+    transform = _transform(
+        input_size=data_config["input_size"],
+        interpolation=data_config["interpolation"],
+        mean=data_config["mean"],
+        crop_pct=data_config["crop_pct"],
+        crop_mode=data_config["crop_mode"],
+    )
+    dataset = Batches(source, transform, data_config["mean"], data_config["std"], num_classes, args.seed)
+    batch_size = getattr(args, "validation_batch_size", None) or args.batch_size
+    return _loader(dataset, batch_size, args, accelerator, shuffle=False)
+
+
+def mixes(args: argparse.Namespace) -> bool:
+    """Whether mixup or cutmix is on."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def _mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
+    if not mixes(args):
+        return None
+    if args.batch_size % 2:
+        raise UserError(f"--mixup and --cutmix pair images up: --batch-size must be even, not {args.batch_size}")
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )
+
+
+def _erasing(args: argparse.Namespace) -> RandomErasing | None:
+    if not args.reprob or args.no_aug:
+        return None
+    return RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device="cpu")
+
+
+def _transform(**kwargs: Any) -> Callable[[Any], Any]:
+    try:
+        # use_prefetcher: leave out conversion to float and normalisation, which are cheaper on the whole batch
+        transform: Callable[[Any], Any] = create_transform(use_prefetcher=True, **kwargs)
+    except (AssertionError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"timm cannot make that transform: {first_line(error)}") from error
+    return transform
+
+
+def _loader(
+    dataset: Batches, batch_size: int, args: argparse.Namespace, accelerator: Accelerator, shuffle: bool
+) -> DataLoader[Any]:
+    workers = default_workers() if args.workers is None else args.workers
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        drop_last=shuffle,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=args.pin_mem,
+        collate_fn=_as_is,
+    )
+    return accelerator.prepare_data_loader(loader)
+
+
+def default_workers() -> int:
+    """Loader processes where none are asked for: all CPUs but two, at most 8.
+
+    On two CPUs that is none: a worker would take its time from the arithmetic.
+    """
+    return max(0, min(8, available_cpus() - 2))

@@ -1,0 +1,60 @@
+"""The comparison's picture: accuracy and loss against steps and against seconds."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from timm_decor.training.compare import Side
+from timm_decor.training.errors import UserError
+
+_COLOURS = ("#d1495b", "#30638e")  # decorrelated, plain: told apart in print and by the colour-blind
+_MARKERS = ("o", "s")
+
+
+def check_available() -> None:
+    """Refuse to begin what could not be drawn in the end.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise UserError("--compare draws with matplotlib, which is not installed: pip install 'timm-decor[plots]'")
+
+
+def save_picture(sides: tuple[Side, Side], path: Path, title: str) -> None:
+    """Draw both sides into a PNG file of 1500 x 1050 pixels.
+
+    Args:
+        sides: the decorrelated one first.
+        path: the file.
+        title: the figure's title.
+
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), sharex="col", sharey="row", layout="constrained")
+    figure.suptitle(title, fontsize=13)
+    for column, (key, unit) in enumerate((("steps", "optimizer steps"), ("seconds", "training time (s)"))):
+        accuracy, loss = axes[0][column], axes[1][column]
+        for side, colour, marker in zip(sides, _COLOURS, _MARKERS, strict=True):
+            style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.8}
+            rows = side.evaluated
+            accuracy.plot([r[key] for r in rows], [r["eval_top1"] for r in rows], label=side.name, **style)
+            loss.plot([r[key] for r in side.history], [r["train_loss"] for r in side.history], label=side.name, **style)
+        accuracy.set_title(f"against {unit.split(' (')[0]}", fontsize=11)
+        loss.set_xlabel(unit)
+        for axis in (accuracy, loss):
+            axis.grid(alpha=0.3)
+            axis.set_xlim(left=0)
+            axis.xaxis.set_major_locator(MaxNLocator(6, integer=key == "steps"))
+            axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("evaluation top-1 accuracy (%)")
+    axes[1][0].set_ylabel("training loss")
+    axes[0][0].legend(frameon=False, loc="lower right")
+    figure.savefig(path, dpi=150, format="png")
+    pyplot.close(figure)

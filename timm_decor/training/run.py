@@ -1,0 +1,242 @@
+"""train.py: a run from its command line to its files."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.models import safe_model_name
+from torch import nn
+from torch.utils.data import DataLoader
+
+from timm_decor.training import build, compare
+from timm_decor.training.args import as_recipe, decor_config, train_parser
+from timm_decor.training.arm import Arm
+from timm_decor.training.datasets import open_source
+from timm_decor.training.errors import UserError
+from timm_decor.training.folder import ARGS_FILE, RunFolder, read_resume
+from timm_decor.training.loaders import eval_loader, train_loader
+from timm_decor.training.optim import learning_rate
+from timm_decor.training.plot import check_available, save_picture
+from timm_decor.training.runtime import machine, make_accelerator, seed_everything, versions
+
+# Arguments that name places on somebody's machine: kept out of the result files, which are made to be published.
+_PRIVATE = ("data_dir", "output", "experiment", "initial_checkpoint", "class_map")
+SIDES = ("decorrelated", "plain")  # folders of a comparison
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """train.py's arguments, a recipe's (-c, or the args.yaml of the run to --resume) below the command line's.
+
+    Raises:
+        UserError: an argument or a recipe's key is unknown or refused.
+    """
+    parser = train_parser()
+    args = parser.parse(argv)
+    recipe = args.config
+    if args.resume and not recipe:
+        path = Path(args.resume)
+        recipe = (path if path.is_dir() else path.parent) / ARGS_FILE
+        if not recipe.is_file():
+            raise UserError(f"nothing to resume: {recipe} does not exist")
+    return parser.parse([*parser.recipe_words(str(recipe)), *argv]) if recipe else args
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train.
+
+    Raises:
+        UserError: anything that the person who called can put right, in one line.
+    """
+    args = parse(argv)
+    decorrelated = build.is_decorrelated(args)
+    build.check_model_name(args.model)
+    if args.compare and not decorrelated:
+        raise UserError(f"--compare needs a decorrelated model: use --model decor_{args.model}, or --decor")
+    if args.compare:
+        check_available()
+    decor_config(args)  # refuse a bad knob before the data are read
+    accelerator = make_accelerator(args.device, args.amp, args.amp_dtype, args.grad_accum_steps)
+    folder = _open_folder(args, accelerator)
+    folder.write_args(as_recipe(args))
+
+    channels = build.input_channels(args)
+    mode = "RGB" if channels == 3 else "L"
+    train_source, eval_source = open_source(args, args.train_split, mode), open_source(args, args.val_split, mode)
+    seed_everything(args.seed)
+    model = build.create(args, args.num_classes or train_source.num_classes, channels)
+    classes = build.class_count(model)
+    if args.eval_metric == "top5" and classes <= 5:
+        raise UserError(f"--eval-metric top5 means nothing with {classes} classes")
+    data_config = build.data_config(args, model, channels)
+    loaders = (
+        train_loader(args, train_source, data_config, classes, accelerator),
+        eval_loader(args, eval_source, data_config, classes, accelerator),
+    )
+    arms = _make_arms(args, model, accelerator, loaders, decorrelated)
+    folders = _arm_folders(args, folder, arms, accelerator.is_main_process)
+    metadata = _metadata(args, data_config, classes)
+    if args.resume:
+        for arm, arm_folder in zip(arms, folders, strict=True):
+            path = arm_folder.path if args.compare else Path(args.resume)
+            arm.load_state(read_resume(path), str(path))
+    accelerator.print(
+        f"{args.model}: {len(train_source)} training and {len(eval_source)} evaluation images, "
+        f"{data_config['input_size']}, on {accelerator.num_processes} x {accelerator.device.type}"
+    )
+    if args.compare:
+        _warm_up(arms, data_config["input_size"], args.batch_size)
+    _take_turns(arms, folders, metadata)
+
+    context = {
+        "config": {key: value for key, value in as_recipe(args).items() if key not in _PRIVATE},
+        "versions": versions(),
+        "machine": machine(accelerator),
+    }
+    for arm, arm_folder in zip(arms, folders, strict=True):
+        correlation = arm.handle.report().mean_correlation() if arm.handle else None
+        arm_folder.write_json("results.json", _results(arm, correlation, context))
+        accelerator.print(_last_words(arm, correlation, arm_folder))
+    if args.compare and accelerator.is_main_process:
+        _write_comparison(args, arms, folder, context)
+    accelerator.end_training()
+
+
+def _open_folder(args: argparse.Namespace, accelerator: Accelerator) -> RunFolder:
+    if args.resume:
+        path = Path(args.resume)
+        return RunFolder(path if path.is_dir() else path.parent, accelerator.is_main_process)
+    size = args.img_size or (args.input_size[-1] if args.input_size else "")
+    name = "-".join(filter(None, (time.strftime("%Y%m%d-%H%M%S"), safe_model_name(args.model), str(size))))
+    return RunFolder(Path(args.output) / (args.experiment or name), accelerator.is_main_process)
+
+
+def _make_arms(
+    args: argparse.Namespace,
+    model: nn.Module,
+    accelerator: Accelerator,
+    loaders: tuple[DataLoader[Any], DataLoader[Any]],
+    decorrelated: bool,
+) -> list[Arm]:
+    """The arm that was asked for and, to compare, its plain twin with the same initial weights."""
+    mine = copy.copy(args)
+    mine.lr = learning_rate(args, accelerator.num_processes)
+    twin = copy.copy(mine)
+    twin.model = build.twin_name(args.model)
+    twin.lr = mine.lr if args.compare_lr is None else args.compare_lr
+    twin.epochs = args.compare_epochs or args.epochs
+    # copied before the first arm wraps and moves the model
+    twin_model = build.plain_twin(model) if args.compare else None
+    name = args.model if args.model != twin.model or not decorrelated else f"decorrelated {args.model}"
+    arms = [Arm(name, model, mine, accelerator, *loaders, decorrelated=decorrelated)]
+    if twin_model is not None:
+        own = make_accelerator(args.device, args.amp, args.amp_dtype, args.grad_accum_steps)
+        arms.append(Arm(twin.model, twin_model, twin, own, *loaders, decorrelated=False))
+    return arms
+
+
+def _arm_folders(args: argparse.Namespace, folder: RunFolder, arms: list[Arm], writes: bool) -> list[RunFolder]:
+    if not args.compare:
+        return [folder]
+    return [RunFolder(folder.path / side, writes) for side, _ in zip(SIDES, arms, strict=True)]
+
+
+def _metadata(args: argparse.Namespace, data_config: dict[str, Any], classes: int) -> dict[str, str]:
+    """What a checkpoint says of itself, so that validate.py needs no further arguments."""
+    return {
+        "architecture": build.twin_name(args.model),
+        "num_classes": str(classes),
+        "data_config": json.dumps(data_config),
+        "model_kwargs": json.dumps(args.model_kwargs),
+    }
+
+
+def _warm_up(arms: list[Arm], input_size: tuple[int, int, int], batch_size: int) -> None:
+    """One forward and backward pass on a copy: the first arm must not pay for what the device does only once."""
+    model = build.plain_twin(arms[-1].model)
+    model.__dict__.pop("forward", None)  # Accelerate's, which would run the model that was copied
+    images = torch.zeros(batch_size, *input_size, device=next(model.parameters()).device)
+    with arms[0].accelerator.autocast():
+        loss = model.train()(images).sum()
+    loss.backward()
+
+
+def _take_turns(arms: list[Arm], folders: list[RunFolder], metadata: dict[str, str]) -> None:
+    """Train all arms, an epoch each in turn, another one first each time: whatever slows the machine slows them all."""
+    pairs = list(zip(arms, folders, strict=True))
+    for epoch in range(max(arm.epochs for arm in arms)):
+        for arm, folder in pairs if epoch % 2 == 0 else reversed(pairs):
+            if arm.epoch == epoch < arm.epochs:  # else it was resumed further on, or has fewer epochs
+                row = arm.run_epoch()
+                _save(arm, folder, metadata)
+                arm.accelerator.print(_epoch_line(arm, row))
+
+
+def _save(arm: Arm, folder: RunFolder, metadata: dict[str, str]) -> None:
+    row, best, column = arm.history[-1], arm.best, arm.metric_column
+    metadata = metadata | {"epoch": str(row["epoch"]), "metric": column, "value": str(row.get(column))}
+    folder.write_weights("last", arm.model.state_dict(), metadata)
+    if arm.ema:
+        folder.write_weights(f"last{build.EMA_SUFFIX}", arm.ema.module.state_dict(), metadata)
+    if best is row:
+        folder.link_weights("last", "best")
+    folder.link_weights("last", f"checkpoint-{row['epoch']}")
+    folder.keep_epochs(_best_epochs(arm))
+    folder.write_resume(arm.state())
+    folder.write_summary(arm.history)
+
+
+def _best_epochs(arm: Arm) -> set[int]:
+    column, sign = arm.metric_column, 1 if arm.metric_column.endswith("loss") else -1
+    rows = sorted((row for row in arm.history if column in row), key=lambda row: sign * row[column])
+    return {row["epoch"] for row in rows[: arm.args.checkpoint_hist]}
+
+
+def _epoch_line(arm: Arm, row: dict[str, Any]) -> str:
+    scores = "".join(f", {key[:-5]} top-1 {row[key]:.2f} %" for key in ("eval_top1", "ema_top1") if key in row)
+    return (
+        f"{arm.name} epoch {row['epoch']}/{arm.epochs}: training loss {row['train_loss']:.4f}{scores}, "
+        f"lr {row['lr']:.4g}, {row['epoch_seconds']:.1f} s ({row['images_per_s']:.0f} images/s)"
+    )
+
+
+def _results(arm: Arm, correlation: tuple[float, float] | None, context: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "model": arm.args.model,
+        "decorrelated": arm.handle is not None,
+        "lr": arm.args.lr,
+        "epochs": arm.epochs,
+        "final": arm.history[-1],
+        "best": arm.best,
+        "mean_correlation": dict(zip(("before", "after"), correlation, strict=True)) if correlation else None,
+        **context,
+    }
+
+
+def _last_words(arm: Arm, correlation: tuple[float, float] | None, folder: RunFolder) -> str:
+    best, column = arm.best, arm.metric_column
+    text = f"{arm.name}: best {column} {best[column]:.4g} in epoch {best['epoch']}" if best else arm.name
+    if correlation:
+        text += f"; mean correlation of layer inputs {correlation[0]:.3f}, after R {correlation[1]:.3f}"
+    return f"{text}; {folder.path}"
+
+
+def _write_comparison(args: argparse.Namespace, arms: list[Arm], folder: RunFolder, context: dict[str, Any]) -> None:
+    mine, twin = (
+        compare.Side(arm.name, arm.args.model, arm.args.opt, arm.args.lr, arm.epochs, arm.history) for arm in arms
+    )
+    sides = (mine, twin)
+    table, words = compare.markdown(sides), compare.verdict(sides)
+    title = f"{mine.name} and {twin.name} on {args.dataset or Path(args.data_dir or 'digits').name}, {args.opt}"
+    folder.write_json("compare.json", compare.as_json(sides, context))
+    folder.write_text("compare.md", f"# {title}\n\n{table}\n{words}\n\n![accuracy and loss](compare.png)\n")
+    picture = folder.path / "compare.png"
+    save_picture(sides, picture, title)
+    print(f"\n{table}\n{words}\n\npicture: {picture}")

@@ -1,0 +1,121 @@
+"""The machine under a run: device, Accelerator, seeds, versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import numpy as np
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
+
+from timm_decor.training.errors import UserError, first_line
+from timm_decor.version import __version__
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def make_accelerator(device: str | None, amp: bool, amp_dtype: str, grad_accum_steps: int = 1) -> Accelerator:
+    """An Accelerator on the device that was asked for.
+
+    Args:
+        device: cpu, cuda, cuda:N or mps; None takes the best there is, or what `accelerate launch` was told.
+        amp: mixed precision in `amp_dtype`, float16 or bfloat16.
+        grad_accum_steps: batches an optimizer step.
+
+    Raises:
+        UserError: the device is not there, or cannot do that precision.
+    """
+    _check_device(device)
+    precision = {"float16": "fp16", "bfloat16": "bf16"}[amp_dtype] if amp else "no"
+    on_cpu = device == "cpu" or (device is None and not _has_accelerator())
+    if amp and amp_dtype == "float16" and on_cpu:
+        raise UserError("--amp in float16 needs a GPU; on the CPU use --amp-dtype bfloat16")
+    try:
+        return Accelerator(
+            cpu=device == "cpu",
+            mixed_precision=precision,
+            gradient_accumulation_steps=grad_accum_steps,
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+        )
+    except ValueError as error:
+        raise UserError(f"--device {device or 'default'}: {first_line(error)}") from error
+
+
+def _has_accelerator() -> bool:
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+def _check_device(name: str | None) -> None:
+    if name is None or name == "cpu":
+        return
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: no such device; use cpu, cuda, cuda:N or mps") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            raise UserError(f"--device {name}: this machine has no usable CUDA GPU; use --device cpu")
+        if device.index is not None:
+            if device.index >= count:
+                raise UserError(f"--device {name}: this machine has {count} GPU(s), cuda:0 to cuda:{count - 1}")
+            torch.cuda.set_device(device)
+    elif device.type != "mps" or not torch.backends.mps.is_available():
+        raise UserError(f"--device {name}: not available here; use --device cpu")
+
+
+def mixed_seed(*parts: int) -> int:
+    """One 32-bit seed out of several numbers; different numbers give unrelated seeds."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch (every device)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "accelerate": accelerate.__version__,
+        "timm_decor": __version__,
+    }
+
+
+def machine(accelerator: Accelerator) -> dict[str, Any]:
+    """The hardware of a run: names and counts, nothing that identifies whose it is."""
+    on_gpu = accelerator.device.type == "cuda"
+    return {
+        "device": accelerator.device.type,
+        "processes": accelerator.num_processes,
+        "gpu": torch.cuda.get_device_name(accelerator.device) if on_gpu else None,
+        "gpus": torch.cuda.device_count() if on_gpu else 0,
+        "cpu": _cpu_name(),
+        "cpus": available_cpus(),
+        "torch_threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
