@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import timm_decor
 from timm_decor import DecorConfig
@@ -237,6 +238,24 @@ def test_gradient_accumulation_sees_every_micro_batch():
         step(twin, twin_optimizer, seed, dtype=torch.float64)
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing_changes_nothing(use_reentrant):
+    """A recomputed forward is recorded as one, or twice with twice the rows: the averages stay."""
+
+    class Checkpointed(nn.Sequential):
+        def forward(self, x):
+            body, head = nn.Sequential(*list(self)[:3]), nn.Sequential(*list(self)[3:])
+            return head(checkpoint(body, x.requires_grad_(), use_reentrant=use_reentrant))
+
+    model, optimizer, _ = attached(dtype=torch.float64)
+    twin, twin_optimizer, handle = attached(dtype=torch.float64)
+    twin.__class__ = Checkpointed
+    for seed in range(5):
+        expected = step(model, optimizer, seed, dtype=torch.float64)
+        assert step(twin, twin_optimizer, seed, dtype=torch.float64) == pytest.approx(expected, rel=1e-10)
+    assert all(row.refreshes == 3 for row in handle.report().rows)
 
 
 def test_ema_averages_the_plain_kernels():

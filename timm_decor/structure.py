@@ -261,11 +261,15 @@ class _Spiked:
         Channels last, the products over C are single large ones; for a channels_last weight that view is free.
         """
         groups, outputs, channels, positions = w.shape
-        last = w.transpose(2, 3)  # (g, O, S, C)
-        thin = (last.reshape(groups, outputs * positions, channels) @ self.channel_basis).unflatten(1, (outputs, -1))
-        thin = self.space_basis @ ((self.space_basis.mT @ thin) * self.core)  # (g, O, S, r)
-        rest = (self.space_tail @ last).flatten(1, 2)
-        return torch.baddbmm(rest, thin.flatten(1, 2), self.channel_basis.mT).view(last.shape).transpose(2, 3)
+        rows = w.transpose(2, 3).reshape(groups, outputs * positions, channels)
+        thin = (rows @ self.channel_basis).unflatten(1, (outputs, positions))  # (g, O, S, r)
+        thin = self.space_basis @ ((self.space_basis.mT @ thin) * self.core)
+        if positions == 1:
+            out = rows * self.space_tail[:, 0]
+        else:
+            out = (self.space_tail @ rows.unflatten(1, (outputs, positions))).flatten(1, 2)
+        out.baddbmm_(thin.flatten(1, 2), self.channel_basis.mT)
+        return out.unflatten(1, (outputs, positions)).transpose(2, 3)
 
 
 Structure = PatchR | KroneckerR
