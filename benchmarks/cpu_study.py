@@ -222,6 +222,8 @@ def main(argv: list[str] | None = None) -> None:
     shuffled = torch.randperm(len(everything.x), generator=torch.Generator().manual_seed(0))
     train = everything[shuffled[: args.train_images]]
     test = everything[shuffled[-args.held_out :]] if args.stage == "tune" else Data.read(args.data_dir / "test.parquet")
+    if args.stage == "tune" and args.train_images + args.held_out > len(everything.x):
+        parser.error(f"--train-images and --held-out take more than the {len(everything.x)} training images there are")
     config = timm_decor.DecorConfig.from_dict(json.loads(args.decor))
     grid = [(kind, lr, args.epochs) for kind in ("plain", "decor") for lr in args.grid]
     chosen = args.arm or (grid if args.stage == "tune" else parser.error("report needs --arm"))

@@ -239,6 +239,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     result = describe_run(args, config) | measure(args, config)
     print(table(result))
     if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
     return result
 

@@ -143,7 +143,7 @@ def test_state_of_another_structure_or_model_is_refused():
     _, optimizer, _ = attached()
     saved = optimizer.state_dict()
     _, other, _ = attached(DecorConfig(structure="space"))
-    with pytest.raises(ValueError, match="holds R as 'kronecker', this run uses 'space'"):
+    with pytest.raises(ValueError, match="of structure 'kronecker', this run uses 'space'"):
         other.load_state_dict(saved)
     model, optimizer, _ = attached()
     saved["timm_decor"]["layers"]["0"]["shape"] = [2, 3, 3, 3]
@@ -151,12 +151,14 @@ def test_state_of_another_structure_or_model_is_refused():
         optimizer.load_state_dict(saved)
 
 
-def test_plain_optimizer_state_says_that_r_starts_anew(caplog):
-    model, optimizer, _ = attached()
+def test_plain_optimizer_state_makes_r_start_anew(caplog):
+    model, optimizer, handle = attached()
     plain = torch.optim.SGD(net().parameters(), 0.1, momentum=0.9).state_dict()
+    step(model, optimizer, 0)
     with caplog.at_level(logging.WARNING):
         optimizer.load_state_dict(plain)
     assert "no decorrelation state" in caplog.text
+    assert handle.step == 0 and all(row.condition == 1 and not row.refreshes for row in handle.report().rows)
 
 
 def test_attach_refuses_what_cannot_work():
@@ -206,14 +208,10 @@ def test_unusable_statistics_skip_the_refresh_and_are_named(value, opt, caplog):
     step(model, optimizer, 0)
     before = copy.deepcopy(optimizer.state_dict()["timm_decor"]["layers"]["0"]["r"])
     x, y = batch(1)
-    model(torch.full_like(x, value))  # recorded; its gradient is not taken
     optimizer.zero_grad()
-    if value == 0.0:
-        model[0].stop_recording()
-        model[0].start_recording(handle._states[0].r.moments, 1.0)
-        model[0](torch.zeros_like(x))
-        model[0].recording = False
     F.cross_entropy(model(x), y).backward()
+    model[0].start_recording(handle._states[0].r.moments, 1.0)  # forget those of the good batch
+    model[0](torch.full_like(x, value))
     with caplog.at_level(logging.WARNING):
         optimizer.step()
     row = handle.report().rows[0]
@@ -331,3 +329,113 @@ def test_moments_of_one_row_do_not_defeat_the_eigendecomposition():
         factors = rules.whiten_kronecker((x @ x.T)[None], space, damping=1.0, rank=4)
         leading = factors.channel_basis[0, :, -1] @ (x[:, 0] / x.norm())
         assert abs(leading) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+def test_gradients_are_autograds_own_after_the_step(opt):
+    model, optimizer, _ = attached(DecorConfig(every=1), opt=opt)
+    for seed in range(3):
+        x, y = batch(seed)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        gradients = [(p.grad, p.grad.clone()) for p in model.parameters()]
+        optimizer.step()
+        for p, (tensor, values) in zip(model.parameters(), gradients, strict=True):
+            assert p.grad is tensor and torch.equal(tensor, values)
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+def test_a_step_that_fails_leaves_weights_and_gradients(opt, caplog):
+    """The optimizer raises half-way: what follows is as if that step had not been tried."""
+    model, optimizer, handle = attached(DecorConfig(every=1), opt=opt)
+    twin, twin_optimizer, _ = attached(DecorConfig(every=1), opt=opt)
+    for seed in range(3):
+        step(model, optimizer, seed)
+        step(twin, twin_optimizer, seed)
+    name = "momentum" if opt == "sgd" else "betas"
+    value = optimizer.param_groups[0].pop(name)
+    with pytest.raises(KeyError):
+        step(model, optimizer, 3)
+    optimizer.param_groups[0][name] = value
+    handle.report()
+    assert "step 3 did not end" in caplog.text
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_singular_r_is_a_skip_and_not_a_crash(caplog):
+    """dbp with a huge step can make R singular: W = A R^-1 does not exist then."""
+    model, optimizer, handle = attached(DecorConfig(rule="dbp", structure="full", every=1), opt="adamw", lr=0.0)
+    step(model, optimizer, 0)
+    before = model[0].weight.detach().clone()
+    singular = type(handle._states[0].r)(torch.zeros_like(handle._states[0].r.matrix))
+    handle._states[0].r.refreshed = lambda moments, config: singular
+    step(model, optimizer, 1)
+    assert handle.report().rows[0].skips == 1 and "layer 0: refresh of R skipped: R is" in caplog.text
+    torch.testing.assert_close(model[0].weight.detach(), before)
+
+
+def test_a_batch_that_overflows_does_not_spoil_the_others():
+    """What a gradient scaler skips: the step is not taken, and its inputs do not count."""
+    model, optimizer, _ = attached(DecorConfig(every=2))
+    twin, twin_optimizer, _ = attached(DecorConfig(every=2))
+    x, y = batch(9)
+    model(torch.full_like(x, float("inf")))
+    assert float(model[0].rows) == 0
+    for seed in range(3):
+        assert step(model, optimizer, seed) == step(twin, twin_optimizer, seed)
+
+
+def test_empty_and_unbatched_inputs():
+    model, _, _ = attached()
+    model[0](torch.randn(0, 3, 8, 8))
+    model[4](torch.randn(0, 36))
+    assert float(model[0].rows) == 0
+    model[0](torch.randn(3, 8, 8))
+    model[4](torch.randn(36))
+    assert (float(model[0].rows), float(model[4].rows)) == (64, 1)
+
+
+def test_copies_do_not_record():
+    model, _, _ = attached()
+    assert model[0].recording
+    twin = copy.deepcopy(model)
+    twin(batch(0)[0])
+    assert not twin[0].recording and "moments" not in vars(twin[0])
+
+
+def test_a_dropped_optimizer_lets_go_of_the_model():
+    """The cell of a notebook, run twice."""
+    model, optimizer, _ = attached()
+    del optimizer, _
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    timm_decor.attach(model, optimizer)
+    step(model, optimizer, 0)
+
+
+def test_optimizers_that_cannot_be_are_refused():
+    model = timm_decor.decorrelate(net(), CONFIG)
+    for name, words in (("madgrad", "keeps a copy of the weights"), ("adahessian", "differentiates the gradient")):
+        with pytest.raises(ValueError, match=words):
+            timm_decor.attach(model, timm.optim.create_optimizer_v2(model, name, lr=0.1))
+    with pytest.raises(ValueError, match="use DistributedDataParallel"):
+        timm_decor.attach(nn.DataParallel(model), torch.optim.SGD(model.parameters(), 0.1))
+
+
+def test_state_of_another_optimizer_or_rule_is_refused():
+    _, sgd, _ = attached()
+    _, adamw, handle = attached(opt="adamw")
+    with pytest.raises(ValueError, match="not that of a AdamW"):
+        adamw.load_state_dict(sgd.state_dict())
+    _, dbp, _ = attached(DecorConfig(rule="dbp", structure="full"))
+    _, whiten, _ = attached(DecorConfig(structure="full"))
+    with pytest.raises(ValueError, match="of rule 'dbp', this run uses 'whiten'"):
+        whiten.load_state_dict(dbp.state_dict())
+
+
+def test_layers_in_eval_mode_are_named_as_such(caplog):
+    model, optimizer, handle = attached(DecorConfig(every=1))
+    model.eval()
+    step(model, optimizer, 0)
+    assert all(row.skips == 1 for row in handle.report().rows)
+    assert "it saw no input in training mode" in caplog.text

@@ -126,6 +126,12 @@ def test_wrapped_models_are_refused_with_what_to_do():
         timm_decor.decorrelate(DistributedDataParallel(small_net()))
     with pytest.raises(ValueError, match="compiled: .* before torch.compile"):
         timm_decor.decorrelate(torch.compile(small_net()))
+    compiled_in_place = small_net()
+    compiled_in_place.compile()
+    with pytest.raises(ValueError, match="compiled: .* before torch.compile"):
+        timm_decor.decorrelate(compiled_in_place)
+    with pytest.raises(ValueError, match="wrapped in DataParallel"):
+        timm_decor.decorrelate(nn.Sequential(nn.DataParallel(small_net())))
     with pytest.raises(ValueError, match="wrapped in DataParallel"):
         timm_decor.to_plain(nn.DataParallel(small_net()))
 

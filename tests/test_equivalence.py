@@ -98,7 +98,7 @@ def compare(config, optimizer_name):
 def test_engine_equals_explicit_layers(optimizer, rule, structure, preserve):
     config = DecorConfig(
         rule=rule, structure=structure, every=3, sample=1.0, kappa=0.3, decor_lr=0.05, damping=0.5, rank=2,
-        preserve_function=preserve,
+        stat_decay=0.3, preserve_function=preserve,
     )  # fmt: skip
     assert compare(config, optimizer) < 1e-10
 

@@ -6,7 +6,7 @@ The model's parameter is always A = W R, an ordinary kernel; forward and backwar
     before:  gradient <- gradient R^T,  parameter <- W
     after:   W <- parameter;  every `every` steps R <- rule(R, statistics);  parameter <- W R
 
-which is exactly the step of explicit modules z = R x, y = W z, for any optimizer (tests/test_equivalence.py).
+which is exactly the step of explicit modules z = R x, y = W z (tests/test_equivalence.py).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from timm_decor.config import DecorConfig
-from timm_decor.convert import attached_layers, decor_layers, reconverted
-from timm_decor.coordinates import coordinates_for
+from timm_decor.convert import any_attached, decor_layers, mark_attached, reconverted
+from timm_decor.coordinates import coordinates_for, refuse_anchored
 from timm_decor.layers import DecorLayer
 from timm_decor.reporting import AttachReport
 from timm_decor.rules import DegenerateMoment
@@ -37,6 +37,13 @@ _STATE_FORMAT = 1
 _attached_optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
+def new_state(name: str, layer: DecorLayer, optimizer: Optimizer, config: DecorConfig) -> LayerState:
+    """A layer's state before the first refresh: R is the identity."""
+    like = at_least_float32(layer.weight.detach()[:0])
+    r = STRUCTURES[config.structure].identity(layer.decor_shape, config, like)
+    return LayerState(name, layer, r, coordinates_for(layer, optimizer))
+
+
 class DecorHandle:
     """What `attach` returns: the binding of one model to one optimizer."""
 
@@ -45,7 +52,7 @@ class DecorHandle:
         self.step = 0  # optimizer steps since attach
         self._optimizer = optimizer
         self._states = states
-        self._active: list[LayerState] = []
+        self._active: list[LayerState] = []  # layers whose weight and gradient are in W's coordinates just now
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -53,11 +60,13 @@ class DecorHandle:
             optimizer.register_load_state_dict_pre_hook(self._load),
         ]
         _attached_optimizers.add(optimizer)
-        attached_layers.update(state.layer for state in states)
+        for state in states:
+            mark_attached(state.layer, self)
         self._set_recording()
 
     def report(self) -> AttachReport:
         """Correlation before and after R, condition, refreshes and skips of each layer; costs up to D^3 a layer."""
+        self._recover()
         return AttachReport(self.step, tuple(state.report() for state in self._states))
 
     def detach(self) -> None:
@@ -65,12 +74,13 @@ class DecorHandle:
 
         Optimizer state stays what it is: SGD's momentum is that of the plain weights, other optimizers' is W's.
         """
+        self._recover()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
         for state in self._states:
             state.layer.stop_recording()
-            attached_layers.discard(state.layer)
+            mark_attached(state.layer, None)
         _attached_optimizers.discard(self._optimizer)
 
     @property
@@ -91,26 +101,40 @@ class DecorHandle:
             raise ValueError(
                 "a decorrelated step takes no closure: during the step the parameters hold W, not the model's weights"
             )
-        self._active = [state for state in self._states if state.layer.weight.grad is not None]
-        for state in self._active:
-            with torch.autocast(state.layer.weight.device.type, enabled=False):
+        self._recover()
+        for state in self._states:
+            if state.layer.weight.grad is not None:
+                self._active.append(state)
                 state.coordinates.enter(state.r)
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for state in self._active:
             state.coordinates.leave()
-        if self._refresh_due:
-            self._refresh()
-        for state in self._active:
-            with torch.autocast(state.layer.weight.device.type, enabled=False):
+        try:
+            if self._refresh_due:
+                self._refresh()
+        finally:  # whatever happens to R, the weight must be a kernel again
+            for state in self._active:
                 state.coordinates.write(state.r)
-        self._active = []
+            self._active = []
         self.step += 1
         self._set_recording()
 
+    @torch.no_grad()
+    def _recover(self) -> None:
+        """Undo a step that began and never ended: the optimizer raised, or was interrupted."""
+        if self._active:
+            _logger.warning("step %d did not end: the weights are put back to what they were before it", self.step)
+        for state in self._active:
+            state.coordinates.abandon(state.r)
+        self._active = []
+
     def _refresh(self) -> None:
-        for state, moments in zip(self._active, averaged_moments(self._active), strict=True):
+        # All layers, so that processes whose layers have gradients at different times still reduce the same tensors.
+        for state, moments in zip(self._states, averaged_moments(self._states), strict=True):
+            if state not in self._active:
+                continue
             try:
                 with torch.autocast(state.layer.weight.device.type, enabled=False):
                     state.refresh(moments, self.config)
@@ -121,6 +145,7 @@ class DecorHandle:
                 log("step %d, layer %s: refresh of R skipped: %s", self.step, state.name, error)
 
     def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        self._recover()
         state_dict[STATE_KEY] = {
             "format": _STATE_FORMAT,
             "config": self.config.to_json(),
@@ -133,6 +158,9 @@ class DecorHandle:
         saved = state_dict.get(STATE_KEY)
         if saved is None:
             _logger.warning("the optimizer state has no decorrelation state: R starts from the identity")
+            self._states = [new_state(state.name, state.layer, self._optimizer, self.config) for state in self._states]
+            self.step = 0
+            self._set_recording()
             return
         self._check_loadable(saved)
         for state in self._states:
@@ -144,38 +172,50 @@ class DecorHandle:
         if saved.get("format") != _STATE_FORMAT:
             raise ValueError(f"decorrelation state format {saved.get('format')!r}; can read {_STATE_FORMAT}")
         theirs = DecorConfig.from_json(saved["config"])
-        if theirs.structure != self.config.structure:
-            raise ValueError(
-                f"the optimizer state holds R as {theirs.structure!r}, this run uses {self.config.structure!r}; "
-                f"attach with the saved config, or start without the optimizer state"
-            )
+        for name in ("rule", "structure"):
+            has, wanted = getattr(theirs, name), getattr(self.config, name)
+            if has != wanted:
+                raise ValueError(
+                    f"the optimizer state is of {name} {has!r}, this run uses {wanted!r}; "
+                    f"attach with the saved config, or start without the optimizer state"
+                )
         for state in self._states:
             entry = saved["layers"].get(state.name)
             shape = list(state.layer.weight.shape)
             if entry is None or entry["shape"] != shape:
                 has = "nothing" if entry is None else f"shape {entry['shape']}"
                 raise ValueError(f"the optimizer state has {has} for layer {state.name}, which has shape {shape}")
+            if entry["kind"] != state.coordinates.kind:
+                raise ValueError(f"the optimizer state is not that of a {type(self._optimizer).__name__}")
 
 
 def attach(model: nn.Module, optimizer: Optimizer, config: DecorConfig | None = None) -> DecorHandle:
     """Make every `optimizer.step()` from now on a decorrelated step of the model.
 
     R starts as the identity, so that the first step is a plain one. The state (R, statistics, W) travels in
-    `optimizer.state_dict()` under the key "timm_decor".
+    `optimizer.state_dict()` under the key "timm_decor". Gradients are back to autograd's own after each step.
+
+    A layer whose statistics cannot be used (all zero, not finite, no input in training mode) keeps its R: the refresh
+    is skipped, counted in `report()` and, the first time, logged with its step and layer. Weights written from outside
+    between steps (a checkpoint, EMA, Lookahead) are followed, except through `.data`, which torch lets nobody see.
 
     Args:
         model: a model that went through `decorrelate` (every `decor_*` model has); DDP and torch.compile may wrap it.
-        optimizer: any `torch.optim.Optimizer` that steps without a closure; Accelerate's and timm's wrappers are fine.
+        optimizer: a `torch.optim.Optimizer` that steps without a closure; Accelerate's and timm's wrappers are fine.
         config: that given to `decorrelate` if None.
 
     Returns:
         A handle with `report()` and `detach()`.
 
     Raises:
-        ValueError: no decorrelated layer, attached twice, or the optimizer does not hold the layers' weights.
+        ValueError: no decorrelated layer, attached twice, an optimizer that does not hold the layers' weights, or one
+            that keeps weights in its state (MADGRAD) or needs second derivatives.
     """
     inner = _innermost(optimizer)
-    if inner in _attached_optimizers or any(layer in attached_layers for _, layer in decor_layers(model)):
+    refuse_anchored(inner)
+    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
+        raise ValueError("nn.DataParallel runs on copies, whose inputs are not seen: use DistributedDataParallel")
+    if inner in _attached_optimizers or any_attached(layer for _, layer in decor_layers(model)):
         raise ValueError("already attached: call detach() on the first handle before attaching again")
     config = reconverted(model, config).config
     layers = list(decor_layers(model))
@@ -190,13 +230,7 @@ def attach(model: nn.Module, optimizer: Optimizer, config: DecorConfig | None = 
         )
     if not trained:
         raise ValueError("every decorrelated layer is frozen: nothing to attach")
-    return DecorHandle(inner, [_new_state(name, layer, inner, config) for name, layer in trained], config)
-
-
-def _new_state(name: str, layer: DecorLayer, optimizer: Optimizer, config: DecorConfig) -> LayerState:
-    like = at_least_float32(layer.weight.detach()[:0])
-    r = STRUCTURES[config.structure].identity(layer.decor_shape, config, like)
-    return LayerState(name, layer, r, coordinates_for(layer, optimizer))
+    return DecorHandle(inner, [new_state(name, layer, inner, config) for name, layer in trained], config)
 
 
 def _innermost(optimizer: Any) -> Optimizer:

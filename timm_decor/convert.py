@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -21,8 +23,9 @@ _EXCLUDED = "excluded by filter_fn"
 
 FilterFn = Callable[[str, nn.Module], bool]
 
-# Layers that a handle is attached to. Not an attribute of the layer, so that a deep copy (EMA) does not inherit it.
-attached_layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# The handle that each attached layer belongs to. Not an attribute of the layer, so that a deep copy (EMA) does not
+# inherit it; a weak reference, so that a binding ends with its optimizer.
+_handles: weakref.WeakKeyDictionary[nn.Module, weakref.ref[object]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,11 @@ def decorrelate(model: nn.Module, config: DecorConfig | None = None, filter_fn: 
     Raises:
         ValueError: the model is wrapped (DDP, FSDP, torch.compile), is attached, or has no layer that fits.
     """
-    config = config or DecorConfig()
     _refuse_wrapped(model)
+    return _convert(model, config or DecorConfig(), filter_fn)
+
+
+def _convert(model: nn.Module, config: DecorConfig, filter_fn: FilterFn | None) -> nn.Module:
     rows = []
     shared = _shared_weights(model)
     candidates = [(name, module) for name, module in model.named_modules() if _has_matrix_weight(module)]
@@ -172,7 +178,7 @@ def reconverted(model: nn.Module, config: DecorConfig | None = None) -> Conversi
         raise ValueError(f"{type(model).__name__} has no decorrelated layers: call timm_decor.decorrelate(model) first")
     before: ConversionReport = owner.decor_report  # type: ignore[assignment]
     excluded = {row.name for row in before.plain if row.plain_reason == _EXCLUDED}
-    decorrelate(owner, config or before.config, lambda name, _: name not in excluded)
+    _convert(owner, config or before.config, lambda name, _: name not in excluded)
     return owner.decor_report  # type: ignore[return-value]
 
 
@@ -219,22 +225,42 @@ def _shared_weights(model: nn.Module) -> set[int]:
     return {key for key, count in holders.items() if count > 1}
 
 
-def _make_plain(module: nn.Module) -> None:
-    for name in ("recording", "sample", "wanted", "moments", "rows"):
-        module.__dict__.pop(name, None)
+def _make_plain(module: Any) -> None:
+    module.stop_recording()
     module.__class__ = PLAIN_TYPES[type(module)]
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
-    kind = type(model).__name__
-    if kind in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
-        raise ValueError(f"the model is wrapped in {kind}: call this on the model itself, before wrapping it")
-    if hasattr(model, "_orig_mod"):
-        raise ValueError("the model is compiled: call this on the model itself, before torch.compile")
+    for module in model.modules():
+        kind = type(module).__name__
+        if kind in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
+            raise ValueError(f"the model is wrapped in {kind}: call this on the model itself, before wrapping it")
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError("the model is compiled: call this on the model itself, before torch.compile")
 
 
-def _refuse_attached(modules: Iterator[nn.Module] | list[nn.Module]) -> None:
-    if any(module in attached_layers for module in modules):
+def mark_attached(layer: nn.Module, handle: object | None) -> None:
+    """Note that a layer belongs to a handle, or (None) to none any more."""
+    if handle is None:
+        _handles.pop(layer, None)
+    else:
+        _handles[layer] = weakref.ref(handle)
+
+
+def any_attached(layers: Iterable[nn.Module]) -> bool:
+    """Whether one of the layers belongs to a handle whose optimizer is still there."""
+    layers = list(layers)
+
+    def held() -> bool:
+        return any(layer in _handles and _handles[layer]() is not None for layer in layers)
+
+    if held():
+        gc.collect()  # an optimizer and its handle refer to each other: one that was dropped may still be around
+    return held()
+
+
+def _refuse_attached(modules: Iterable[nn.Module]) -> None:
+    if any_attached(modules):
         raise ValueError(
             "the model is attached to an optimizer: call detach() on the handle first, or use copy.deepcopy(model)"
         )

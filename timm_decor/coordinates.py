@@ -8,6 +8,7 @@ Both are the explicit step exactly; tests/test_equivalence.py holds them against
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,8 @@ def transform(layer: DecorLayer, product: Callable[[Tensor], Tensor], source: Te
 
     The product sees (g, O, C, S) and runs in R's precision, float32 or better, whatever the weight's.
     """
-    layer.grouped(out).copy_(product(at_least_float32(layer.grouped(source))))
+    with torch.autocast(source.device.type, enabled=False):  # products with R lose too much in half precision
+        layer.grouped(out).copy_(product(at_least_float32(layer.grouped(source))))
     return out
 
 
@@ -43,27 +45,50 @@ def rebased(layer: DecorLayer, old: Structure, new: Structure, a: Tensor) -> Ten
     return _finite(out)
 
 
-class LatentCoordinates:
-    """W kept beside the weight, for any optimizer."""
+class _Coordinates:
+    """What both have: during the step the weight holds another gradient, and afterwards its own again."""
 
     def __init__(self, layer: DecorLayer) -> None:
         self._layer = layer
+        self._grad: Tensor | None = None
+
+    def _swap_gradient(self, product: Callable[[Tensor], Tensor]) -> None:
+        grad = self._layer.weight.grad
+        assert grad is not None
+        self._grad, self._layer.weight.grad = grad, transform(self._layer, product, grad, torch.empty_like(grad))
+
+    def _restore_gradient(self) -> None:
+        self._layer.weight.grad, self._grad = self._grad, None
+
+
+class LatentCoordinates(_Coordinates):
+    """W kept beside the weight, for any optimizer whose state does not anchor the weight (see `refuse_anchored`)."""
+
+    kind = "latent"
+
+    def __init__(self, layer: DecorLayer) -> None:
+        super().__init__(layer)
         self._latent: Tensor | None = None  # W, in the weight's shape and precision; None until the first step
         # The weight's version when it was last written here: another one means that somebody else wrote it.
         self._version = -1
 
     def enter(self, r: Structure) -> None:
         """Before the optimizer's step: gradient <- gradient R^T, weight <- W."""
-        weight = self._layer.weight
         self._sync(r)
-        assert weight.grad is not None and self._latent is not None
-        transform(self._layer, r.apply_transposed, weight.grad, out=weight.grad)
-        weight.copy_(self._latent)
+        assert self._latent is not None
+        self._swap_gradient(r.apply_transposed)
+        self._layer.weight.copy_(self._latent)
 
     def leave(self) -> None:
         """After it: W <- weight. `write` must follow."""
         assert self._latent is not None
         self._latent.copy_(self._layer.weight)
+        self._restore_gradient()
+
+    def abandon(self, r: Structure) -> None:
+        """The optimizer's step failed: gradient and weight as they were before `enter`."""
+        self._restore_gradient()
+        self.write(r)
 
     def move(self, old: Structure, new: Structure, preserve_function: bool) -> None:
         """R moves, between `leave` and `write`: W <- W R_old R_new^-1 where the function is to stay.
@@ -104,21 +129,26 @@ class LatentCoordinates:
         self._version = weight._version
 
 
-class LinearCoordinates:
+class LinearCoordinates(_Coordinates):
     """The same step on A itself, for SGD: gradient <- gradient R^T R, and the momentum follows R."""
 
+    kind = "linear"
+
     def __init__(self, layer: DecorLayer, optimizer: Optimizer) -> None:
-        self._layer = layer
+        super().__init__(layer)
         self._optimizer = optimizer
 
     def enter(self, r: Structure) -> None:
         """Before the optimizer's step: gradient <- gradient R^T R."""
-        grad = self._layer.weight.grad
-        assert grad is not None
-        transform(self._layer, r.apply_gram, grad, out=grad)
+        self._swap_gradient(r.apply_gram)
 
     def leave(self) -> None:
-        """Nothing to take out: the weight is A all the time."""
+        """After it. Nothing to take out: the weight is A all the time."""
+        self._restore_gradient()
+
+    def abandon(self, r: Structure) -> None:
+        """The optimizer's step failed: gradient as it was before `enter`."""
+        self._restore_gradient()
 
     def move(self, old: Structure, new: Structure, preserve_function: bool) -> None:
         """R moves: what stays where it is in W's coordinates moves in A's (momentum; A itself unless it is preserved).
@@ -144,6 +174,23 @@ class LinearCoordinates:
 
 
 Coordinates = LatentCoordinates | LinearCoordinates
+
+
+# Optimizers whose state holds a copy of the weight to pull towards: a refresh would leave it in other coordinates.
+_ANCHORED = re.compile(r"MADGRAD|Prodigy|DAdapt|ScheduleFree", re.IGNORECASE)
+
+
+def refuse_anchored(optimizer: Optimizer) -> None:
+    """Refuse the optimizers whose steps on W cannot be told from steps on A.
+
+    Raises:
+        ValueError: its state anchors the weight, or it differentiates the gradient.
+    """
+    kind = type(optimizer).__name__
+    if _ANCHORED.search(kind):
+        raise ValueError(f"{kind} keeps a copy of the weights in its state, which a change of R would falsify")
+    if getattr(optimizer, "is_second_order", False):
+        raise ValueError(f"{kind} differentiates the gradient, which here is changed before the step")
 
 
 def coordinates_for(layer: DecorLayer, optimizer: Optimizer) -> Coordinates:

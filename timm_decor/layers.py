@@ -8,7 +8,7 @@ belongs to the optimizer (see attach.py), so a checkpoint of these layers is a c
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from timm_decor import statistics
 from timm_decor.statistics import ConvShape
 from timm_decor.structure import LayerShape
 
+RECORDER_STATE = ("recording", "sample", "wanted", "moments", "rows")  # attributes of a layer that records
+
 
 class DecorMixin:
     """What both layers share. The class attributes are the state of a layer that nothing is attached to."""
@@ -26,7 +28,9 @@ class DecorMixin:
     sample: float = 1.0  # share of the batch's images to record
     wanted: tuple[str, ...] = ()  # names of the moments to record
     moments: dict[str, Tensor]  # sums over rows
-    rows: int = 0  # rows in the sums
+    rows: Tensor  # how many, one number; a tensor, because torch.compile would specialise on an int
+
+    unbatched_dim: int  # dimensions of an input without a batch axis
 
     if TYPE_CHECKING:
         weight: Tensor
@@ -43,23 +47,33 @@ class DecorMixin:
 
     def start_recording(self, wanted: tuple[str, ...], sample: float) -> None:
         """Forget earlier statistics and record from the next training forward on."""
-        self.moments, self.rows, self.wanted, self.sample, self.recording = {}, 0, wanted, sample, True
+        self.moments, self.rows = {}, torch.zeros(1, device=self.weight.device)
+        self.wanted, self.sample, self.recording = wanted, sample, True
 
     def stop_recording(self) -> None:
         """Record no more and let go of the sums."""
-        self.moments, self.rows, self.recording = {}, 0, False
+        for name in RECORDER_STATE:
+            self.__dict__.pop(name, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the layer (EMA, a saved model) is attached to nothing and must not go on recording.
+        return {name: value for name, value in self.__dict__.items() if name not in RECORDER_STATE}
 
     def _record(self, x: Tensor) -> None:
         # Validation inside the step and activation checkpointing's first, gradient-free pass are not training inputs.
-        if not (self.training and torch.is_grad_enabled()):
+        if not (self.training and torch.is_grad_enabled()) or x.numel() == 0:
             return
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            x = statistics.at_least_float32(statistics.sample_images(x.detach(), self.sample))
+            x = x.detach() if x.dim() > self.unbatched_dim else x.detach()[None]
+            x = statistics.at_least_float32(statistics.sample_images(x, self.sample))
             count, functions = self._moment_functions(x)
-            for name in self.wanted:
-                total = functions[name]()
+            totals = {name: functions[name]() for name in self.wanted}
+            # A batch that overflowed (the gradient scaler will skip its step) must not spoil the others' sums.
+            finite = torch.stack([torch.isfinite(total).all() for total in totals.values()]).all()
+            for name, total in totals.items():
+                total = torch.where(finite, total, torch.zeros_like(total))
                 self.moments[name] = self.moments[name] + total if name in self.moments else total
-            self.rows += count
+            self.rows = self.rows + finite * count
 
     def _moment_functions(self, x: Tensor) -> tuple[int, dict[str, Callable[[], Tensor]]]:
         """Rows in x, and the functions that give each moment's sum over them."""
@@ -68,6 +82,8 @@ class DecorMixin:
 
 class DecorConv2d(DecorMixin, nn.Conv2d):
     """`nn.Conv2d` (any stride, padding, padding mode, dilation and groups) that can report its input statistics."""
+
+    unbatched_dim = 3
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) to (N, C_out, H', W'), as `nn.Conv2d`."""
@@ -96,7 +112,9 @@ class DecorConv2d(DecorMixin, nn.Conv2d):
 
 
 class DecorLinear(DecorMixin, nn.Linear):
-    """`nn.Linear` on inputs of 2, 3, 4 or more dimensions that can report its input statistics."""
+    """`nn.Linear` on inputs of any number of dimensions that can report its input statistics."""
+
+    unbatched_dim = 1
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C_in) to (..., C_out), as `nn.Linear`."""

@@ -18,7 +18,7 @@ from timm_decor.statistics import at_least_float32, mean_correlation
 from timm_decor.structure import Structure, moment_shape
 
 
-@dataclass
+@dataclass(eq=False)  # compared by identity: its tensors have no truth value
 class LayerState:
     """R of one layer and what belongs to it.
 
@@ -49,11 +49,14 @@ class LayerState:
         Raises:
             DegenerateMoment: the statistics are not usable; nothing has changed then.
         """
-        _require_finite(fresh, "the input statistics are not finite")
+        _require_finite(fresh, "it saw no input in training mode, or none that is finite")
         moments = fresh if config.rule == "dbp" else self._running_average(fresh, config.stat_decay)
-        r = self.r.refreshed(moments, config)
-        _require_finite(r.tensors(), "the new R is not finite")
-        self.coordinates.move(self.r, r, config.preserve_function)
+        try:
+            r = self.r.refreshed(moments, config)
+            _require_finite(r.tensors(), "the new R is not finite")
+            self.coordinates.move(self.r, r, config.preserve_function)
+        except torch.linalg.LinAlgError as error:
+            raise DegenerateMoment(f"R is singular ({error})") from error
         self.r, self.moments = r, moments
 
     def _running_average(self, fresh: dict[str, Tensor], decay: float) -> dict[str, Tensor]:
@@ -69,6 +72,7 @@ class LayerState:
             "shape": list(self.layer.weight.shape),
             "r": dict(self.r.tensors()),
             "moments": dict(self.moments),
+            "kind": self.coordinates.kind,
             "coordinates": coordinates,
             "refreshes": self.refreshes,
             "skips": self.skips,
@@ -100,7 +104,8 @@ class LayerState:
 def averaged_moments(states: list[LayerState]) -> list[dict[str, Tensor]]:
     """Each layer's recorded moments, averaged over the rows of all micro-batches and processes.
 
-    One all-reduce, of the same size on every process whatever the processes saw. A layer that saw no row gets NaN.
+    One all-reduce in the default process group, of the same size on every process whatever inputs each of them saw.
+    A layer that saw no row gets NaN.
     """
     totals = [_recorded(state) for state in states]
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -119,7 +124,7 @@ def _recorded(state: LayerState) -> dict[str, Tensor]:
         name: layer.moments[name].to(like) if name in layer.moments else like.new_zeros(moment_shape(name, shape))
         for name in state.r.moments
     }
-    return {**sums, "rows": like.new_full((1,), layer.rows)}
+    return {**sums, "rows": layer.rows.to(like)}
 
 
 def _require_finite(tensors: dict[str, Tensor], otherwise: str) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Elements of one unfolded chunk: 256 MiB in float32. Bounds the memory of a refresh at any batch and image size.
+# Elements of one unfolded chunk: 256 MiB in float32. Unfolding is S times the input; nothing else here is larger.
 _CHUNK_ELEMENTS = 64 * 2**20
 
 
