@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from training_runs import DECOR, ROOT, TINY, history, reset_accelerate, train
 
@@ -66,6 +67,7 @@ TRAIN_ERRORS = [
     ("--epochs 0", "argument --epochs: must be 1 or more, not 0"),
     ("--epochs x", "argument --epochs: invalid count value: 'x'"),
     ("--lr nan", "argument --lr: must be 0 or more, not nan"),
+    ("--clip-grad 0", "argument --clip-grad: must be above 0, not 0"),
     ("--smoothing 2", "argument --smoothing: must be in [0, 1], not 2"),
     ("--batch-size 200", "the training split has 128"),
     ("--mixup 0.5 --batch-size 33", "--batch-size must be even, not 33"),
@@ -209,6 +211,25 @@ class TestValidate:
             for name, file in pairs
         ]
         assert losses == [pytest.approx(losses[0])] * 3
+
+    def test_a_tag_does_not_hide_what_the_checkpoint_says(
+        self, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    ):
+        checkpoint = str(trained / "last.safetensors")
+        result = self.evaluated(tmp_path, "--checkpoint", checkpoint, "--model", "test_resnet.r160_in1k")
+        assert result["img_size"] == 32 and "validate.py" not in capsys.readouterr().err
+
+    def test_it_says_that_another_models_metadata_is_not_used(
+        self, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    ):
+        with safe_open(trained / "last.safetensors", "pt") as file:
+            metadata = file.metadata() | {"architecture": "resnet10t"}
+        save_file(load_file(trained / "last.safetensors"), tmp_path / "w.safetensors", metadata)
+        words = ("--model", "test_resnet", "--num-classes", "10")
+        result = self.evaluated(tmp_path, "--checkpoint", str(tmp_path / "w.safetensors"), *words)
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("validate.py: ")]
+        assert result["img_size"] == 160 and len(said) == 1
+        assert "w.safetensors is of resnet10t, not test_resnet: its data configuration" in said[0]
 
     def test_csv(self, trained: Path, tmp_path: Path):
         reset_accelerate()

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
 import math
+import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from training_runs import DECOR, ROOT, TINY, history, reset_accelerate, train, untimed
 
+from timm_decor import DecorHandle
+from timm_decor.reporting import AttachReport
 from timm_decor.training import arm as arm_module
+from timm_decor.training import folder as folder_module
+from timm_decor.training import run as run_module
 from timm_decor.training.compare import Side, markdown, summary, verdict
 from timm_decor.training.errors import UserError
 from timm_decor.training.loaders import Batches
@@ -74,6 +82,36 @@ class TestComparison:
         for side in ("plain", "decorrelated"):
             assert same(weights(run / side), weights(folder / side))
 
+    def test_resuming_starts_the_side_that_had_not_begun(
+        self, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        folder = tmp_path / "both"
+        interrupt_after(monkeypatch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            train(folder, *DECOR, "--epochs", 2, "--compare", "--compare-lr", 0.02, "--compare-epochs", 3)
+        monkeypatch.undo()
+        assert not (folder / "plain" / "resume.pt").exists()
+        train(folder, "--resume", folder, base=[])
+        for side in ("plain", "decorrelated"):
+            assert same(weights(run / side), weights(folder / side))
+
+    @pytest.mark.parametrize("epochs", [1, 0], ids=["after an epoch", "at once"])
+    def test_one_that_diverges_does_not_stop_the_other(
+        self, epochs: int, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        poison_loss(monkeypatch, lambda arm: arm.handle is None and arm.epoch == epochs)
+        folder = tmp_path / "both"
+        with pytest.raises(UserError, match=f"^test_resnet: the loss is not finite in epoch {epochs + 1}"):
+            train(folder, *DECOR, "--epochs", 2, "--compare", "--compare-lr", 0.02, "--compare-epochs", 3)
+        assert same(weights(run / "decorrelated"), weights(folder / "decorrelated")), "the other is none the worse"
+        results = json.loads((folder / "plain" / "results.json").read_text())
+        assert "not finite" in results["failure"]
+        assert (folder / "compare.png").exists() == bool(epochs), "no picture of nothing"
+        if epochs:
+            table = (folder / "compare.md").read_text()
+            assert "| outcome | finished | diverged after epoch 1 of 3 |" in table
+            assert "\ntest_resnet diverged after epoch 1 of 3: its figures are those up to there. " in table
+
     def test_figures(self):
         def side(name: str, accuracies: list[float], seconds: float) -> Side:
             rows = [
@@ -91,7 +129,8 @@ class TestComparison:
         assert "| time per step, ms (median epoch) | 300.0 | 200.0 |" in markdown((quick, slow))
         assert "| as accurate as the other's best after epoch | 2 | - |" in markdown((quick, slow))
         words = verdict((quick, slow))
-        assert "10.00 points above slow" in words and "1.50 times as long" in words and "after epoch 2 of 3" in words
+        assert words.startswith("quick (learning rate 0.1) ends 10.00 points above slow (learning rate 0.1) in")
+        assert "1.50 times as long" in words and "after epoch 2 of 3" in words
 
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, epochs: int) -> None:
@@ -105,6 +144,20 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, epochs: int) -> None:
         return run_epoch(self)
 
     monkeypatch.setattr(arm_module.Arm, "run_epoch", interrupted)
+
+
+def poison_loss(monkeypatch: pytest.MonkeyPatch, when: Callable[[arm_module.Arm], bool]) -> None:
+    """Let the training loss of the arms and epochs that `when` chooses be NaN."""
+    run_epoch = arm_module.Arm.run_epoch
+
+    def poisoned(self: arm_module.Arm) -> dict:
+        if when(self):
+            with monkeypatch.context() as patch:
+                patch.setattr(self, "_loss", lambda output, labels: output.sum() * math.nan)
+                return run_epoch(self)
+        return run_epoch(self)
+
+    monkeypatch.setattr(arm_module.Arm, "run_epoch", poisoned)
 
 
 class TestResume:
@@ -145,6 +198,34 @@ class TestResume:
         with pytest.raises(UserError, match="cannot resume from"):
             train(tmp_path / "run", "--resume", run)
 
+    def test_a_refused_one_leaves_the_arguments_alone(self, tmp_path: Path):
+        run = train(tmp_path / "run", "--epochs", 1)
+        before = (run / "args.yaml").read_text()
+        with pytest.raises(UserError, match="does not fit resnet10t: "):
+            train(tmp_path / "run", "--resume", run, "--model", "resnet10t", "--epochs", 2)
+        assert (run / "args.yaml").read_text() == before
+
+
+class TestRunFolders:
+    @pytest.mark.parametrize("file", ["resume.pt", "summary.csv", "plain/resume.pt", "decorrelated/summary.csv"])
+    def test_a_second_run_into_one_is_refused(self, file: str, tmp_path: Path):
+        run = tmp_path / "run"
+        (run / file).parent.mkdir(parents=True)
+        (run / file).write_text("earlier")
+        with pytest.raises(UserError) as error:
+            train(run, "--epochs", 1)
+        expected = f"{run} holds a run already: go on with it by --resume {run}, or take another --experiment"
+        assert str(error.value) == expected
+        assert [path for path in run.rglob("*") if path.is_file()] == [run / file]
+
+    def test_runs_without_a_name_in_the_same_second(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(run_module.time, "strftime", lambda _: "now")
+        for _ in range(3):
+            reset_accelerate()
+            run_module.main([*TINY, "--epochs", "1", "--output", str(tmp_path / "new" / "demo")])
+        names = {path.parent.name for path in tmp_path.glob("new/demo/*/summary.csv")}
+        assert names == {"now-test_resnet-32", "now-test_resnet-32-2", "now-test_resnet-32-3"}
+
 
 class TestCheckpoints:
     def test_the_plain_architecture_loads_them(self, tmp_path: Path):
@@ -177,6 +258,80 @@ class TestCheckpoints:
         with safe_open(tmp_path / "run" / "last.safetensors", "pt") as file:
             assert file.metadata()["epoch"] == "1"
         assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
+
+    @pytest.mark.parametrize("what", ["weight conv1.0.weight", "eval loss"])
+    def test_a_last_step_into_nan_keeps_the_last_good_one(
+        self, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        evaluate = arm_module.Arm.evaluate
+
+        def poisoned(self: arm_module.Arm, model: torch.nn.Module) -> arm_module.Metrics:
+            metrics = evaluate(self, model)
+            if self.epoch == 1 and what == "eval loss":
+                return dataclasses.replace(metrics, loss=math.nan)
+            if self.epoch == 1:
+                model.get_parameter("conv1.0.weight").data[0] = math.inf
+            return metrics
+
+        monkeypatch.setattr(arm_module.Arm, "evaluate", poisoned)
+        with pytest.raises(arm_module.NonFiniteLoss, match=f"the {what} is not finite in epoch 2, step 8"):
+            train(tmp_path / "run", "--epochs", 3)
+        for name in ("last", "best"):
+            with safe_open(tmp_path / "run" / f"{name}.safetensors", "pt") as file:
+                assert file.metadata()["epoch"] == "1"
+        assert len(history(tmp_path / "run")) == 1
+
+    def test_nan_is_never_the_best(self):
+        arm = object.__new__(arm_module.Arm)
+        arm.ema, arm.args = None, argparse.Namespace(eval_metric="loss")
+        arm.history = [{"epoch": i + 1, "eval_loss": loss} for i, loss in enumerate([math.nan, 2.0, 1.0, math.nan])]
+        assert arm.best == arm.history[2] and [row["epoch"] for row in arm.ranked] == [3, 2]
+
+    def test_a_full_disk_is_one_line_and_keeps_the_earlier_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        folder = folder_module.RunFolder(tmp_path)
+        folder.write_weights("last", {"a": torch.ones(1)}, {})
+
+        def full(tensors: dict, file: Path, metadata: dict) -> None:
+            file.write_bytes(b"half")
+            raise SafetensorError("I/O error: No space left on device")
+
+        monkeypatch.setattr(folder_module, "save_file", full)
+        with pytest.raises(UserError, match=r"cannot write .*last\.safetensors: I/O error: No space left on device"):
+            folder.write_weights("last", {"a": torch.zeros(1)}, {})
+        assert same(weights(tmp_path), {"a": torch.ones(1)})
+
+    def test_they_name_the_architecture_without_a_tag(self):
+        args = argparse.Namespace(model="decor_resnet18.a1_in1k", model_kwargs={})
+        assert run_module._metadata(args, {}, 10)["architecture"] == "resnet18"
+        args.model = "hf-hub:timm/resnet18.a1_in1k"
+        assert run_module._metadata(args, {}, 10)["architecture"] == args.model
+
+    def test_what_stayed_plain_and_what_was_skipped_is_told(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    ):
+        report = DecorHandle.report
+
+        def skipped(self: DecorHandle) -> AttachReport:
+            done = report(self)
+            return dataclasses.replace(done, rows=(dataclasses.replace(done.rows[0], skips=1), *done.rows[1:]))
+
+        monkeypatch.setattr(DecorHandle, "report", skipped)
+        run = train(tmp_path / "run", *DECOR, "--epochs", 1, "--decor-max-dim", 100)
+        out = capsys.readouterr().out
+        assert " left plain; R takes " in out and re.search(r"^  \S+, .*: .*100", out, re.MULTILINE)
+        results = json.loads((run / "results.json").read_text())
+        assert results["skips"] == results["layers"][0]["skips"] == 1
+        assert results["refreshes"] == sum(row["refreshes"] for row in results["layers"]) > 0
+        assert f"; 1 of {results['refreshes'] + 1} refreshes of R skipped; " in out.splitlines()[-1]
+
+    def test_results_do_not_need_a_report(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        def fails(self: DecorHandle) -> AttachReport:
+            raise torch.linalg.LinAlgError("did not converge")
+
+        monkeypatch.setattr(DecorHandle, "report", fails)
+        run = train(tmp_path / "run", *DECOR, "--epochs", 1)
+        results = json.loads((run / "results.json").read_text())
+        assert results["final"]["epoch"] == 1 and results["mean_correlation"] is results["skips"] is None
 
     def test_results_name_no_place_on_this_machine(self, tmp_path: Path):
         run = train(tmp_path / "run", "--epochs", 1)

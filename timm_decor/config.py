@@ -35,7 +35,7 @@ class DecorConfig:
     """How layer inputs are decorrelated. Immutable and validated; travels as JSON.
 
     The paper's rule is ``DecorConfig(rule="dbp", structure="full", every=1, sample=0.1, preserve_function=False)``
-    (arXiv 2405.02385); the defaults are the settings that did best in benchmarks/cpu_study.py.
+    (arXiv 2405.02385); the defaults were chosen on the held-out images of benchmarks/cpu_study.py.
 
     Raises:
         ValueError: a value out of range, an unknown rule or structure, or two that do not go together.

@@ -58,7 +58,8 @@ class _Coordinates:
         self._grad, self._layer.weight.grad = grad, transform(self._layer, product, grad, torch.empty_like(grad))
 
     def _restore_gradient(self) -> None:
-        self._layer.weight.grad, self._grad = self._grad, None
+        if self._grad is not None:
+            self._layer.weight.grad, self._grad = self._grad, None
 
 
 class LatentCoordinates(_Coordinates):

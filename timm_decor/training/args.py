@@ -12,7 +12,7 @@ from typing import Any
 
 from timm_decor.config import DecorConfig
 from timm_decor.training.errors import UserError
-from timm_decor.training.parser import KeyValues, Parser, amount, count, index, share
+from timm_decor.training.parser import KeyValues, Parser, amount, count, index, positive, share
 
 _SWITCH = argparse.BooleanOptionalAction
 _SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "constant", "none")
@@ -144,7 +144,7 @@ def _add_optimizer_arguments(parser: Parser) -> None:
     group.add_argument("--opt-betas", type=float, nargs="+", metavar="BETA", help="default: the optimizer's")
     group.add_argument("--momentum", type=amount, default=0.9, help="optimizer momentum")
     group.add_argument("--weight-decay", type=amount, default=2e-5, help="not applied to biases and norms")
-    group.add_argument("--clip-grad", type=amount, metavar="NORM", help="clip gradients; default: no")
+    group.add_argument("--clip-grad", type=positive, metavar="NORM", help="clip gradients; default: no")
     group.add_argument("--clip-mode", default="norm", choices=("norm", "value", "agc"), help="how to clip")
     group.add_argument("--layer-decay", type=amount, metavar="X", help="layer-wise learning rate decay")
     group.add_argument("--opt-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="for the optimizer")

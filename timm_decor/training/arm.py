@@ -7,6 +7,7 @@ random numbers that depend on seed and epoch only, so arms may take turns withou
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from typing import Any
@@ -31,7 +32,14 @@ Row = dict[str, Any]  # an epoch in summary.csv
 
 
 class NonFiniteLoss(UserError):
-    """The loss became infinite or NaN; training stops, and the checkpoints of the epochs before stay."""
+    """The loss or a weight became infinite or NaN; training stops, and the checkpoints of the epochs before stay."""
+
+    def __init__(self, name: str, what: str, epoch: int, step: int) -> None:
+        kept = "the checkpoint of the epoch before is kept" if epoch > 1 else "there is no checkpoint yet"
+        super().__init__(
+            f"{name}: the {what} is not finite in epoch {epoch}, step {step}; {kept}. "
+            f"Try a lower --lr, a longer --warmup-epochs or --clip-grad"
+        )
 
 
 class Arm:
@@ -50,6 +58,7 @@ class Arm:
         history: a row per finished epoch.
         epochs: how many there will be.
         handle: what `timm_decor.attach` returned, or None.
+        failure: why it cannot go on, or None.
     """
 
     def __init__(
@@ -66,6 +75,7 @@ class Arm:
         self.args = args
         self.accelerator = accelerator
         self.history: list[Row] = []
+        self.failure: str | None = None
         self._train_loader, self._eval_loader = train_loader, eval_loader
         self.model = place(model, accelerator.device, args.channels_last)
         # the average is a copy: made before anything wraps or attaches to the model
@@ -103,10 +113,15 @@ class Arm:
     @property
     def best(self) -> Row | None:
         """The row with the best --eval-metric, of the averaged weights where there are any; the first of equals."""
+        return next(iter(self.ranked), None)
+
+    @property
+    def ranked(self) -> list[Row]:
+        """The evaluated rows, the best first; NaN, which has no rank, is left out."""
         column = self.metric_column
-        rows = [row for row in self.history if row.get(column) is not None]
-        sign = -1 if column.endswith("loss") else 1
-        return max(rows, key=lambda row: sign * row[column], default=None)
+        rows = [row for row in self.history if math.isfinite(row.get(column, math.nan))]
+        sign = 1 if column.endswith("loss") else -1
+        return sorted(rows, key=lambda row: sign * row[column])
 
     @property
     def metric_column(self) -> str:
@@ -129,6 +144,7 @@ class Arm:
         row |= _columns("eval", self.evaluate(self.model) if due else None)
         if self.ema:
             row |= _columns("ema", self.evaluate(self.ema.module) if due else None)
+        self._check_finite(row)
         self.history.append(row)
         self._schedule(epoch + 1)
         return row
@@ -188,6 +204,18 @@ class Arm:
             "seconds": seconds + (self.history[-1]["seconds"] if self.history else 0.0),
             "images_per_s": images_seen / seconds,
         }
+
+    def _check_finite(self, row: Row) -> None:
+        """Refuse an epoch that must not replace the last good checkpoint: its last step is behind no training loss."""
+        found = [f"{kind} loss" for kind in ("eval", "ema") if not math.isfinite(row.get(f"{kind}_loss", 0.0))]
+        for model in (self.model, self.ema.module if self.ema else None):
+            weights = model.state_dict() if model is not None else {}
+            named = [(name, value) for name, value in weights.items() if value.is_floating_point()]
+            if named and not bool(torch.stack([value.isfinite().all() for _, value in named]).all()):
+                found.append(next(f"weight {name}" for name, value in named if not value.isfinite().all()))
+        anywhere = self.accelerator.gather(torch.tensor([bool(found)], device=self.accelerator.device))
+        if bool(anywhere.any()):  # on all processes together, or the others would wait for this one
+            raise NonFiniteLoss(self.name, (found or ["state of another process"])[-1], row["epoch"], row["steps"])
 
     def _clip(self) -> None:
         self.accelerator.unscale_gradients()
@@ -275,10 +303,7 @@ class _LossWatch:
         first = self._accelerator.gather(self._bad[None])
         if bool(first.any()):
             step = int(first[first > 0].min())
-            raise NonFiniteLoss(
-                f"{self._name}: the loss is not finite in epoch {self._epoch + 1}, step {step}; the checkpoint of the "
-                f"epoch before is kept. Try a lower --lr, a longer --warmup-epochs or --clip-grad"
-            )
+            raise NonFiniteLoss(self._name, "loss", self._epoch + 1, step)
         return float(self._last)
 
     def finish(self) -> tuple[float, float]:

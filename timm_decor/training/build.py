@@ -106,6 +106,14 @@ def twin_name(name: str) -> str:
     return plain_name(name)
 
 
+def architecture(name: str) -> str:
+    """The plain architecture's name without a tag: `decor_resnet18.a1_in1k` gives `resnet18`."""
+    plain = twin_name(name)
+    if ":" in plain or "/" in plain:  # hf-hub:...: dots do not begin a tag there
+        return plain
+    return str(split_model_name_tag(plain)[0])
+
+
 def data_config(args: argparse.Namespace, model: nn.Module, in_chans: int) -> dict[str, Any]:
     """timm's data configuration (input_size, mean, std, interpolation, crop) for the number of channels in use.
 

@@ -18,6 +18,7 @@ class Side:
         lr: peak learning rate.
         epochs: planned epochs.
         history: summary.csv's rows.
+        failure: why it did not finish, or None.
     """
 
     name: str
@@ -26,6 +27,12 @@ class Side:
     lr: float
     epochs: int
     history: list[dict[str, Any]]
+    failure: str | None = None
+
+    @property
+    def outcome(self) -> str:
+        """Whether it finished, in words."""
+        return "finished" if self.failure is None else f"diverged after epoch {len(self.history)} of {self.epochs}"
 
     @property
     def evaluated(self) -> list[dict[str, Any]]:
@@ -65,6 +72,7 @@ def summary(side: Side, other: Side) -> dict[str, Any]:
         "seconds_per_step": side.seconds_per_step,
         "reach_epoch": reached and reached["epoch"],
         "reach_seconds": reached and reached["seconds"],
+        "failure": side.failure,
     }
 
 
@@ -93,17 +101,21 @@ def markdown(sides: tuple[Side, Side]) -> str:
     for label, key, form, factor in _ROWS:
         cells = ["-" if f[key] is None else form.format(f[key] * factor if factor else f[key]) for f in figures]
         lines.append(f"| {label} | {cells[0]} | {cells[1]} |")
+    if any(side.failure for side in sides):
+        lines.append(f"| outcome | {sides[0].outcome} | {sides[1].outcome} |")
     return "\n".join(lines) + "\n"
 
 
 def verdict(sides: tuple[Side, Side]) -> str:
-    """Who won, in a sentence or two."""
+    """Who won, in a sentence or two; who did not finish comes first."""
     mine, other = summary(sides[0], sides[1]), summary(sides[1], sides[0])
     gap = mine["best_top1"] - other["best_top1"]
     won = "level with" if abs(gap) < 0.005 else f"{abs(gap):.2f} points {'above' if gap > 0 else 'below'}"
     cost = mine["seconds_per_step"] / other["seconds_per_step"]
-    text = (
-        f"{sides[0].name} ends {won} {sides[1].name} in best top-1 accuracy; its step takes {cost:.2f} times as long."
+    text = "".join(f"{side.name} {side.outcome}: its figures are those up to there. " for side in sides if side.failure)
+    text += (
+        f"{sides[0].name} (learning rate {mine['lr']:.4g}) ends {won} {sides[1].name} (learning rate "
+        f"{other['lr']:.4g}) in best top-1 accuracy; its step takes {cost:.2f} times as long."
     )
     if mine["reach_epoch"] is not None:
         text += (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,6 +24,7 @@ from timm_decor.training.errors import UserError, first_line
 
 RESUME_FILE = "resume.pt"
 ARGS_FILE = "args.yaml"
+SUMMARY_FILE = "summary.csv"
 
 
 class RunFolder:
@@ -46,6 +49,28 @@ class RunFolder:
             self._write(".writable", lambda file: file.touch())
             (path / ".writable").unlink()
 
+    @classmethod
+    def fresh(cls, path: Path, writes: bool = True) -> RunFolder:
+        """A folder that nobody had before: `path`, or with -2, -3, ... behind it where that exists.
+
+        Raises:
+            UserError: the folder cannot be made or written.
+        """
+        if not writes:
+            return cls(path, writes)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for number in itertools.count(1):
+                folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
+                try:
+                    folder.mkdir()  # not asked for before: another run may begin in the same second
+                    break
+                except FileExistsError:
+                    continue
+        except OSError as error:
+            raise UserError(f"cannot make output folder {path}: {error.strerror}") from error
+        return cls(folder)
+
     def write_args(self, recipe: Mapping[str, Any]) -> None:
         """args.yaml, which `-c` reads back."""
         self.write_text(ARGS_FILE, yaml.safe_dump(dict(recipe), sort_keys=True))
@@ -65,7 +90,7 @@ class RunFolder:
         writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
-        self.write_text("summary.csv", text.getvalue())
+        self.write_text(SUMMARY_FILE, text.getvalue())
 
     def write_weights(self, name: str, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """`<name>.safetensors`: weights under the keys of the plain timm model, as contiguous CPU tensors."""
@@ -106,7 +131,8 @@ class RunFolder:
             unfinished.unlink(missing_ok=True)
             write(unfinished)
             os.replace(unfinished, target)
-        except (OSError, RuntimeError) as error:  # torch.save and safetensors report a full disk as RuntimeError
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # a full disk is a RuntimeError from torch.save and a SafetensorError, which is neither, from save_file
             raise UserError(f"cannot write {target}: {first_line(error)}") from error
 
 
@@ -115,6 +141,11 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # a file system without hard links
         shutil.copyfile(source, target)
+
+
+def holds_run(path: Path) -> bool:
+    """Whether a run has left its files in this folder."""
+    return any((path / name).is_file() for name in (RESUME_FILE, SUMMARY_FILE))
 
 
 def read_resume(path: Path) -> dict[str, Any]:

@@ -124,6 +124,14 @@ def amount(text: str) -> float:
     return value
 
 
+def positive(text: str) -> float:
+    """A finite number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+    return value
+
+
 def share(text: str) -> float:
     """A number in [0, 1]."""
     value = float(text)

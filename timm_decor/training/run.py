@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,12 +18,14 @@ from timm.models import safe_model_name
 from torch import nn
 from torch.utils.data import DataLoader
 
+from timm_decor.convert import ConversionReport
+from timm_decor.reporting import AttachReport
 from timm_decor.training import build, compare
 from timm_decor.training.args import as_recipe, decor_config, train_parser
-from timm_decor.training.arm import Arm
+from timm_decor.training.arm import Arm, NonFiniteLoss
 from timm_decor.training.datasets import open_source
-from timm_decor.training.errors import UserError
-from timm_decor.training.folder import ARGS_FILE, RunFolder, read_resume
+from timm_decor.training.errors import UserError, first_line
+from timm_decor.training.folder import ARGS_FILE, RESUME_FILE, RunFolder, holds_run, read_resume
 from timm_decor.training.loaders import eval_loader, train_loader
 from timm_decor.training.optim import learning_rate
 from timm_decor.training.plot import check_available, save_picture
@@ -65,7 +69,6 @@ def main(argv: Sequence[str]) -> None:
     decor_config(args)  # refuse a bad knob before the data are read
     accelerator = make_accelerator(args.device, args.amp, args.amp_dtype, args.grad_accum_steps)
     folder = _open_folder(args, accelerator)
-    folder.write_args(as_recipe(args))
 
     channels = build.input_channels(args)
     mode = "RGB" if channels == 3 else "L"
@@ -84,15 +87,17 @@ def main(argv: Sequence[str]) -> None:
     folders = _arm_folders(args, folder, arms, accelerator.is_main_process)
     metadata = _metadata(args, data_config, classes)
     if args.resume:
-        for arm, arm_folder in zip(arms, folders, strict=True):
-            path = arm_folder.path if args.compare else Path(args.resume)
-            arm.load_state(read_resume(path), str(path))
+        _load_states(args, arms, folders)
     accelerator.print(
         f"{args.model}: {len(train_source)} training and {len(eval_source)} evaluation images, "
         f"{data_config['input_size']}, on {accelerator.num_processes} x {accelerator.device.type}"
     )
+    for arm in arms:
+        if arm.handle:
+            accelerator.print("\n".join(_conversion_lines(arm.model.decor_report)))  # type: ignore[arg-type]
     if args.compare:
         _warm_up(arms, data_config["input_size"], args.batch_size)
+    folder.write_args(as_recipe(args))  # not earlier: a resume that is refused leaves the run's own arguments alone
     _take_turns(arms, folders, metadata)
 
     context = {
@@ -101,12 +106,15 @@ def main(argv: Sequence[str]) -> None:
         "machine": machine(accelerator),
     }
     for arm, arm_folder in zip(arms, folders, strict=True):
-        correlation = arm.handle.report().mean_correlation() if arm.handle else None
-        arm_folder.write_json("results.json", _results(arm, correlation, context))
-        accelerator.print(_last_words(arm, correlation, arm_folder))
+        report = _report(arm)
+        arm_folder.write_json("results.json", _results(arm, report, context))
+        accelerator.print(_last_words(arm, report, arm_folder))
     if args.compare and accelerator.is_main_process:
         _write_comparison(args, arms, folder, context)
     accelerator.end_training()
+    failures = [arm.failure for arm in arms if arm.failure]
+    if failures:
+        raise UserError("; ".join(failures))
 
 
 def _open_folder(args: argparse.Namespace, accelerator: Accelerator) -> RunFolder:
@@ -115,7 +123,12 @@ def _open_folder(args: argparse.Namespace, accelerator: Accelerator) -> RunFolde
         return RunFolder(path if path.is_dir() else path.parent, accelerator.is_main_process)
     size = args.img_size or (args.input_size[-1] if args.input_size else "")
     name = "-".join(filter(None, (time.strftime("%Y%m%d-%H%M%S"), safe_model_name(args.model), str(size))))
-    return RunFolder(Path(args.output) / (args.experiment or name), accelerator.is_main_process)
+    path = Path(args.output) / (args.experiment or name)
+    if not args.experiment:
+        return RunFolder.fresh(path, accelerator.is_main_process)
+    if any(holds_run(folder) for folder in (path, *(path / side for side in SIDES))):
+        raise UserError(f"{path} holds a run already: go on with it by --resume {path}, or take another --experiment")
+    return RunFolder(path, accelerator.is_main_process)
 
 
 def _make_arms(
@@ -148,10 +161,34 @@ def _arm_folders(args: argparse.Namespace, folder: RunFolder, arms: list[Arm], w
     return [RunFolder(folder.path / side, writes) for side, _ in zip(SIDES, arms, strict=True)]
 
 
+def _load_states(args: argparse.Namespace, arms: list[Arm], folders: list[RunFolder]) -> None:
+    paths = [folder.path for folder in folders] if args.compare else [Path(args.resume)]
+    pairs = list(zip(arms, paths, strict=True))
+    if args.compare:
+        # an arm that was interrupted in its first epoch has no state and starts again; one of them must have one
+        pairs = [(arm, path) for arm, path in pairs if (path / RESUME_FILE).is_file()] or pairs
+    for arm, path in pairs:
+        arm.load_state(read_resume(path), str(path))
+
+
+def _conversion_lines(report: ConversionReport) -> list[str]:
+    """What is decorrelated and, by reason, what is not: a few names of each, so that a large model stays readable."""
+    groups: dict[str, list[str]] = {}
+    for row in report.plain:
+        groups.setdefault(row.plain_reason, []).append(row.name)
+    lines = []
+    for reason, names in groups.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        lines.append(f"  {', '.join(names[:3])}{more}: {reason}")
+    if len(lines) > 5:
+        lines[5:] = [f"  and others, for {len(lines) - 5} more reasons"]
+    return [report.summary(), *lines]
+
+
 def _metadata(args: argparse.Namespace, data_config: dict[str, Any], classes: int) -> dict[str, str]:
     """What a checkpoint says of itself, so that validate.py needs no further arguments."""
     return {
-        "architecture": build.twin_name(args.model),
+        "architecture": build.architecture(args.model),
         "num_classes": str(classes),
         "data_config": json.dumps(data_config),
         "model_kwargs": json.dumps(args.model_kwargs),
@@ -169,14 +206,26 @@ def _warm_up(arms: list[Arm], input_size: tuple[int, int, int], batch_size: int)
 
 
 def _take_turns(arms: list[Arm], folders: list[RunFolder], metadata: dict[str, str]) -> None:
-    """Train all arms, an epoch each in turn, another one first each time: whatever slows the machine slows them all."""
+    """Train all arms, an epoch each in turn, another one first each time: whatever slows the machine slows them all.
+
+    Raises:
+        NonFiniteLoss: the only arm diverged. One of two stops, which its `failure` says, and the other goes on.
+    """
     pairs = list(zip(arms, folders, strict=True))
     for epoch in range(max(arm.epochs for arm in arms)):
         for arm, folder in pairs if epoch % 2 == 0 else reversed(pairs):
-            if arm.epoch == epoch < arm.epochs:  # else it was resumed further on, or has fewer epochs
+            if arm.epoch != epoch or epoch >= arm.epochs:  # resumed further on, with fewer epochs, or failed
+                continue
+            try:
                 row = arm.run_epoch()
-                _save(arm, folder, metadata)
-                arm.accelerator.print(_epoch_line(arm, row))
+            except NonFiniteLoss as error:
+                if len(arms) == 1:
+                    raise
+                arm.failure = str(error)  # not the error, whose traceback would keep the loader's iterator
+                arm.accelerator.print(arm.failure)
+                continue
+            _save(arm, folder, metadata)
+            arm.accelerator.print(_epoch_line(arm, row))
 
 
 def _save(arm: Arm, folder: RunFolder, metadata: dict[str, str]) -> None:
@@ -188,15 +237,9 @@ def _save(arm: Arm, folder: RunFolder, metadata: dict[str, str]) -> None:
     if best is row:
         folder.link_weights("last", "best")
     folder.link_weights("last", f"checkpoint-{row['epoch']}")
-    folder.keep_epochs(_best_epochs(arm))
+    folder.keep_epochs({row["epoch"] for row in arm.ranked[: arm.args.checkpoint_hist]})
     folder.write_resume(arm.state())
     folder.write_summary(arm.history)
-
-
-def _best_epochs(arm: Arm) -> set[int]:
-    column, sign = arm.metric_column, 1 if arm.metric_column.endswith("loss") else -1
-    rows = sorted((row for row in arm.history if column in row), key=lambda row: sign * row[column])
-    return {row["epoch"] for row in rows[: arm.args.checkpoint_hist]}
 
 
 def _epoch_line(arm: Arm, row: dict[str, Any]) -> str:
@@ -207,32 +250,62 @@ def _epoch_line(arm: Arm, row: dict[str, Any]) -> str:
     )
 
 
-def _results(arm: Arm, correlation: tuple[float, float] | None, context: dict[str, Any]) -> dict[str, Any]:
+def _report(arm: Arm) -> AttachReport | None:
+    """The handle's report; None for a plain arm, or where it cannot be computed, which must not cost the results."""
+    try:
+        return arm.handle.report() if arm.handle else None
+    except RuntimeError as error:  # linear algebra that does not converge
+        if arm.accelerator.is_main_process:
+            print(f"train.py: {arm.name}: no report of R: {first_line(error)}", file=sys.stderr)
+        return None
+
+
+def _correlation(report: AttachReport | None) -> tuple[float, float] | None:
+    known = report.mean_correlation() if report else None
+    return known if known and all(map(math.isfinite, known)) else None
+
+
+def _results(arm: Arm, report: AttachReport | None, context: dict[str, Any]) -> dict[str, Any]:
+    correlation = _correlation(report)
     return {
         "model": arm.args.model,
         "decorrelated": arm.handle is not None,
         "lr": arm.args.lr,
         "epochs": arm.epochs,
-        "final": arm.history[-1],
+        "failure": arm.failure,
+        "final": arm.history[-1] if arm.history else None,
         "best": arm.best,
         "mean_correlation": dict(zip(("before", "after"), correlation, strict=True)) if correlation else None,
+        "refreshes": sum(row.refreshes for row in report.rows) if report else None,
+        "skips": sum(row.skips for row in report.rows) if report else None,
+        "layers": [
+            {"name": row.name, "dim": row.dim, "refreshes": row.refreshes, "skips": row.skips}
+            for row in (report.rows if report else ())
+        ],
         **context,
     }
 
 
-def _last_words(arm: Arm, correlation: tuple[float, float] | None, folder: RunFolder) -> str:
-    best, column = arm.best, arm.metric_column
+def _last_words(arm: Arm, report: AttachReport | None, folder: RunFolder) -> str:
+    best, column, correlation = arm.best, arm.metric_column, _correlation(report)
     text = f"{arm.name}: best {column} {best[column]:.4g} in epoch {best['epoch']}" if best else arm.name
     if correlation:
         text += f"; mean correlation of layer inputs {correlation[0]:.3f}, after R {correlation[1]:.3f}"
+    rows = report.rows if report else ()
+    skips = sum(row.skips for row in rows)
+    if skips:
+        text += f"; {skips} of {skips + sum(row.refreshes for row in rows)} refreshes of R skipped"
     return f"{text}; {folder.path}"
 
 
 def _write_comparison(args: argparse.Namespace, arms: list[Arm], folder: RunFolder, context: dict[str, Any]) -> None:
     mine, twin = (
-        compare.Side(arm.name, arm.args.model, arm.args.opt, arm.args.lr, arm.epochs, arm.history) for arm in arms
+        compare.Side(arm.name, arm.args.model, arm.args.opt, arm.args.lr, arm.epochs, arm.history, arm.failure)
+        for arm in arms
     )
     sides = (mine, twin)
+    if not all(side.evaluated for side in sides):
+        return  # one diverged before there was anything to compare
     table, words = compare.markdown(sides), compare.verdict(sides)
     title = f"{mine.name} and {twin.name} on {args.dataset or Path(args.data_dir or 'digits').name}, {args.opt}"
     folder.write_json("compare.json", compare.as_json(sides, context))

@@ -6,6 +6,7 @@ import argparse
 import csv
 import io
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--checkpoint and --pretrained exclude each other")
     if args.use_ema and not args.checkpoint:
         raise UserError("--use-ema needs --checkpoint")
-    _fill_from_checkpoint(args)
+    ignored = _fill_from_checkpoint(args)
     if not args.model:
         raise UserError("--model is needed: the checkpoint does not say what it is")
     args.pretrained = not args.checkpoint
@@ -46,6 +47,8 @@ def main(argv: Sequence[str]) -> None:
     model = build.create(args, args.num_classes or (source.num_classes if args.checkpoint else None), channels)
     if args.checkpoint:
         build.load_weights(model, args.checkpoint, args.use_ema)
+    if ignored and accelerator.is_main_process:  # not before the weights fit: a refusal stays one line
+        print(f"validate.py: {ignored}", file=sys.stderr)
     data_config = build.data_config(args, model, channels)
     loader = eval_loader(args, source, data_config, build.class_count(model), accelerator)
     build.place(model, accelerator.device, args.channels_last)
@@ -75,12 +78,19 @@ def main(argv: Sequence[str]) -> None:
     accelerator.end_training()
 
 
-def _fill_from_checkpoint(args: argparse.Namespace) -> None:
-    """Take from a checkpoint of train.py what the command line leaves open."""
+def _fill_from_checkpoint(args: argparse.Namespace) -> str | None:
+    """Take from a checkpoint of train.py what the command line leaves open.
+
+    Returns:
+        What to say where the checkpoint is of another model, so that nothing was taken; None otherwise.
+    """
     metadata = build.safetensors_metadata(args.checkpoint or "")
     args.model = args.model or metadata.get("architecture")
-    if "data_config" not in metadata or build.twin_name(args.model) != metadata["architecture"]:
-        return
+    if "data_config" not in metadata:
+        return None
+    mine, its = build.architecture(args.model), build.architecture(metadata["architecture"])
+    if mine != its:
+        return f"{args.checkpoint} is of {its}, not {mine}: its data configuration and number of classes are not used"
     args.num_classes = args.num_classes or int(metadata["num_classes"])
     args.model_kwargs = args.model_kwargs or json.loads(metadata["model_kwargs"])
     saved = json.loads(metadata["data_config"])
@@ -91,6 +101,7 @@ def _fill_from_checkpoint(args: argparse.Namespace) -> None:
     for name in ("mean", "std", "crop_pct", "interpolation"):
         if getattr(args, name) is None:
             setattr(args, name, saved[name])
+    return None
 
 
 def _formatted(result: dict[str, Any], results_format: str) -> str:
