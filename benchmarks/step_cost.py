@@ -14,7 +14,6 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import statistics
 import sys
 import time
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 
 import timm_decor
 from timm_decor import DecorConfig
-from timm_decor.training.runtime import versions
+from timm_decor.training.runtime import cpu_name, versions
 
 SMOKE = {"img_size": 64, "batch_size": 8, "blocks": 2, "steps_per_block": 2}
 
@@ -159,21 +158,12 @@ def describe_run(args: argparse.Namespace, config: DecorConfig) -> dict[str, Any
         "config": config.to_dict(),
         "versions": versions(),
         "machine": {
-            "processor": _processor(),
+            "processor": cpu_name(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "accelerator": torch.cuda.get_device_name(args.device) if is_cuda else None,
         },
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")  # platform.processor() is empty on most Linux machines
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def table(result: dict[str, Any]) -> str:

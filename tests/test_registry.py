@@ -205,6 +205,18 @@ def test_local_dir_source(tmp_path: Path) -> None:
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
 
 
+def test_a_plain_export_is_a_resnet18(tmp_path: Path) -> None:
+    """What hub/README.md says: after `to_plain`, timm's own export gives a model that needs no plugin."""
+    model = timm.create_model("decor_resnet18", num_classes=3, decor_config={"every": 7}).eval()
+    timm.models.save_for_hf(timm_decor.to_plain(model), tmp_path, safe_serialization=False)
+    assert "decor" not in (tmp_path / "config.json").read_text(encoding="utf-8")
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert type(again.conv1) is nn.Conv2d
+    x = images()
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+
+
 def test_to_plain_names_the_plain_architecture() -> None:
     model = timm_decor.to_plain(create_on_meta("decor_resnet18.a1_in1k"))
     assert model.pretrained_cfg == create_on_meta("resnet18.a1_in1k").pretrained_cfg

@@ -1,9 +1,9 @@
 """Two ways to make a step on W = A R^-1 while the model's weight is A.
 
-`LatentCoordinates` works with any optimizer: it keeps W, and the weight holds W while the optimizer steps; two products
-with R a step. `LinearCoordinates` is for optimizers whose update is linear in gradient, weight and momentum (SGD): the
-step on W is then, in A's own terms, the step with gradient G R^T R; one product a step, and no copy of the weights.
-Both are the explicit step exactly; tests/test_equivalence.py holds them against it.
+`LatentCoordinates` asks nothing of the update rule: it keeps W, and the weight holds W while the optimizer steps; two
+products with R a step. `LinearCoordinates` is for optimizers whose update is linear in gradient, weight and momentum
+(SGD): the step on W is then, in A's own terms, the step with gradient G R^T R; one product a step, and no copy of the
+weights. Both are the explicit step exactly; tests/test_equivalence.py holds them against it.
 """
 
 from __future__ import annotations

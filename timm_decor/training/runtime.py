@@ -105,14 +105,15 @@ def machine(accelerator: Accelerator) -> dict[str, Any]:
         "processes": accelerator.num_processes,
         "gpu": torch.cuda.get_device_name(accelerator.device) if on_gpu else None,
         "gpus": torch.cuda.device_count() if on_gpu else 0,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpus": available_cpus(),
         "torch_threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's model name; `platform.processor()` is empty on most Linux machines."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():
