@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers import Conv2dSame
 from torch import nn
 
-from timm_decor import DecorConv2d, DecorLinear, statistics
+from timm_decor import DecorConv2d, DecorConv2dSame, DecorLinear, statistics
 from timm_decor.statistics import ConvShape, mean_correlation, sample_images
 
 
@@ -48,6 +49,22 @@ def test_moments_of_any_convolution(conv, height, width, seed):
     torch.testing.assert_close(moments["channel"], torch.einsum("gcsds->gcd", full) / s)
     torch.testing.assert_close(moments["space"], torch.einsum("gcsct->gst", full) / c)
     torch.testing.assert_close(moments["shared_space"], (torch.einsum("gcsct->st", full) / c / g)[None])
+
+
+@pytest.mark.parametrize("size,kernel,stride,dilation", [(7, 3, 2, 1), (8, 3, 2, 1), (9, 5, 2, 1), (8, 3, 1, 2)])
+def test_moments_of_same_padding(size, kernel, stride, dilation):
+    """timm's Conv2dSame pads by the input's size, more on the right; seen through the convolution itself."""
+    conv = Conv2dSame(2, 3, kernel, stride, dilation=dilation, bias=False).double()
+    x = torch.randn(2, 2, size, size + 1, dtype=torch.float64)
+    with torch.no_grad():
+        # One output a patch entry: a kernel that picks it shows every patch without forming one.
+        pick = Conv2dSame(2, 2 * kernel**2, kernel, stride, dilation=dilation, bias=False).double()
+        pick.weight.copy_(torch.eye(2 * kernel**2, dtype=torch.float64).view(pick.weight.shape))
+        patches = pick(x).flatten(2)  # (N, D, L)
+    conv.__class__ = DecorConv2dSame
+    conv.start_recording(("patch",), 1.0)
+    conv(x)
+    torch.testing.assert_close(conv.moments["patch"], torch.einsum("nil,njl->ij", patches, patches)[None])
 
 
 def test_chunks_change_nothing(monkeypatch):

@@ -27,7 +27,7 @@ from timm_decor.reporting import AttachReport
 from timm_decor.rules import DegenerateMoment
 from timm_decor.state import LayerState, averaged_moments
 from timm_decor.statistics import at_least_float32
-from timm_decor.structure import STRUCTURES
+from timm_decor.structure import structure_for
 
 _logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ _attached_optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 def new_state(name: str, layer: DecorLayer, optimizer: Optimizer, config: DecorConfig) -> LayerState:
     """A layer's state before the first refresh: R is the identity."""
     like = at_least_float32(layer.weight.detach()[:0])
-    r = STRUCTURES[config.structure].identity(layer.decor_shape, config, like)
+    r = structure_for(config, layer.decor_shape).identity(layer.decor_shape, config, like)
     return LayerState(name, layer, r, coordinates_for(layer, optimizer))
 
 

@@ -14,7 +14,8 @@ class AttachedRow:
     Attributes:
         name: the layer's name in the model.
         dim: D, the length of one group's patch.
-        correlation_before: mean absolute correlation between different entries of the layer's input x.
+        correlation_before: mean absolute correlation between different entries of the layer's input x (of 1024 of
+            them, where it has more).
         correlation_after: the same for z = R x; both from the statistics that R was last refreshed with, None before.
         condition: condition number of R.
         refreshes: refreshes of R so far.

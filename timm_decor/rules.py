@@ -13,6 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_EXACT_SHARE = 4  # subspace iteration pays from about four times its number of columns
+_OVERSAMPLING = 8
+_ITERATIONS = 3
+
 
 class DegenerateMoment(ValueError):
     """The statistics are zero, not finite or not positive: R keeps its value and the refresh counts as skipped."""
@@ -100,30 +104,72 @@ def whiten_symmetric(sigma: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     return (basis * scale[..., None, :]) @ basis.mT, (basis / scale[..., None, :]) @ basis.mT
 
 
-def whiten_kronecker(sigma_c: Tensor, sigma_s: Tensor, damping: float, rank: int) -> KroneckerFactors:
+def whiten_kronecker(
+    sigma_c: Tensor, sigma_s: Tensor, damping: float, rank: int, start: Tensor | None = None
+) -> KroneckerFactors:
     """Damped whitening of Sigma_c (x) Sigma_s, damped jointly: the symmetric root in the product's eigenbasis.
 
     Direction (i, j) is scaled by (l_c[i] l_s[j] + damping)^-1/2, eigenvalues in units of their factor's mean. The
     C - rank smallest channel eigenvalues are replaced by their mean (activations have few large eigenvalues, and
     damping makes the small ones alike), so that R is `space (x) identity` plus a term of that rank.
 
+    Where C is much larger than the rank the leading eigenvectors come from subspace iteration, at C^2 rank instead of
+    C^3 (for a ViT-B's 3072 hidden channels milliseconds instead of seconds).
+
     Args:
         sigma_c: channel factor, (g, C, C).
         sigma_s: space factor, (g, S, S).
         damping: in units of the mean eigenvalue of the product.
         rank: channel eigenvectors kept, 1 <= rank <= C.
+        start: (g, C, r), where subspace iteration begins: the eigenvectors of the last refresh.
 
     Raises:
         DegenerateMoment: a factor is zero, not finite or cannot be decomposed.
     """
-    channel_values, channel_basis = _eigh(normalized(sigma_c))
+    channel_values, channel_basis = leading_eigenpairs(normalized(sigma_c), rank, start)
     space_values, space_basis = _eigh(normalized(sigma_s))
-    split = channel_values.shape[-1] - rank  # eigh sorts ascending
-    tail_value = channel_values[..., :split].mean(-1) if split else torch.zeros_like(channel_values[..., 0])
-    gain = _damped_rsqrt(channel_values[..., split:, None] * space_values[..., None, :], damping)
-    # With every eigenvector kept no direction is left for the tail; 1 keeps it invertible.
-    tail = _damped_rsqrt(tail_value[..., None] * space_values, damping) if split else torch.ones_like(space_values)
-    return KroneckerFactors(channel_basis[..., split:].contiguous(), space_basis, gain, tail)
+    gain = _damped_rsqrt(channel_values[..., None] * space_values[..., None, :], damping)
+    rest = sigma_c.shape[-1] - rank
+    if rest:
+        # The eigenvalues sum to C, the trace of the normalised factor.
+        mean_rest = ((sigma_c.shape[-1] - channel_values.sum(-1)) / rest).clamp_min(0)
+        tail = _damped_rsqrt(mean_rest[..., None] * space_values, damping)
+    else:  # no direction is left for the tail; 1 keeps it invertible
+        tail = torch.ones_like(space_values)
+    return KroneckerFactors(channel_basis.contiguous(), space_basis, gain, tail)
+
+
+def leading_eigenpairs(sigma: Tensor, rank: int, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The `rank` largest eigenvalues of a second moment, and their eigenvectors.
+
+    Exact where the rank is a fair share of D. Elsewhere randomised subspace iteration (Halko, Martinsson, Tropp,
+    arXiv 0909.4061, algorithm 4.4): a few products with Sigma, from `start` and a few random directions more, which
+    find what `start` has nothing of. The random directions are the same on every call, so that processes agree.
+
+    Args:
+        sigma: (g, D, D), symmetric, no eigenvalue below zero.
+        rank: 1 <= rank <= D.
+        start: (g, D, r) or None.
+
+    Returns:
+        Values (g, rank), ascending, and orthonormal columns (g, D, rank).
+
+    Raises:
+        DegenerateMoment: no decomposition was found.
+    """
+    size = sigma.shape[-1]
+    if size <= _EXACT_SHARE * (rank + _OVERSAMPLING):
+        values, basis = _eigh(sigma)
+        return values[..., size - rank :], basis[..., size - rank :]
+    generator = torch.Generator().manual_seed(0)
+    fresh = torch.randn(size, _OVERSAMPLING if start is not None else rank + _OVERSAMPLING, generator=generator)
+    fresh = fresh.to(sigma).expand(len(sigma), -1, -1)
+    basis = fresh if start is None else torch.cat([start, fresh], -1)
+    for _ in range(_ITERATIONS):
+        basis = torch.linalg.qr(sigma @ basis).Q
+    values, turn = _eigh(basis.mT @ sigma @ basis)
+    kept = values.shape[-1] - rank
+    return values[..., kept:], (basis @ turn)[..., kept:]
 
 
 def _eigh(sigma: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,10 +25,10 @@ class ConvShape(NamedTuple):
     dilation: tuple[int, int]
     groups: int
 
-    @property
-    def positions(self) -> int:
-        """S, positions of the kernel."""
-        return self.kernel_size[0] * self.kernel_size[1]
+
+def _positions(shape: ConvShape) -> int:  # not a property: torch.compile of torch 2.3 trips over one here
+    """S, positions of the kernel."""
+    return shape.kernel_size[0] * shape.kernel_size[1]
 
 
 def sample_images(x: Tensor, share: float) -> Tensor:
@@ -69,9 +69,9 @@ def patch_moment(x: Tensor, shape: ConvShape) -> Tensor:
     Returns:
         (g, C * S, C * S).
     """
-    size = x.shape[1] // shape.groups * shape.positions
+    size = x.shape[1] // shape.groups * _positions(shape)
     total = x.new_zeros(shape.groups, size, size)
-    for part in _chunks(x, shape.positions):
+    for part in _chunks(x, _positions(shape)):
         patches = _unfold(part, shape).unflatten(1, (shape.groups, -1)).transpose(0, 1)  # (g, n, C * S, L)
         rows = patches.transpose(1, 2).flatten(2)  # (g, C * S, n * L)
         total += rows @ rows.mT
@@ -87,16 +87,16 @@ def channel_moment(x: Tensor, shape: ConvShape) -> Tensor:
     cover = _unfold(torch.ones_like(x[:1, :1]), shape)
     weight = F.fold(cover, (height, width), shape.kernel_size, shape.dilation, 0, shape.stride).flatten()
     pixels = x.flatten(2).unflatten(1, (shape.groups, -1)).permute(1, 2, 0, 3)  # (g, C, N, H * W)
-    weighted = pixels * (weight / shape.positions)
+    weighted = pixels * (weight / _positions(shape))
     return weighted.flatten(2) @ pixels.flatten(2).mT
 
 
 def space_moment(x: Tensor, shape: ConvShape) -> Tensor:
     """Sum over rows of the patches' partial trace over channels, divided by C: (g, S, S)."""
     channels = x.shape[1] // shape.groups
-    total = x.new_zeros(shape.groups, shape.positions, shape.positions)
-    for part in _chunks(x, shape.positions):
-        patches = _unfold(part, shape).unflatten(1, (shape.groups, channels, shape.positions))  # (n, g, C, S, L)
+    total = x.new_zeros(shape.groups, _positions(shape), _positions(shape))
+    for part in _chunks(x, _positions(shape)):
+        patches = _unfold(part, shape).unflatten(1, (shape.groups, channels, _positions(shape)))  # (n, g, C, S, L)
         rows = patches.permute(1, 3, 0, 2, 4).flatten(2)  # (g, S, n * C * L)
         total += rows @ rows.mT
     return total / channels

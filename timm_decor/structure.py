@@ -36,6 +36,20 @@ def moment_shape(name: str, shape: LayerShape) -> tuple[int, int, int]:
     return (1 if name == "shared_space" else shape.groups), side, side
 
 
+_REPORTED_ENTRIES = 1024
+
+
+def _entries(size: int, device: torch.device) -> Tensor:
+    """Which entries of x and z a report looks at: all, or the same ones each time (D = 25 088 in VGG's first head).
+
+    Drawn rather than evenly spaced: a spacing of S would only ever compare one kernel position.
+    """
+    if size <= _REPORTED_ENTRIES:
+        return torch.arange(size, device=device)
+    drawn = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:_REPORTED_ENTRIES]
+    return drawn.sort().values.to(device)
+
+
 class PatchR:
     """`full`: one dense R of D x D a group. Needs the moment "patch"."""
 
@@ -51,8 +65,8 @@ class PatchR:
 
     @staticmethod
     def size(shape: LayerShape, config: DecorConfig) -> int:
-        """Entries of R."""
-        return shape.groups * shape.dim**2
+        """Entries of R, and of its inverse where the rule gives one."""
+        return (2 if config.rule == "whiten" else 1) * shape.groups * shape.dim**2
 
     @staticmethod
     def largest_factor(shape: LayerShape) -> int:
@@ -95,13 +109,17 @@ class PatchR:
     def _rows(w: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
         return multiply(w.flatten(2)).view(w.shape)
 
-    def output_moment(self, moments: dict[str, Tensor]) -> Tensor:
-        """<z z^T> = R Sigma R^T, (g, D, D)."""
-        return self.matrix @ moments[self.moments[0]] @ self.matrix.mT
-
     def input_moment(self, moments: dict[str, Tensor]) -> Tensor:
-        """<x x^T>, (g, D, D)."""
-        return moments[self.moments[0]]
+        """<x x^T> of n entries, not all where there are too many: (g, n, n)."""
+        sigma = moments[self.moments[0]]
+        index = _entries(sigma.shape[-1], sigma.device)
+        return sigma[:, index][..., index]
+
+    def output_moment(self, moments: dict[str, Tensor]) -> Tensor:
+        """<z z^T> = R Sigma R^T of the same entries: (g, n, n)."""
+        sigma = moments[self.moments[0]]
+        rows = self.matrix[:, _entries(sigma.shape[-1], sigma.device)]
+        return rows @ sigma @ rows.mT
 
     def condition(self) -> float:
         """Condition number of R, the largest over groups."""
@@ -132,7 +150,7 @@ class SpaceR(PatchR):
 
     @staticmethod
     def size(shape: LayerShape, config: DecorConfig) -> int:
-        return shape.positions**2
+        return (2 if config.rule == "whiten" else 1) * shape.positions**2
 
     @staticmethod
     def largest_factor(shape: LayerShape) -> int:
@@ -209,20 +227,25 @@ class KroneckerR:
         """
         channel = moments["channel"]
         rank = min(config.rank, channel.shape[-1])
-        return KroneckerR(rules.whiten_kronecker(channel, moments["space"], config.damping, rank))
-
-    def output_moment(self, moments: dict[str, Tensor]) -> Tensor:
-        """<z z^T> = R Sigma R^T for the Kronecker product Sigma of the moments, (g, D, D)."""
-        sigma = self.input_moment(moments)
-        rows = sigma.unflatten(-1, (moments["channel"].shape[-1], -1))  # R acts on rows as it does on a weight's
-        half = self.apply(rows).flatten(2)
-        return self.apply(half.mT.reshape(rows.shape)).flatten(2)
+        start = self.factors.channel_basis
+        return KroneckerR(rules.whiten_kronecker(channel, moments["space"], config.damping, rank, start))
 
     def input_moment(self, moments: dict[str, Tensor]) -> Tensor:
-        """Sigma = Sigma_c (x) Sigma_s with the trace of the whole patch's moment, (g, D, D)."""
-        scale = moments["space"].diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-        pairs = zip(moments["channel"], moments["space"] / scale, strict=True)
-        return torch.stack([torch.kron(channel.contiguous(), space.contiguous()) for channel, space in pairs])
+        """Sigma = Sigma_c (x) Sigma_s of n entries, not all where there are too many: (g, n, n)."""
+        channel, space = moments["channel"], moments["space"]
+        index = _entries(channel.shape[-1] * space.shape[-1], channel.device)
+        c, s = index // space.shape[-1], index % space.shape[-1]
+        return channel[:, c][..., c] * space[:, s][..., s]
+
+    def output_moment(self, moments: dict[str, Tensor]) -> Tensor:
+        """<z z^T> = R Sigma R^T of the same entries: (g, n, n). The D x D matrix is never formed."""
+        channel, space = moments["channel"], moments["space"]
+        index = _entries(channel.shape[-1] * space.shape[-1], channel.device)
+        picks = channel.new_zeros(len(channel), len(index), channel.shape[-1], space.shape[-1])
+        picks.flatten(2)[:, torch.arange(len(index), device=index.device), index] = 1
+        rows = self.apply(picks)  # of R, which is symmetric
+        weighted = channel[:, None] @ rows @ space[:, None]
+        return weighted.flatten(2) @ rows.flatten(2).mT
 
     def condition(self) -> float:
         """Condition number of R, the largest over groups."""
@@ -273,4 +296,15 @@ class _Spiked:
 
 
 Structure = PatchR | KroneckerR
-STRUCTURES: dict[str, type[PatchR] | type[KroneckerR]] = {"full": PatchR, "kronecker": KroneckerR, "space": SpaceR}
+_STRUCTURES: dict[str, type[PatchR] | type[KroneckerR]] = {"full": PatchR, "kronecker": KroneckerR, "space": SpaceR}
+
+
+def structure_for(config: DecorConfig, shape: LayerShape) -> type[PatchR] | type[KroneckerR]:
+    """The structure of R for a layer: the config's, and `space` where `kronecker` has one channel a group.
+
+    A depthwise convolution would have its own S x S eigenproblem for every channel; one R for all of them has the
+    statistics of all of them and costs nothing.
+    """
+    if config.structure == "kronecker" and shape.channels == 1:
+        return SpaceR
+    return _STRUCTURES[config.structure]
