@@ -5,6 +5,8 @@ import copy
 import pytest
 import timm
 import torch
+from timm.layers import Conv2dSame
+from timm.layers import Linear as TimmLinear
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -59,8 +61,9 @@ def test_report_names_sizes_and_reasons():
     rows = {row.name: row for row in report.rows}
     assert "norm" not in rows  # no weight matrix: nobody expects it here
     assert [row.name for row in report.decorrelated] == ["conv"]
-    assert (rows["conv"].dim, rows["conv"].bytes) == (36, 4 * 2 * 36 * 36)
-    assert "OddConv is not nn.Conv2d" in rows["odd"].plain_reason
+    assert (rows["conv"].dim, rows["conv"].bytes) == (36, 4 * 2 * 2 * 36 * 36)  # R and its inverse, two groups
+    assert rows["conv"].moment_bytes == 4 * 2 * 36 * 36
+    assert "OddConv may not multiply its input by its weight as it is" in rows["odd"].plain_reason
     assert "ParametrizedConv2d" in rows["normed"].plain_reason
     assert "ConvTranspose2d" in rows["transposed"].plain_reason
     assert "D = 1" in rows["one"].plain_reason
@@ -81,9 +84,44 @@ def test_reported_bytes_are_those_held():
         optimizer.step()
         layers = optimizer.state_dict()["timm_decor"]["layers"]
         for row in model.decor_report.decorrelated:
-            held = layers[row.name]["r"]
-            held.pop("inverse", None)  # R^-1 is kept beside R for W <- A R^-1, and is not R
-            assert sum(t.numel() * t.element_size() for t in held.values()) == row.bytes, (structure, row.name)
+            for part, wanted in (("r", row.bytes), ("moments", row.moment_bytes)):
+                held = layers[row.name][part].values()
+                assert sum(t.numel() * t.element_size() for t in held) == wanted, (structure, row.name, part)
+
+
+def test_depthwise_convolutions_share_one_r():
+    """A channel's own S x S eigenproblem each would cost more than the layer: `kronecker` is `space` there."""
+    model = timm_decor.decorrelate(nn.Sequential(nn.Conv2d(6, 6, 3, groups=6), nn.Flatten(), nn.Linear(6, 2)))
+    assert (model.decor_report.rows[0].dim, model.decor_report.rows[0].bytes) == (9, 4 * 2 * 81)
+
+
+@pytest.mark.parametrize("name,reason,plain", [
+    ("beit_base_patch16_224", "reads its weight past its forward", {"blocks.0.attn.qkv", "blocks.1.attn.qkv"}),
+    ("swinv2_tiny_window8_256", "reads its weight past its forward", {"layers.0.blocks.0.attn.qkv"}),
+    ("eva_giant_patch14_224", "reads its weight past its forward", {"blocks.0.attn.qkv"}),
+    ("nfnet_l0", "ScaledStdConv2d may not multiply", {"stem.conv1", "stages.0.0.conv2"}),
+    ("efficientnet_cc_b0_4e", "CondConv2d may not multiply", {"blocks.4.0.conv_pw"}),
+])  # fmt: skip
+def test_layers_of_timm_whose_weight_is_not_what_they_multiply_by(name, reason, plain):
+    with torch.device("meta"):
+        report = timm_decor.decorrelate(timm.create_model(name)).decor_report
+    assert plain <= {row.name for row in report.plain if reason in row.plain_reason}
+    assert not any(row.name.endswith("attn.qkv") for row in report.decorrelated)
+    assert any(row.name.startswith("head") or row.name == "classifier" for row in report.decorrelated)
+
+
+def test_timms_forms_of_the_layers_are_decorrelated_and_come_back():
+    model = timm.create_model("tf_mobilenetv3_small_minimal_100", num_classes=4).eval()
+    kinds = [type(module) for module in model.modules()]
+    assert Conv2dSame in kinds and TimmLinear in kinds
+    x = torch.randn(2, 3, 33, 35)  # odd: the padding of "same" differs between the sides
+    before = model(x)
+    timm_decor.decorrelate(model)
+    assert not model.decor_report.plain
+    assert torch.equal(model(x), before)
+    timm_decor.to_plain(model)
+    assert [type(module) for module in model.modules()] == kinds
+    assert torch.equal(model(x), before)
 
 
 def test_space_leaves_pointwise_layers_plain():
@@ -137,7 +175,7 @@ def test_wrapped_models_are_refused_with_what_to_do():
 
 
 def test_a_model_without_layers_is_refused():
-    with pytest.raises(ValueError, match="has no nn.Conv2d or nn.Linear"):
+    with pytest.raises(ValueError, match="has no layer that can be decorrelated"):
         timm_decor.decorrelate(nn.Sequential(nn.BatchNorm2d(3)))
     with pytest.raises(ValueError, match="most often: excluded by filter_fn"):
         timm_decor.decorrelate(small_net(), filter_fn=lambda name, module: False)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import warnings
+import json
+import os
+import subprocess
+import sys
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,10 @@ from torch import Tensor, nn
 
 import timm_decor
 from timm_decor.layers import DecorConv2d, DecorLinear
-from timm_decor.models import PREFIX, decor_resnet, plain_name
+from timm_decor.models import FAMILIES, PREFIX, Family, plain_name
 
-TWINS = timm.list_models(module="decor_resnet")
+TWINS = [PREFIX + family.example for family in FAMILIES]
+IDS = [family.module for family in FAMILIES]
 
 
 def create_on_meta(name: str, **kwargs: Any) -> nn.Module:
@@ -44,13 +48,15 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     return safetensors.torch.load_file(path)
 
 
-def test_family_is_registered() -> None:
-    wanted = {"resnet18", "resnet34", "resnet50", "resnet101", "resnet18d", "resnet50d", "resnet14t", "resnet26t"}
-    assert {PREFIX + name for name in wanted} <= set(TWINS)
-    assert timm.list_models("decor_resnet*") == TWINS
-    assert all(timm.is_model(name) and timm.is_model(plain_name(name)) for name in TWINS)
-    assert set(decor_resnet.__all__) == set(TWINS)
-    assert decor_resnet.decor_resnet18 is timm.model_entrypoint("decor_resnet18")  # type: ignore[attr-defined]
+@pytest.mark.parametrize("family", FAMILIES, ids=IDS)
+def test_family_is_registered(family: Family) -> None:
+    theirs = timm.list_models(module=family.module)
+    ours = timm.list_models(module=PREFIX + family.module)
+    assert len(ours) >= 5 and PREFIX + family.example in ours
+    assert ours == [PREFIX + name for name in theirs if not any(fnmatch(name, p) for p in family.without)]
+    module = timm.model_entrypoint(ours[0]).__module__
+    assert module == f"timm_decor.models.{PREFIX}{family.module}"
+    assert getattr(sys.modules[module], ours[0]) is timm.model_entrypoint(ours[0])
 
 
 def test_plain_models_stay_plain() -> None:
@@ -59,16 +65,16 @@ def test_plain_models_stay_plain() -> None:
     assert model.pretrained_cfg["architecture"] == "resnet18"
 
 
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("name", TWINS, ids=IDS)
 def test_state_dict_has_the_twins_entries(name: str) -> None:
     twin, plain = create_on_meta(name), create_on_meta(plain_name(name))
     entries = [(key, value.shape, value.dtype) for key, value in twin.state_dict().items()]
     assert entries == [(key, value.shape, value.dtype) for key, value in plain.state_dict().items()]
     assert any(isinstance(module, DecorConv2d) for module in twin.modules())
-    assert isinstance(twin.fc, DecorLinear)
+    assert isinstance(twin.get_classifier(), DecorLinear)
 
 
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("name", timm.list_models("decor_*"))
 def test_tags_are_the_twins(name: str) -> None:
     theirs = get_arch_pretrained_cfgs(plain_name(name))
     ours = get_arch_pretrained_cfgs(name)
@@ -104,13 +110,62 @@ def test_unknown_tag_names_the_known_ones() -> None:
         timm.create_model("decor_resnet18.a9_in1k")
 
 
-def test_importing_again_lists_nothing_twice() -> None:
-    before = timm.list_pretrained("decor_*"), list(get_arch_pretrained_cfgs("decor_resnet50"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        importlib.reload(decor_resnet)
-    assert (timm.list_pretrained("decor_*"), list(get_arch_pretrained_cfgs("decor_resnet50"))) == before
-    assert timm.list_models(module="decor_resnet") == TWINS
+def test_deprecated_names() -> None:
+    with pytest.warns(UserWarning, match="decor_tv_resnet34 to current decor_resnet34.tv_in1k"):
+        model = create_on_meta("decor_tv_resnet34")
+    assert (model.pretrained_cfg["architecture"], model.pretrained_cfg["tag"]) == ("decor_resnet34", "tv_in1k")
+    assert "decor_tv_resnet34" not in timm.list_models("decor_*")
+
+
+def test_a_model_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def own_model(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, kwargs["num_classes"]))
+
+    own_model.__module__ = __name__
+    timm.models.register_model(own_model)
+    timm_decor.register_decorrelated("own_model", plain={"0": "kept plain for this test"})
+    assert timm.list_models(module="decor_test_registry") == ["decor_own_model"]
+    model = timm.create_model("decor_own_model", num_classes=5)
+    assert isinstance(model[2], DecorLinear) and type(model[0]) is nn.Conv2d
+    assert model.decor_report.plain[0].plain_reason == "kept plain for this test"
+    model[0] = nn.Conv2d(3, 4, 3)
+    timm_decor.attach(model, torch.optim.SGD(model.parameters(), 0.1))
+    assert type(model[0]) is nn.Conv2d  # attach converts again, and keeps to what was left out and why
+    assert model.decor_report.plain[0].plain_reason == "kept plain for this test"
+
+
+def test_a_model_outside_the_families() -> None:
+    timm_decor.register_decorrelated("test_byobnet")
+    assert list(get_arch_pretrained_cfgs("decor_test_byobnet")) == [
+        PREFIX + key for key in get_arch_pretrained_cfgs("test_byobnet")
+    ]
+    assert timm.create_model("decor_test_byobnet").decor_report.decorrelated
+
+
+def test_unknown_models_cannot_be_registered() -> None:
+    with pytest.raises(ValueError, match="timm has no model 'resnet81'.*near: .*resnet"):
+        timm_decor.register_decorrelated("resnet81")
+    with pytest.raises(ValueError, match="timm has no model 'resnet18.a1_in1k'"):
+        timm_decor.register_decorrelated("resnet18.a1_in1k")
+    with pytest.raises(ValueError, match="decor_resnet18 is a decorrelated twin itself"):
+        timm_decor.register_decorrelated("decor_resnet18")
+
+
+@pytest.mark.parametrize("name", TWINS, ids=IDS)
+def test_arguments_of_timm(name: str) -> None:
+    """in_chans, num_classes, global_pool: shapes as the plain model has them."""
+    for kwargs in ({"in_chans": 1, "num_classes": 7}, {"in_chans": 4, "num_classes": 0}):
+        twin, plain = create_on_meta(name, **kwargs), create_on_meta(plain_name(name), **kwargs)
+        x = torch.empty(2, kwargs["in_chans"], *plain.pretrained_cfg["input_size"][1:], device="meta")
+        assert twin.eval()(x).shape == plain.eval()(x).shape
+        assert [p.shape for p in twin.parameters()] == [p.shape for p in plain.parameters()]
+
+
+def test_image_size_and_pooling_of_vit() -> None:
+    model = create_on_meta("decor_vit_tiny_patch16_224", img_size=96, global_pool="avg", class_token=False)
+    assert model(torch.empty(1, 3, 96, 96, device="meta")).shape == (1, 1000)
+    assert model.pos_embed.shape[1] == 36
+    assert model.decor_report.rows[0].name == "patch_embed.proj"
 
 
 def test_checkpoints_pass_both_ways() -> None:
@@ -220,3 +275,54 @@ def test_a_plain_export_is_a_resnet18(tmp_path: Path) -> None:
 def test_to_plain_names_the_plain_architecture() -> None:
     model = timm_decor.to_plain(create_on_meta("decor_resnet18.a1_in1k"))
     assert model.pretrained_cfg == create_on_meta("resnet18.a1_in1k").pretrained_cfg
+
+
+def test_local_directory(tmp_path: Path, weights_file: Path) -> None:
+    """A folder as timm writes it for the Hub: with the twin's name it gives the twin, with the plain name the model."""
+    saved = load_weights(weights_file)
+    for architecture, kind in (("decor_resnet18", DecorConv2d), ("resnet18", nn.Conv2d)):
+        folder = tmp_path / architecture
+        folder.mkdir()
+        safetensors.torch.save_file(saved, folder / "model.safetensors")
+        config = {
+            "architecture": architecture,
+            "num_classes": 1000,
+            "pretrained_cfg": {"tag": "mine", "mean": [0.5] * 3},
+        }
+        (folder / "config.json").write_text(json.dumps(config))
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        assert type(model.conv1) is kind
+        assert torch.equal(model.fc.weight, saved["fc.weight"])
+        assert model.pretrained_cfg["mean"] == [0.5] * 3
+
+
+def test_weights_from_the_hubs_cache_without_network(tmp_path: Path, weights_file: Path) -> None:
+    """HF_HUB_OFFLINE=1: `pretrained=True` and `hf-hub:` read what is in the cache, and say what is missing."""
+    repository = tmp_path / "hub" / "models--timm--resnet18.a1_in1k"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    (snapshot / "model.safetensors").write_bytes(weights_file.read_bytes())
+    config = {"architecture": "resnet18", "num_classes": 1000, "pretrained_cfg": {"tag": "a1_in1k"}}
+    (snapshot / "config.json").write_text(json.dumps(config))
+    script = """
+import sys, timm, timm_decor, safetensors.torch, torch
+saved = safetensors.torch.load_file(sys.argv[1])
+for name in ("decor_resnet18.a1_in1k", "decor_resnet18", "hf-hub:timm/resnet18.a1_in1k"):
+    model = timm.create_model(name, pretrained=True)
+    assert torch.equal(model.fc.weight, saved["fc.weight"]), name
+    print(type(model.conv1).__name__)
+try:
+    timm.create_model("decor_resnet34", pretrained=True)
+except Exception as error:
+    print(type(error).__name__)
+"""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(weights_file)], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    *kinds, missing = done.stdout.split()
+    assert kinds == ["DecorConv2d", "DecorConv2d", "Conv2d"]
+    assert missing in ("LocalEntryNotFoundError", "OfflineModeIsEnabled", "RuntimeError", "FileNotFoundError")

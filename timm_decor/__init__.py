@@ -9,22 +9,28 @@
 Importing this package registers the `decor_*` models with timm.
 """
 
+import timm.optim  # noqa: F401  # `import timm` alone does not give `timm.optim`, which the lines above use
+
 from timm_decor.attach import DecorHandle, attach
 from timm_decor.config import DecorConfig
 from timm_decor.convert import decorrelate, to_plain
-from timm_decor.layers import DecorConv2d, DecorLinear
+from timm_decor.layers import DecorConv2d, DecorConv2dSame, DecorLinear, DecorTimmLinear
 from timm_decor.version import __version__
 
 from timm_decor import models  # isort: skip  # last: registration builds on everything above
+from timm_decor.models import register_decorrelated  # isort: skip
 
 __all__ = [
     "DecorConfig",
     "DecorConv2d",
+    "DecorConv2dSame",
     "DecorHandle",
     "DecorLinear",
+    "DecorTimmLinear",
     "__version__",
     "attach",
     "decorrelate",
     "models",
+    "register_decorrelated",
     "to_plain",
 ]

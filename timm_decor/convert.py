@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -14,14 +15,13 @@ from torch import nn
 
 from timm_decor.config import DecorConfig
 from timm_decor.layers import DECOR_TYPES, PLAIN_TYPES, DecorConv2d, DecorLayer, DecorLinear
-from timm_decor.structure import STRUCTURES
+from timm_decor.structure import LayerShape, moment_shape, structure_for
 from timm_decor.table import text_table
 
 _logger = logging.getLogger(__name__)
 
-_EXCLUDED = "excluded by filter_fn"
-
 FilterFn = Callable[[str, nn.Module], bool]
+ReasonFn = Callable[[str, nn.Module], str]
 
 # The handle that each attached layer belongs to. Not an attribute of the layer, so that a deep copy (EMA) does not
 # inherit it; a weak reference, so that a binding ends with its optimizer.
@@ -36,7 +36,8 @@ class LayerRow:
         name: the module's name in the model.
         kind: its class.
         dim: D, the length of the vector that R decorrelates (one group's patch); 0 where the layer stays plain.
-        bytes: memory of R in float32; 0 where the layer stays plain.
+        bytes: memory of R (and of R^-1 where it is kept) in float32; 0 where the layer stays plain.
+        moment_bytes: memory of the running second moments that R is refreshed from.
         weight_bytes: memory of the weight.
         plain_reason: why the layer stays plain, or "" for a decorrelated one.
     """
@@ -45,6 +46,7 @@ class LayerRow:
     kind: str
     dim: int
     bytes: int
+    moment_bytes: int
     weight_bytes: int
     plain_reason: str = ""
 
@@ -55,11 +57,17 @@ class ConversionReport:
 
     config: DecorConfig
     rows: tuple[LayerRow, ...]
+    left_out: dict[str, str]  # reason by name of the layers that were left plain on request
 
     @property
     def bytes(self) -> int:
         """Memory of every R together."""
         return sum(row.bytes for row in self.rows)
+
+    @property
+    def moment_bytes(self) -> int:
+        """Memory of every running second moment together."""
+        return sum(row.moment_bytes for row in self.rows)
 
     @property
     def decorrelated(self) -> tuple[LayerRow, ...]:
@@ -72,22 +80,27 @@ class ConversionReport:
     def summary(self) -> str:
         """One line: how many layers, of what structure, R's memory against the weights'."""
         weights = sum(row.weight_bytes for row in self.rows)
-        ratio = f"{self.bytes / weights:.2f}x the weights" if weights else "no weights"
+        ratio = (self.bytes + self.moment_bytes) / weights
         return (
             f"{len(self.decorrelated)} layers decorrelated ({self.config.rule}, {self.config.structure}), "
-            f"{len(self.plain)} left plain; R takes {self.bytes / 2**20:.1f} MiB, {ratio}"
+            f"{len(self.plain)} left plain; R takes {self.bytes / 2**20:.1f} MiB, its statistics "
+            f"{self.moment_bytes / 2**20:.1f} MiB: {ratio:.2f}x the weights"
         )
 
     def __str__(self) -> str:
         cells = [
-            (row.name, row.kind, row.dim or "", f"{row.bytes:,}" if row.bytes else "", row.plain_reason)
+            (row.name, row.kind, *(f"{n:,}" if n else "" for n in (row.dim, row.bytes, row.moment_bytes)))
+            + (row.plain_reason,)
             for row in self.rows
         ]
-        return text_table(("layer", "kind", "D", "bytes of R", "left plain because"), cells) + "\n" + self.summary()
+        header = ("layer", "kind", "D", "bytes of R", "of its statistics", "left plain because")
+        return text_table(header, cells) + "\n" + self.summary()
 
 
 def decorrelate(model: nn.Module, config: DecorConfig | None = None, filter_fn: FilterFn | None = None) -> nn.Module:
-    """Turn a model's `nn.Conv2d` and `nn.Linear` layers into layers that can be decorrelated, in place.
+    """Turn a model's convolutions and linear layers into layers that can be decorrelated, in place.
+
+    Those are `nn.Conv2d`, `nn.Linear` and timm's forms of them, `Conv2dSame` and `timm.layers.Linear`.
 
     Modules, Parameters, names, hooks and the function stay the same objects; only the layers' class changes. What was
     done to each layer is in `model.decor_report` (print it) and in one line of the log. A second call replaces the
@@ -104,36 +117,41 @@ def decorrelate(model: nn.Module, config: DecorConfig | None = None, filter_fn: 
     Raises:
         ValueError: the model is wrapped (DDP, FSDP, torch.compile), is attached, or has no layer that fits.
     """
+
+    def leave_out(name: str, layer: nn.Module) -> str:
+        return "" if filter_fn is None or filter_fn(name, layer) else "excluded by filter_fn"
+
     _refuse_wrapped(model)
-    return _convert(model, config or DecorConfig(), filter_fn)
+    return convert(model, config or DecorConfig(), leave_out)
 
 
-def _convert(model: nn.Module, config: DecorConfig, filter_fn: FilterFn | None) -> nn.Module:
+def convert(model: nn.Module, config: DecorConfig, leave_out: ReasonFn) -> nn.Module:
+    """`decorrelate`, with a function that says why a layer is to be left plain ("" where it is not)."""
     rows = []
-    shared = _shared_weights(model)
+    left_out: dict[str, str] = {}
+    shared, read_past = _shared_weights(model), _read_past_forward(model)
     candidates = [(name, module) for name, module in model.named_modules() if _has_matrix_weight(module)]
     _refuse_attached(module for _, module in candidates)
     for name, module in candidates:
         weight_bytes = module.weight.numel() * module.weight.element_size()
-        reason = _kind_reason(module, id(module.weight) in shared)
-        if not reason and filter_fn is not None and not filter_fn(name, module):
-            reason = _EXCLUDED
+        reason = _kind_reason(module, id(module.weight) in shared, module in read_past)
+        if not reason and (reason := leave_out(name, module)):
+            left_out[name] = reason
         if not reason:
             module.__class__ = DECOR_TYPES.get(type(module), type(module))
             reason = fit_reason(module, config)
         if reason:
             if type(module) in PLAIN_TYPES:
                 _make_plain(module)
-            rows.append(LayerRow(name, type(module).__name__, 0, 0, weight_bytes, reason))
+            rows.append(LayerRow(name, type(module).__name__, 0, 0, 0, weight_bytes, reason))
             continue
         shape = module.decor_shape
-        size = 4 * STRUCTURES[config.structure].size(shape, config)
-        rows.append(LayerRow(name, type(module).__name__, shape.dim, size, weight_bytes))
-    report = ConversionReport(config, tuple(rows))
+        rows.append(LayerRow(name, type(module).__name__, shape.dim, *_memory(shape, config), weight_bytes))
+    report = ConversionReport(config, tuple(rows), left_out)
     if not report.decorrelated:
         reasons = Counter(row.plain_reason for row in rows).most_common(1)
         why = f"; most often: {reasons[0][0]}" if reasons else ", nor any other convolution or linear layer"
-        raise ValueError(f"{type(model).__name__} has no nn.Conv2d or nn.Linear that can be decorrelated{why}")
+        raise ValueError(f"{type(model).__name__} has no layer that can be decorrelated{why}")
     model.decor_report = report  # type: ignore[assignment]
     _logger.info("%s: %s", type(model).__name__, report.summary())
     return model
@@ -153,8 +171,9 @@ def to_plain(model: nn.Module) -> nn.Module:
     _refuse_attached(layers)
     for module in layers:
         _make_plain(module)
-    model.__dict__.pop("decor_report", None)
-    _forget_decor_name(model)
+    for module in model.modules():  # a decorrelated backbone may be anywhere in it
+        module.__dict__.pop("decor_report", None)
+        _forget_decor_name(module)
     return model
 
 
@@ -177,8 +196,7 @@ def reconverted(model: nn.Module, config: DecorConfig | None = None) -> Conversi
     if owner is None:
         raise ValueError(f"{type(model).__name__} has no decorrelated layers: call timm_decor.decorrelate(model) first")
     before: ConversionReport = owner.decor_report  # type: ignore[assignment]
-    excluded = {row.name for row in before.plain if row.plain_reason == _EXCLUDED}
-    _convert(owner, config or before.config, lambda name, _: name not in excluded)
+    convert(owner, config or before.config, lambda name, _: before.left_out.get(name, ""))
     return owner.decor_report  # type: ignore[return-value]
 
 
@@ -196,22 +214,34 @@ def fit_reason(layer: DecorLayer, config: DecorConfig) -> str:
         return "D = 1: nothing to decorrelate"
     if config.structure == "space" and shape.positions == 1:
         return "space structure: a 1x1 kernel has one position"
-    factor = STRUCTURES[config.structure].largest_factor(shape)
+    factor = structure_for(config, shape).largest_factor(shape)
     if factor > config.max_dim:
         return f"needs a factor of {factor} x {factor}; max_dim is {config.max_dim}"
     return ""
 
 
+def _memory(shape: LayerShape, config: DecorConfig) -> tuple[int, int]:
+    """Bytes of R and of the second moments that it is refreshed from, in float32."""
+    structure = structure_for(config, shape)
+    moments = sum(math.prod(moment_shape(name, shape)) for name in structure.moments)
+    return 4 * structure.size(shape, config), 4 * moments
+
+
 def _has_matrix_weight(module: nn.Module) -> bool:
     """Whether a user would expect the layer in the report: it multiplies its input by a weight matrix."""
-    is_kind = isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
-    return is_kind and getattr(module, "weight", None) is not None
+    if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+        return getattr(module, "weight", None) is not None
+    # Layers of timm's own that are neither, such as CondConv2d. An embedding looks its rows up.
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() >= 2 and not isinstance(module, nn.Embedding)
 
 
-def _kind_reason(module: nn.Module, is_shared: bool) -> str:
-    # The exact type: a subclass may read its weight past forward, or standardise it, and then A = W R does not hold.
+def _kind_reason(module: nn.Module, is_shared: bool, is_read_past_forward: bool) -> str:
+    # The exact type: a subclass may standardise its weight, or mix it with another, and then A = W R does not hold.
     if type(module) not in DECOR_TYPES and type(module) not in PLAIN_TYPES:
-        return f"{type(module).__name__} is not nn.Conv2d or nn.Linear itself"
+        return f"{type(module).__name__} may not multiply its input by its weight as it is"
+    if is_read_past_forward:
+        return "the module above it reads its weight past its forward, so its input is not seen"
     if isinstance(module.weight, nn.parameter.UninitializedParameter):
         return "its shape is not known before the first forward pass"
     if is_shared:
@@ -223,6 +253,15 @@ def _shared_weights(model: nn.Module) -> set[int]:
     """ids of Parameters that several modules hold."""
     holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     return {key for key, count in holders.items() if count > 1}
+
+
+def _read_past_forward(model: nn.Module) -> set[nn.Module]:
+    """Layers whose weight the module above them uses itself.
+
+    timm's attention of BEiT, EVA and Swin V2 adds biases of its own: F.linear(x, self.qkv.weight, cat(q_bias, ...)).
+    """
+    parents = (module for module in model.modules() if getattr(module, "q_bias", None) is not None)
+    return {layer for layer in (getattr(parent, "qkv", None) for parent in parents) if isinstance(layer, nn.Module)}
 
 
 def _make_plain(module: Any) -> None:

@@ -1,4 +1,4 @@
-"""DecorConv2d and DecorLinear: the plain layers, able to report the second moment of their inputs.
+"""DecorConv2d, DecorLinear and their timm forms: the plain layers, able to report the second moment of their inputs.
 
 They compute exactly what their base classes compute, with the same parameters under the same names, at the same cost;
 in a step that is followed by a refresh they also add their input's statistics to `moments`. Nothing else is here: R
@@ -8,10 +8,14 @@ belongs to the optimizer (see attach.py), so a checkpoint of these layers is a c
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Conv2dSame, pad_same
+from timm.layers import Linear as TimmLinear
+from timm.layers.conv2d_same import conv2d_same
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from timm_decor import statistics
@@ -31,6 +35,9 @@ class DecorMixin:
     rows: Tensor  # how many, one number; a tensor, because torch.compile would specialise on an int
 
     unbatched_dim: int  # dimensions of an input without a batch axis
+
+    # TorchScript compiles a class's properties, whether they are used or not.
+    __jit_unused_properties__ = ["decor_shape"]
 
     if TYPE_CHECKING:
         weight: Tensor
@@ -80,6 +87,7 @@ class DecorMixin:
         raise NotImplementedError
 
 
+@register_notrace_module  # one node of an fx graph, as the plain layer is
 class DecorConv2d(DecorMixin, nn.Conv2d):
     """`nn.Conv2d` (any stride, padding, padding mode, dilation and groups) that can report its input statistics."""
 
@@ -87,8 +95,9 @@ class DecorConv2d(DecorMixin, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) to (N, C_out, H', W'), as `nn.Conv2d`."""
-        if self.recording:
-            self._record(x)
+        if not torch.jit.is_scripting():  # noqa: SIM102  # TorchScript leaves out what stands under this very test
+            if self.recording:
+                self._record(x)
         return self._conv_forward(x, self.weight, self.bias)
 
     @property
@@ -101,8 +110,7 @@ class DecorConv2d(DecorMixin, nn.Conv2d):
 
     def _moment_functions(self, x: Tensor) -> tuple[int, dict[str, Callable[[], Tensor]]]:
         shape = ConvShape(self.kernel_size, self.stride, self.dilation, self.groups)  # type: ignore[arg-type]
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        padded = F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
+        padded = self._padded(x)
         return statistics.conv_rows(padded, shape), {
             "patch": lambda: statistics.patch_moment(padded, shape),
             "channel": lambda: statistics.channel_moment(padded, shape),
@@ -110,7 +118,32 @@ class DecorConv2d(DecorMixin, nn.Conv2d):
             "shared_space": lambda: statistics.space_moment(padded, shape).mean(0, keepdim=True),
         }
 
+    def _padded(self, x: Tensor) -> Tensor:
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
 
+
+@register_notrace_module
+class DecorConv2dSame(DecorConv2d, Conv2dSame):
+    """timm's `Conv2dSame` (TensorFlow's padding, which depends on the input's size) that can report its statistics."""
+
+    # TorchScript reads annotations as they stand here, and knows Optional on every Python and torch.
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:  # noqa: UP007, UP045
+        return conv2d_same(  # timm's types say pairs, torch's say tuples of any length
+            input,
+            weight,
+            bias,
+            self.stride,  # type: ignore[arg-type]
+            self.padding,  # type: ignore[arg-type]
+            self.dilation,  # type: ignore[arg-type]
+            self.groups,
+        )
+
+    def _padded(self, x: Tensor) -> Tensor:
+        return pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
+
+
+@register_notrace_module
 class DecorLinear(DecorMixin, nn.Linear):
     """`nn.Linear` on inputs of any number of dimensions that can report its input statistics."""
 
@@ -118,8 +151,9 @@ class DecorLinear(DecorMixin, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C_in) to (..., C_out), as `nn.Linear`."""
-        if self.recording:
-            self._record(x)
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if self.recording:
+                self._record(x)
         return F.linear(x, self.weight, self.bias)
 
     @property
@@ -139,9 +173,25 @@ class DecorLinear(DecorMixin, nn.Linear):
         }
 
 
+@register_notrace_module
+class DecorTimmLinear(DecorLinear, TimmLinear):
+    """`timm.layers.Linear` that can report its input statistics."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C_in) to (..., C_out), as `timm.layers.Linear`."""
+        if torch.jit.is_scripting():  # what timm has this class for: TorchScript's addmm does not cast under AMP
+            bias = self.bias.to(dtype=x.dtype) if self.bias is not None else None
+            return F.linear(x, self.weight.to(dtype=x.dtype), bias)
+        if self.recording:
+            self._record(x)
+        return F.linear(x, self.weight, self.bias)
+
+
 DecorLayer = DecorConv2d | DecorLinear
 DECOR_TYPES: dict[type[nn.Module], type[DecorConv2d] | type[DecorLinear]] = {
     nn.Conv2d: DecorConv2d,
     nn.Linear: DecorLinear,
+    Conv2dSame: DecorConv2dSame,
+    TimmLinear: DecorTimmLinear,
 }
 PLAIN_TYPES: dict[type[nn.Module], type[nn.Module]] = {decor: plain for plain, decor in DECOR_TYPES.items()}

@@ -1,4 +1,4 @@
-"""Plain text tables for reports."""
+"""Text and markdown tables for reports."""
 
 from __future__ import annotations
 
@@ -17,3 +17,9 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def _is_number(text: str) -> bool:
     return not text.strip("0123456789.,eE+-%x ") or text in ("nan", "inf")
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """The same table for a markdown page."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(value) for value in line) + " |" for line in lines)

@@ -1,30 +1,37 @@
 """Twins: a `decor_<name>` entrypoint for a timm model, with the model's own tags, weights and keys.
 
-A family is a module of two statements (see decor_resnet.py): its `default_cfgs`, then its entrypoints. timm files an
-entrypoint under the last part of its module's name and reads `default_cfgs` from that module while it registers.
+timm files an entrypoint under the last part of its module's name, and reads `default_cfgs` from that module while it
+registers. So every family gets a module, made here from its row in families.py.
 """
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 from timm.models import (
     DefaultCfg,
     PretrainedCfg,
     get_arch_pretrained_cfgs,
+    get_deprecated_models,
     is_model,
+    list_models,
     model_entrypoint,
     register_model,
+    register_model_deprecations,
     resolve_pretrained_cfg,
     split_model_name_tag,
 )
 from torch import nn
 
 from timm_decor.config import DecorConfig
-from timm_decor.convert import decorrelate
+from timm_decor.convert import convert
+from timm_decor.models.families import Family
 
 PREFIX = "decor_"
 
@@ -36,43 +43,83 @@ def plain_name(name: str) -> str:
     return name.removeprefix(PREFIX)
 
 
-def twin_cfgs(names: Iterable[str]) -> dict[str, DefaultCfg]:
-    """timm's pretrained configs of the named models, under their twins' names.
+def register_family(family: Family) -> ModuleType:
+    """Register the twins of a family's models, and of the deprecated names for them.
 
-    They are read from timm's registry, where `hf_hub_id` is already written in full. (A bare `timm/` would be completed
-    with the twin's name on registration, and no such repository exists.)
+    Returns:
+        The module that timm knows the twins by, `timm_decor.models.decor_<family>`.
+    """
+    names = [
+        name
+        for name in list_models(module=family.module)
+        if not any(fnmatch.fnmatch(name, pattern) for pattern in family.without)
+    ]
+    module = _module(family.module)
+    for name in names:
+        _register_twin(module, name, family.plain)
+    renamed: dict[str, str | None] = {
+        PREFIX + old: PREFIX + new
+        for old, new in get_deprecated_models(family.module).items()
+        if new and split_model_name_tag(new)[0] in names
+    }
+    register_model_deprecations(module.__name__, renamed)
+    return module
+
+
+def register_decorrelated(name: str, plain: Mapping[str, str] | None = None) -> Entrypoint:
+    """Register `decor_<name>` for a model of your own, or any other in timm's registry.
+
+        @timm.models.register_model
+        def my_model(pretrained=False, **kwargs): ...
+
+        timm_decor.register_decorrelated("my_model", plain={"stem.*": "it is frozen anyway"})
+        model = timm.create_model("decor_my_model")
 
     Args:
-        names: timm's names. One that this version of timm lacks has no twin.
+        name: a model that timm knows, without a tag.
+        plain: layers to leave plain: reason by a wildcard over layer names.
+
+    Returns:
+        The entrypoint. `decor_my_model` has the tags and weights of `my_model`.
+
+    Raises:
+        ValueError: timm knows no such model, or it is a twin already.
     """
-    return {PREFIX + name: _twin_cfg(name) for name in names if is_model(name)}
+    if not is_model(name) or split_model_name_tag(name)[1]:
+        near = difflib.get_close_matches(name, list_models(), n=3)
+        hint = f"; near: {', '.join(near)}" if near else ""
+        raise ValueError(f"timm has no model {name!r} (decorate its entrypoint with timm.models.register_model){hint}")
+    if name.startswith(PREFIX):
+        raise ValueError(f"{name} is a decorrelated twin itself")
+    return _register_twin(_module(model_entrypoint(name).__module__.split(".")[-1]), name, plain or {})
+
+
+def _module(family: str) -> ModuleType:
+    full_name = f"{__package__}.{PREFIX}{family}"
+    if full_name not in sys.modules:
+        module = ModuleType(full_name, f"The twins of timm's `{family}`.")
+        vars(module).update(__all__=[], default_cfgs={})  # timm adds each entrypoint it registers to __all__
+        sys.modules[full_name] = module
+    return sys.modules[full_name]
 
 
 def _twin_cfg(name: str) -> DefaultCfg:
+    """timm's pretrained configs of a model, for its twin.
+
+    They are read from timm's registry, where `hf_hub_id` is already written in full. (A bare `timm/` would be completed
+    with the twin's name on registration, and no such repository exists.)
+    """
     cfgs = {split_model_name_tag(key)[1]: cfg for key, cfg in get_arch_pretrained_cfgs(name).items()}
     # timm lists the default tag first, and DefaultCfg wants it first.
     return DefaultCfg(tags=deque(cfgs), cfgs=cfgs, is_pretrained=any(cfg.has_weights for cfg in cfgs.values()))
 
 
-def register_twins(module: str, names: Iterable[str]) -> dict[str, Entrypoint]:
-    """Register the twins of the named timm models.
-
-    Args:
-        module: `__name__` of the calling module, which must hold `default_cfgs` already.
-        names: timm's names. One that this version of timm lacks has no twin.
-
-    Returns:
-        Entrypoints by the twins' names, for the module to keep as its own functions.
-    """
-    return {PREFIX + name: _register_twin(module, name) for name in names if is_model(name)}
-
-
-def _register_twin(module: str, name: str) -> Entrypoint:
+def _register_twin(module: ModuleType, name: str, plain: Mapping[str, str]) -> Entrypoint:
     variant = PREFIX + name
-    if is_model(variant):
-        registered = model_entrypoint(variant)
-        if registered.__module__ == module:
-            return registered  # the module is imported again: registering twice would list each tag twice
+    has_cfgs = bool(get_arch_pretrained_cfgs(name))
+
+    def leave_out(layer_name: str, layer: nn.Module) -> str:
+        return next((why for pattern, why in plain.items() if fnmatch.fnmatch(layer_name, pattern)), "")
 
     def entrypoint(
         pretrained: bool = False,
@@ -82,20 +129,25 @@ def _register_twin(module: str, name: str) -> Entrypoint:
         **kwargs: Any,
     ) -> nn.Module:
         _check_tag(variant, pretrained_cfg)
-        # Resolved under the twin's name, so that `model.pretrained_cfg` names the model that was asked for.
-        cfg = resolve_pretrained_cfg(variant, pretrained_cfg, dict(pretrained_cfg_overlay or {}))  # type: ignore[arg-type]
-        model = model_entrypoint(name)(pretrained=pretrained, pretrained_cfg=cfg, **kwargs)
+        if has_cfgs:
+            # Resolved under the twin's name, so that `model.pretrained_cfg` names the model that was asked for.
+            pretrained_cfg = resolve_pretrained_cfg(variant, pretrained_cfg, dict(pretrained_cfg_overlay or {}))  # type: ignore[arg-type]
+        elif pretrained_cfg_overlay:
+            kwargs["pretrained_cfg_overlay"] = pretrained_cfg_overlay
+        model = model_entrypoint(name)(pretrained=pretrained, pretrained_cfg=pretrained_cfg, **kwargs)
         if isinstance(decor_config, dict):
             decor_config = DecorConfig.from_dict(decor_config)
-        return decorrelate(model, decor_config)
+        return convert(model, decor_config or DecorConfig(), leave_out)
 
     entrypoint.__name__ = entrypoint.__qualname__ = variant
-    entrypoint.__module__ = module
+    entrypoint.__module__ = module.__name__
     entrypoint.__doc__ = (
         f"`{name}` with layers that can be decorrelated: the same function, parameters and keys.\n\n"
         f"Takes what timm's `{name}` takes, and `decor_config`: a DecorConfig or a dictionary of its fields."
     )
-    assert hasattr(sys.modules[module], "default_cfgs"), f"{module} registers twins before it holds default_cfgs"
+    if has_cfgs:
+        vars(module)["default_cfgs"][variant] = _twin_cfg(name)
+    vars(module)[variant] = entrypoint
     return register_model(entrypoint)
 
 

@@ -1,0 +1,107 @@
+"""One member of each family learns, and is the plain model afterwards; the table of the zoo is made from the code."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import timm_decor
+from timm_decor import list as zoo
+from timm_decor.models import FAMILIES, PREFIX, Family, plain_name
+
+IDS = [family.module for family in FAMILIES]
+
+# Smaller than the published members where those take long on one core; the same code paths.
+KWARGS: dict[str, dict[str, object]] = {
+    "vgg": {"mlp_ratio": 1 / 16},
+    "vision_transformer": {"img_size": 64, "patch_size": 8, "depth": 4},
+    "deit": {"img_size": 64, "depth": 4},
+    "mlp_mixer": {"img_size": 64, "mlp_ratio": (0.5, 1.0)},
+    "swin_transformer": {"img_size": 64, "window_size": 4, "depths": (1, 1, 2, 1), "embed_dim": 48},
+}
+SIZE = {name: 32 for name in ("resnet", "vgg", "regnet", "densenet", "efficientnet")}  # pixels; others: 64
+
+
+def small_member(family: Family) -> nn.Module:
+    return timm.create_model(PREFIX + family.example, num_classes=4, **KWARGS.get(family.module, {}))
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=IDS)
+def test_a_member_of_each_family_learns_and_comes_back_plain(family: Family) -> None:
+    """50 decorrelated steps: the loss falls, every R moved, and `to_plain` keeps the function."""
+    torch.manual_seed(1)
+    model = small_member(family)
+    size = SIZE.get(family.module, 64)
+    images, labels = torch.randn(8, 3, size, size), torch.arange(8) % 4
+    images += labels.view(-1, 1, 1, 1) / 2  # something that can be learned
+    optimizer = timm.optim.create_optimizer_v2(model, "adamw", lr=1e-3)
+    config = timm_decor.DecorConfig(every=10)
+    handle = timm_decor.attach(model, optimizer, config)
+    losses = []
+    for _ in range(50):
+        loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) / 5 < 0.7 * losses[0], losses
+    report = handle.report()
+    assert len(report.rows) == len(model.decor_report.decorrelated)
+    assert all((row.refreshes, row.skips) == (5, 0) for row in report.rows), str(report)
+    before, after = report.mean_correlation()  # type: ignore[misc]
+    assert after < before
+
+    model.eval()
+    with torch.no_grad():
+        expected = model(images)
+        handle.detach()
+        plain = timm_decor.to_plain(copy.deepcopy(model))
+        assert torch.equal(plain(images), expected)
+    assert not any("Decor" in type(module).__name__ for module in plain.modules())
+    assert plain.pretrained_cfg["architecture"] == family.example  # type: ignore[index]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=IDS)
+def test_twins_have_the_function_of_timms_model(family: Family) -> None:
+    name = PREFIX + family.example
+    twin, plain = timm.create_model(name).eval(), timm.create_model(plain_name(name)).eval()
+    plain.load_state_dict(twin.state_dict(), strict=True)
+    x = torch.randn(1, *twin.pretrained_cfg["input_size"])  # type: ignore[misc]
+    with torch.no_grad():
+        assert torch.equal(twin(x), plain(x))
+
+
+def test_list_has_a_row_for_each_family(capsys: pytest.CaptureFixture[str]) -> None:
+    assert zoo.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(FAMILIES)
+    for family, line in zip(FAMILIES, lines[2:], strict=True):
+        cells = re.split(r"  +", line.strip())
+        assert cells[:3] == [
+            PREFIX + family.module, str(len(timm.list_models(module=PREFIX + family.module))), PREFIX + family.example,
+        ]  # fmt: skip
+
+
+def test_list_of_models(capsys: pytest.CaptureFixture[str]) -> None:
+    assert zoo.main(["--markdown", "decor_resnet18", "decor_resnet10t"]) == 0
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows] == ["model", "---", "decor_resnet10t", "decor_resnet18"]
+    report = timm.create_model("decor_resnet18").decor_report
+    assert rows[3][1:3] == ["11.7", "21"]
+    assert float(rows[3][3]) == pytest.approx((report.bytes + report.moment_bytes) / 2**20, abs=0.05)
+
+
+def test_list_of_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert zoo.main(["--layers", "decor_resnet18"]) == 0
+    assert "layer1.0.conv1" in capsys.readouterr().out
+
+
+def test_list_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert zoo.main(["resnet18"]) == 2  # a plain model is not of the zoo
+    assert "no decor_ model matches resnet18" in capsys.readouterr().err

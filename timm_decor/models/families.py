@@ -1,0 +1,38 @@
+"""The zoo: one row for each of timm's modules whose models have `decor_` twins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models of one timm module that have twins.
+
+    Attributes:
+        module: timm's module; the twins are filed under `decor_<module>`.
+        example: the member that tables show and tests train: small, and known.
+        without: why models have no twin, by a wildcard over their names.
+        plain: why layers are left plain, by a wildcard over their names; beside what `decorrelate` finds itself.
+    """
+
+    module: str
+    example: str
+    without: Mapping[str, str] = field(default_factory=dict)
+    plain: Mapping[str, str] = field(default_factory=dict)
+
+
+FAMILIES = (
+    Family("resnet", "resnet18"),
+    Family("vgg", "vgg11_bn"),
+    Family("regnet", "regnety_002"),
+    Family("densenet", "densenet121"),
+    Family("convnext", "convnext_atto"),
+    Family("mobilenetv3", "mobilenetv3_small_100"),
+    Family("efficientnet", "efficientnet_b0"),
+    Family("vision_transformer", "vit_tiny_patch16_224"),
+    Family("deit", "deit_tiny_patch16_224"),
+    Family("mlp_mixer", "mixer_s16_224"),
+    Family("swin_transformer", "swin_tiny_patch4_window7_224"),
+)
