@@ -6,7 +6,7 @@ STAMP := $(VENV)/installed
 CODE := timm_decor tests benchmarks train.py validate.py
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-lowest lint format clean help
+.PHONY: demo test test-lowest timm-tests zoo lint format clean help
 
 demo: $(STAMP) ## train decor_resnet18 beside resnet18 on handwritten digits; print who won
 	$(PY) train.py -c recipes/digits_resnet18.yaml --compare --output output/demo
@@ -17,6 +17,12 @@ test: lint ## lint, check types, run every test
 test-lowest: ## run the tests on the oldest dependencies that pyproject.toml admits
 	$(MAKE) VENV=.venv-lowest RESOLUTION=lowest-direct .venv-lowest/installed
 	.venv-lowest/bin/python -m pytest -q
+
+timm-tests: $(STAMP) ## run timm's own model tests over the twins (20 minutes); writes docs/timm_contract.md
+	$(PY) tests/timm_contract.py --workers 2 --page docs/timm_contract.md
+
+zoo: $(STAMP) ## write docs/zoo.md, every twin with its memory
+	$(PY) -m timm_decor.list --page docs/zoo.md
 
 lint: $(STAMP) ## ruff and mypy, changing nothing
 	$(PY) -m ruff check $(CODE)
