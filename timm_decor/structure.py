@@ -275,8 +275,11 @@ class _Spiked:
     def __init__(self, channel_basis: Tensor, space_basis: Tensor, gain: Tensor, tail: Tensor) -> None:
         self.channel_basis = channel_basis  # U, (g, C, r)
         self.space_basis = space_basis[:, None]  # V, (g, 1, S, S)
-        self.core = (gain - tail[:, None, :]).mT[:, None]  # (g, 1, S, r)
-        self.space_tail = ((space_basis * tail[:, None, :]) @ space_basis.mT)[:, None]  # V tail V^T, (g, 1, S, S)
+        self.space_tail: Tensor | None = None  # V tail V^T, (g, 1, S, S); no direction is left for it where r = C
+        if channel_basis.shape[1] > channel_basis.shape[2]:
+            self.space_tail = ((space_basis * tail[:, None, :]) @ space_basis.mT)[:, None]
+            gain = gain - tail[:, None, :]
+        self.core = gain.mT[:, None]  # (g, 1, S, r)
 
     def multiply(self, w: Tensor) -> Tensor:
         """w times the matrix; (g, O, C, S) to the same shape.
@@ -287,11 +290,14 @@ class _Spiked:
         rows = w.transpose(2, 3).reshape(groups, outputs * positions, channels)
         thin = (rows @ self.channel_basis).unflatten(1, (outputs, positions))  # (g, O, S, r)
         thin = self.space_basis @ ((self.space_basis.mT @ thin) * self.core)
-        if positions == 1:
-            out = rows * self.space_tail[:, 0]
+        if self.space_tail is None:
+            out = thin.flatten(1, 2) @ self.channel_basis.mT
         else:
-            out = (self.space_tail @ rows.unflatten(1, (outputs, positions))).flatten(1, 2)
-        out.baddbmm_(thin.flatten(1, 2), self.channel_basis.mT)
+            if positions == 1:
+                out = rows * self.space_tail[:, 0]
+            else:
+                out = (self.space_tail @ rows.unflatten(1, (outputs, positions))).flatten(1, 2)
+            out.baddbmm_(thin.flatten(1, 2), self.channel_basis.mT)
         return out.unflatten(1, (outputs, positions)).transpose(2, 3)
 
 
