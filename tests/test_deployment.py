@@ -248,7 +248,7 @@ def test_compiled(trained: Trained, which: str) -> None:
         assert_same(compiled(trained.images), trained.outputs)
 
 
-@pytest.mark.skipif(torch.__version__ < (2, 6), reason="torch 2.3 cannot compile the recording steps")
+@pytest.mark.skipif(torch.__version__ < (2, 6), reason="before torch 2.6 recording breaks the graph")
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_compiled_training_has_no_graph_breaks(trained: Trained) -> None:
     """Steps that record statistics and steps that do not, against the same steps without the compiler."""

@@ -48,8 +48,8 @@ TESTS = {
 # Small members, one of each kind of block; --models '*' takes them all.
 MODELS = (
     *(family.example for family in FAMILIES),
-    *("resnet10t", "resnet26t", "resnet50d", "resnext50_32x4d", "seresnet33ts", "ecaresnet26t", "resnetblur18"),
-    *("vgg11", "regnetx_002", "regnetz_b16", "densenetblur121d", "convnext_femto_ols", "convnextv2_atto"),
+    *("resnet10t", "resnet26t", "resnet50d", "resnext50_32x4d", "seresnet50", "ecaresnet26t", "resnetblur18"),
+    *("vgg11", "regnetx_002", "regnetz_005", "densenetblur121d", "convnext_femto_ols", "convnextv2_atto"),
     *("mobilenetv3_large_075", "tf_mobilenetv3_small_minimal_100", "lcnet_050", "efficientnet_es", "tinynet_e"),
     *(
         "tf_efficientnet_b0",
@@ -60,7 +60,7 @@ MODELS = (
         "mnasnet_small",
     ),
     *("mobilenetv2_035", "mnasnet_small", "efficientnet_lite0"),
-    *("vit_tiny_patch16_224", "vit_relpos_small_patch16_224", "test_vit"),
+    *("vit_small_patch32_224", "vit_xsmall_patch16_clip_224", "test_vit"),
     *("deit_tiny_distilled_patch16_224", "deit3_small_patch16_224", "gmlp_ti16_224", "resmlp_12_224", "mixer_s32_224"),
     *("test_resnet", "test_convnext", "test_efficientnet", "swin_s3_tiny_224"),
 )
@@ -215,22 +215,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the result there")
     parser.add_argument("--workers", default="1", help="pytest-xdist's -n (default: 1)")
     args = parser.parse_args(argv)
+    unknown = [p for p in args.models if not fnmatch.filter(timm.list_models("decor_*"), PREFIX + p)]
+    if unknown:
+        parser.error(f"no twin matches {', '.join(unknown)}; the twins: python -m timm_decor.list 'decor_*'")
     args.folder.mkdir(parents=True, exist_ok=True)
     folder = args.folder.resolve()
     tests = fetch_tests(folder)
     extra = ["-n", args.workers]
     twins = run_tests(tests, "decor", args.models, folder / "decor.jsonl", extra)
-    failed = sorted(
-        {record["model"].removeprefix(PREFIX).split(".")[0] for record in twins if record["outcome"] == "failed"}
-    )
-    plain = run_tests(tests, "plain", failed, folder / "plain.jsonl", extra) if failed else []
-    plain_failures = {(record["test"], record["model"]) for record in plain if record["outcome"] == "failed"}
-    text = page(twins, plain_failures, args.models)
+    failures = failed(twins)
+    models = sorted({model.split(".")[0] for _, model in failures})
+    plain = run_tests(tests, "plain", models, folder / "plain.jsonl", extra) if models else []
+    text = page(twins, failed(plain))
     print(text)
     if args.page:
         args.page.write_text(text)
-    keys = [(record["test"], record["model"].removeprefix(PREFIX)) for record in twins if record["outcome"] == "failed"]
-    return int(any(key not in plain_failures for key in keys))
+    return int(bool(failures - failed(plain)))
 
 
 if __name__ == "__main__":

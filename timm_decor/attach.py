@@ -11,6 +11,7 @@ which is exactly the step of explicit modules z = R x, y = W z (tests/test_equiv
 
 from __future__ import annotations
 
+import importlib
 import logging
 import weakref
 from typing import Any
@@ -217,6 +218,9 @@ def attach(model: nn.Module, optimizer: Optimizer, config: DecorConfig | None = 
         raise ValueError("nn.DataParallel runs on copies, whose inputs are not seen: use DistributedDataParallel")
     if inner in _attached_optimizers or any_attached(layer for _, layer in decor_layers(model)):
         raise ValueError("already attached: call detach() on the first handle before attaching again")
+    if torch.__version__ < (2, 5):  # type: ignore[operator]
+        # There torch.compile takes a module's attributes for constants unless told; `recording` changes with the steps.
+        importlib.import_module("torch._dynamo").config.guard_nn_modules = True  # imported late: it takes seconds
     config = reconverted(model, config).config
     layers = list(decor_layers(model))
     trained = [(name, layer) for name, layer in layers if layer.weight.requires_grad]

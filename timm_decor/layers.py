@@ -87,6 +87,11 @@ class DecorMixin:
         raise NotImplementedError
 
 
+if torch.__version__ < (2, 6):  # type: ignore[operator]
+    # torch.compile of torch 2.3 guards on the statistics, which come and go; there recording breaks the graph instead.
+    DecorMixin._record = torch.compiler.disable(DecorMixin._record)  # type: ignore[method-assign]
+
+
 @register_notrace_module  # one node of an fx graph, as the plain layer is
 class DecorConv2d(DecorMixin, nn.Conv2d):
     """`nn.Conv2d` (any stride, padding, padding mode, dilation and groups) that can report its input statistics."""
