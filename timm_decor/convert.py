@@ -8,15 +8,14 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from timm_decor.config import DecorConfig
 from timm_decor.layers import DECOR_TYPES, PLAIN_TYPES, DecorConv2d, DecorLayer, DecorLinear
+from timm_decor.reporting import ConversionReport, LayerRow
 from timm_decor.structure import LayerShape, moment_shape, structure_for
-from timm_decor.table import text_table
 
 _logger = logging.getLogger(__name__)
 
@@ -26,75 +25,6 @@ ReasonFn = Callable[[str, nn.Module], str]
 # The handle that each attached layer belongs to. Not an attribute of the layer, so that a deep copy (EMA) does not
 # inherit it; a weak reference, so that a binding ends with its optimizer.
 _handles: weakref.WeakKeyDictionary[nn.Module, weakref.ref[object]] = weakref.WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """One layer in the report of `decorrelate`.
-
-    Attributes:
-        name: the module's name in the model.
-        kind: its class.
-        dim: D, the length of the vector that R decorrelates (one group's patch); 0 where the layer stays plain.
-        bytes: memory of R (and of R^-1 where it is kept) in float32; 0 where the layer stays plain.
-        moment_bytes: memory of the running second moments that R is refreshed from.
-        weight_bytes: memory of the weight.
-        plain_reason: why the layer stays plain, or "" for a decorrelated one.
-    """
-
-    name: str
-    kind: str
-    dim: int
-    bytes: int
-    moment_bytes: int
-    weight_bytes: int
-    plain_reason: str = ""
-
-
-@dataclass(frozen=True)
-class ConversionReport:
-    """What `decorrelate` did, as `model.decor_report`; `str()` gives a table."""
-
-    config: DecorConfig
-    rows: tuple[LayerRow, ...]
-    left_out: dict[str, str]  # reason by name of the layers that were left plain on request
-
-    @property
-    def bytes(self) -> int:
-        """Memory of every R together."""
-        return sum(row.bytes for row in self.rows)
-
-    @property
-    def moment_bytes(self) -> int:
-        """Memory of every running second moment together."""
-        return sum(row.moment_bytes for row in self.rows)
-
-    @property
-    def decorrelated(self) -> tuple[LayerRow, ...]:
-        return tuple(row for row in self.rows if not row.plain_reason)
-
-    @property
-    def plain(self) -> tuple[LayerRow, ...]:
-        return tuple(row for row in self.rows if row.plain_reason)
-
-    def summary(self) -> str:
-        """One line: how many layers, of what structure, R's memory against the weights'."""
-        weights = sum(row.weight_bytes for row in self.rows)
-        ratio = (self.bytes + self.moment_bytes) / weights
-        return (
-            f"{len(self.decorrelated)} layers decorrelated ({self.config.rule}, {self.config.structure}), "
-            f"{len(self.plain)} left plain; R takes {self.bytes / 2**20:.1f} MiB, its statistics "
-            f"{self.moment_bytes / 2**20:.1f} MiB: {ratio:.2f}x the weights"
-        )
-
-    def __str__(self) -> str:
-        cells = [
-            (row.name, row.kind, *(f"{n:,}" if n else "" for n in (row.dim, row.bytes, row.moment_bytes)))
-            + (row.plain_reason,)
-            for row in self.rows
-        ]
-        header = ("layer", "kind", "D", "bytes of R", "of its statistics", "left plain because")
-        return text_table(header, cells) + "\n" + self.summary()
 
 
 def decorrelate(model: nn.Module, config: DecorConfig | None = None, filter_fn: FilterFn | None = None) -> nn.Module:

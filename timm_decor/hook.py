@@ -33,8 +33,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import timm_decor
 from timm_decor.attach import DecorHandle, _attached_optimizers, _innermost
 from timm_decor.config import RULE_STRUCTURES, STRUCTURES, DecorConfig
-from timm_decor.convert import ConversionReport, any_attached, decor_layers
+from timm_decor.convert import any_attached, decor_layers
 from timm_decor.layers import DecorLayer
+from timm_decor.reporting import ConversionReport
 
 _logger = logging.getLogger(__name__)
 

@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from timm_decor.config import STRUCTURES, DecorConfig
-from timm_decor.convert import ConversionReport, reconverted
+from timm_decor.convert import reconverted
 from timm_decor.models import FAMILIES, PREFIX, Family
+from timm_decor.reporting import ConversionReport
 from timm_decor.table import markdown_table, text_table
 
 HEADER = (

@@ -18,8 +18,7 @@ from timm.models import safe_model_name
 from torch import nn
 from torch.utils.data import DataLoader
 
-from timm_decor.convert import ConversionReport
-from timm_decor.reporting import AttachReport
+from timm_decor.reporting import AttachReport, ConversionReport
 from timm_decor.training import build, compare
 from timm_decor.training.args import as_recipe, decor_config, train_parser
 from timm_decor.training.arm import Arm, NonFiniteLoss
