@@ -1,7 +1,8 @@
 """The arguments of train.py and validate.py. Names and defaults are timm's where timm has them.
 
 Deliberate differences: values are range-checked, switches also have a `--no-` form so that a command line can undo a
-recipe, schedules step on every update, and `--device`, `--workers` and `--num-classes` are found out when not given.
+recipe, schedules step on every update, `--pretrained-path` needs no `--pretrained` beside it, and `--device`,
+`--workers` and `--num-classes` are found out when not given.
 """
 
 from __future__ import annotations
@@ -30,7 +31,15 @@ def train_parser() -> Parser:
     add_model_arguments(parser, default_model="decor_resnet18")
     group = parser.add_argument_group("start")
     group.add_argument("--pretrained", action=_SWITCH, default=False, help="start from timm's pretrained weights")
-    group.add_argument("--initial-checkpoint", metavar="FILE", help="start from these weights")
+    group.add_argument("--pretrained-path", metavar="FILE", help="pretrained weights to use instead; gets a new head")
+    group.add_argument("--initial-checkpoint", metavar="FILE", help="start from these weights, head included")
+    group.add_argument(
+        "--freeze",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="submodules not to train, as in conv1 bn1 layer1; their BatchNorm keeps its statistics",
+    )
     group.add_argument("--resume", metavar="PATH", help="run folder (or its resume.pt) to go on with, in place")
     group.add_argument("--drop", type=share, default=0.0, metavar="PCT", help="dropout rate")
     group.add_argument("--drop-path", type=share, metavar="PCT", help="drop path rate")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,19 +58,26 @@ def create(args: argparse.Namespace, num_classes: int | None, in_chans: int) -> 
     """The model that the arguments name, with its starting weights; decorrelated where they say so.
 
     Args:
-        args: of train.py or validate.py; only train.py's can decorrelate a plain name or drop.
+        args: of train.py or validate.py; only train.py's can decorrelate a plain name, drop, freeze or take a new head.
         num_classes: None for the model's own.
         in_chans: image channels.
 
     Raises:
-        UserError: unknown name or tag, arguments the model does not take, weights that do not load.
+        UserError: unknown name or tag, arguments the model does not take, weights that do not load, an unknown
+            submodule to freeze.
     """
     check_model_name(args.model)
     kwargs = {"drop_rate": getattr(args, "drop", None) or None, "drop_path_rate": getattr(args, "drop_path", None)}
+    path = getattr(args, "pretrained_path", None)
+    weights = _read_weights(path) if path else {}
+    if path:
+        _check_tensors(weights, path)
+        # num_classes: as in timm's train.py, it asks for a new head even where the number of classes is the same
+        kwargs["pretrained_cfg_overlay"] = {"state_dict": weights, "num_classes": -1}
     try:
         model = timm.create_model(
             args.model,
-            pretrained=args.pretrained,
+            pretrained=args.pretrained or bool(path),
             num_classes=num_classes,
             in_chans=in_chans,
             **kwargs,
@@ -77,12 +86,54 @@ def create(args: argparse.Namespace, num_classes: int | None, in_chans: int) -> 
         if getattr(args, "decor", False):
             model = timm_decor.decorrelate(model, decor_config(args))
     except (RuntimeError, ValueError, TypeError, KeyError, OSError, AttributeError, AssertionError) as error:
-        raise UserError(f"cannot create {args.model}: {first_line(error)}") from error
+        raise UserError(f"cannot create {args.model}: {_reason(error)}") from error
+    if path:
+        cast(Any, model).pretrained_cfg.pop("state_dict", None)
+        _check_adapted(model, weights, path)
     if getattr(args, "grad_checkpointing", False):
         cast(Any, model).set_grad_checkpointing(True)
     if getattr(args, "initial_checkpoint", None):
         load_weights(model, args.initial_checkpoint)
+    freeze(model, getattr(args, "freeze", []))
     return model
+
+
+def freeze(model: nn.Module, names: list[str]) -> None:
+    """Keep submodules as they are: no gradients, and no new running statistics in their normalisation layers.
+
+    `timm.utils.freeze` would replace BatchNorm by FrozenBatchNorm2d, whose checkpoints lack `num_batches_tracked`.
+    Here a frozen BatchNorm keeps its class and keys, and stays in evaluation mode.
+
+    Args:
+        model: changed in place; its copies are frozen as well.
+        names: of submodules, as in `model.named_modules()`.
+
+    Raises:
+        UserError: the model has no such submodule, or nothing is left to train.
+    """
+    known = dict(model.named_modules())
+    for name in names:
+        if not name or name not in known:
+            top = ", ".join(child for child, _ in model.named_children())
+            raise UserError(f"--freeze: {_kind(model)} has no '{name}'{near(name, known) or f'; it has: {top}'}")
+    for module in {module for name in names for module in known[name].modules()}:  # once each: names may overlap
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(False)
+        if any(key.startswith("running_") for key, _ in module.named_buffers(recurse=False)):
+            module.__class__ = _in_evaluation_mode(type(module))  # type: ignore[arg-type]  # hashable it is
+            module.eval()
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("--freeze leaves nothing to train")
+
+
+@functools.cache
+def _in_evaluation_mode(kind: type[nn.Module]) -> type[nn.Module]:
+    """A class like `kind` that `model.train()` does not put into training mode."""
+
+    def train(self: nn.Module, mode: bool = True) -> nn.Module:
+        return kind.train(self, False)
+
+    return type(f"Frozen{kind.__name__}", (kind,), {"train": train})
 
 
 def class_count(model: nn.Module) -> int:
@@ -156,6 +207,13 @@ def load_weights(model: nn.Module, path: str, use_ema: bool = False) -> None:
     Raises:
         UserError: no such file, not a checkpoint, no averaged weights, or of another shape or architecture.
     """
+    weights = _read_weights(path, use_ema)
+    check_fit(model, weights, path)
+    model.load_state_dict(weights)
+
+
+def _read_weights(path: str, use_ema: bool | None = None) -> Any:
+    """The state dict in a file; without a wish (None) the averaged one where a torch file has it, as timm's loader."""
     file = Path(path)
     if not file.is_file():
         raise UserError(f"no checkpoint file {path}")
@@ -169,13 +227,43 @@ def load_weights(model: nn.Module, path: str, use_ema: bool = False) -> None:
             saved = torch.load(file, map_location="cpu", weights_only=True)
             if not isinstance(saved, dict) or not (saved.get("state_dict_ema") or saved.get("model_ema")):
                 raise UserError(f"{path} has no averaged weights")
-        weights = load_state_dict(str(file), use_ema=use_ema, weights_only=True)
+        return load_state_dict(str(file), use_ema=use_ema is not False, weights_only=True)
     except UserError:
         raise
     except Exception as error:  # on arbitrary bytes the weights-only unpickler raises whatever it stumbles over
         raise UserError(f"{path} is not a checkpoint: {first_line(error)}") from error
-    check_fit(model, weights, path)
-    model.load_state_dict(weights)
+
+
+def _check_adapted(model: nn.Module, weights: Any, path: str) -> None:
+    """Refuse pretrained weights of which timm left out more than the head.
+
+    timm loads what fits by name and is silent about the rest. Families that rename a checkpoint's keys are left to it.
+
+    Raises:
+        UserError: names the first key that is missing or unknown.
+    """
+    if any("filter_fn" in name for name in vars(sys.modules[type(model).__module__])):
+        return
+    heads = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    own = model.state_dict()
+    for key in (*own, *weights):
+        # old checkpoints lack BatchNorm's counter
+        if key.rpartition(".")[0] in heads or key.endswith(".num_batches_tracked") or (key in own and key in weights):
+            continue
+        what = f"it has no '{key}'" if key in own else f"the model has no '{key}'"
+        raise UserError(f"{path} does not fit {_kind(model)}: {what}")
+
+
+def _check_tensors(weights: Any, path: str) -> None:
+    if not isinstance(weights, dict) or not any(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise UserError(f"{path} is not a checkpoint: it holds no tensors")
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error; its second as well where torch announces it with a colon."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    return f"{lines[0]} {lines[1]}" if len(lines) > 1 and lines[0].endswith(":") else first_line(error)
 
 
 def check_fit(model: nn.Module, weights: Any, path: str) -> None:
@@ -185,8 +273,7 @@ def check_fit(model: nn.Module, weights: Any, path: str) -> None:
         UserError: names the first key that is missing, unknown, or of another shape.
     """
     own = model.state_dict()
-    if not isinstance(weights, dict) or not any(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise UserError(f"{path} is not a checkpoint: it holds no tensors")
+    _check_tensors(weights, path)
     for key, value in own.items():
         if key not in weights:
             raise UserError(f"{path} does not fit {_kind(model)}: it has no '{key}'")

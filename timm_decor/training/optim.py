@@ -50,6 +50,8 @@ def make_scheduler(args: argparse.Namespace, optimizer: Optimizer, updates_per_e
     Raises:
         UserError: a combination that timm refuses.
     """
+    if args.sched == "none" and args.layer_decay not in (None, 1):
+        raise UserError("--layer-decay does nothing with --sched none: timm's schedules apply it; use --sched constant")
     kwargs = scheduler_kwargs(args)
     kwargs["step_on_epochs"] |= args.sched == "plateau"  # it follows the metric of whole epochs
     try:

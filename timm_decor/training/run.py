@@ -31,7 +31,7 @@ from timm_decor.training.plot import check_available, save_picture
 from timm_decor.training.runtime import machine, make_accelerator, seed_everything, versions
 
 # Arguments that name places on somebody's machine: kept out of the result files, which are made to be published.
-_PRIVATE = ("data_dir", "output", "experiment", "initial_checkpoint", "class_map")
+_PRIVATE = ("data_dir", "output", "experiment", "initial_checkpoint", "pretrained_path", "class_map")
 SIDES = ("decorrelated", "plain")  # folders of a comparison
 
 
