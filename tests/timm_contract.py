@@ -45,24 +45,21 @@ TESTS = {
     "test_model_forward_fx_torchscript": "fx, then torch.jit.script",
 }
 
-# Small members, one of each kind of block; --models '*' takes them all.
+# Small members, of each kind of block; --models '*' takes them all.
 MODELS = (
     *(family.example for family in FAMILIES),
-    *("resnet10t", "resnet26t", "resnet50d", "resnext50_32x4d", "seresnet50", "ecaresnet26t", "resnetblur18"),
-    *("vgg11", "regnetx_002", "regnetz_005", "densenetblur121d", "convnext_femto_ols", "convnextv2_atto"),
-    *("mobilenetv3_large_075", "tf_mobilenetv3_small_minimal_100", "lcnet_050", "efficientnet_es", "tinynet_e"),
-    *(
-        "tf_efficientnet_b0",
-        "tf_efficientnetv2_b0",
-        "mixnet_s",
-        "tf_mixnet_s",
-        "efficientnet_cc_b0_4e",
-        "mnasnet_small",
-    ),
-    *("mobilenetv2_035", "mnasnet_small", "efficientnet_lite0"),
-    *("vit_small_patch32_224", "vit_xsmall_patch16_clip_224", "test_vit"),
-    *("deit_tiny_distilled_patch16_224", "deit3_small_patch16_224", "gmlp_ti16_224", "resmlp_12_224", "mixer_s32_224"),
-    *("test_resnet", "test_convnext", "test_efficientnet", "swin_s3_tiny_224"),
+    *("test_resnet", "resnet10t", "resnet26t", "resnet50d", "resnext50_32x4d", "ecaresnet26t", "seresnet50"),
+    *("resnetblur18", "resnetaa34d", "resnetrs50", "vgg11"),
+    *("regnetx_002", "regnetx_004_tv", "regnety_040", "regnetz_005", "densenet169", "densenetblur121d"),
+    *("test_convnext", "convnext_femto_ols", "convnextv2_atto", "convnext_tiny_hnf"),
+    *("mobilenetv3_large_075", "tf_mobilenetv3_small_minimal_100", "lcnet_050", "mobilenetv4_conv_small"),
+    *("test_efficientnet", "tf_efficientnet_b0", "tf_efficientnet_b1", "tf_efficientnetv2_b0", "efficientnet_cc_b0_4e"),
+    *("efficientnet_es", "efficientnet_em", "efficientnet_lite0", "tf_efficientnet_lite0", "tinynet_e"),
+    *("mixnet_s", "tf_mixnet_s", "mobilenetv2_035", "mnasnet_small"),
+    *("test_vit", "vit_small_patch32_224", "vit_xsmall_patch16_clip_224"),
+    *("deit_tiny_distilled_patch16_224", "deit3_small_patch16_224"),
+    *("mixer_s32_224", "mixer_b32_224", "gmlp_ti16_224", "resmlp_12_224"),
+    *("swin_s3_tiny_224", "swin_small_patch4_window7_224"),
 )
 
 _PATTERNS = "TIMM_CONTRACT_MODELS"  # what the plugin reads: wildcards over plain names, as JSON

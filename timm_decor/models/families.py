@@ -23,14 +23,16 @@ class Family:
     plain: Mapping[str, str] = field(default_factory=dict)
 
 
+_GATES = {"*.se.*": "a channel gate: decorrelated, it costs accuracy (benchmarks/zoo_study.py)"}
+
 FAMILIES = (
-    Family("resnet", "resnet18"),
+    Family("resnet", "resnet18", plain=_GATES),
     Family("vgg", "vgg11_bn"),
-    Family("regnet", "regnety_002"),
+    Family("regnet", "regnety_002", plain=_GATES),
     Family("densenet", "densenet121"),
     Family("convnext", "convnext_atto"),
-    Family("mobilenetv3", "mobilenetv3_small_100"),
-    Family("efficientnet", "efficientnet_b0"),
+    Family("mobilenetv3", "mobilenetv3_small_100", plain=_GATES),
+    Family("efficientnet", "efficientnet_b0", plain=_GATES),
     Family("vision_transformer", "vit_tiny_patch16_224"),
     Family("deit", "deit_tiny_patch16_224"),
     Family("mlp_mixer", "mixer_s16_224"),
