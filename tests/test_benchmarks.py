@@ -58,14 +58,14 @@ def test_zoo_study(tmp_path: Path) -> None:
     write_images(tmp_path / "train.parquet", np.random.default_rng(0), 320)
     out = tmp_path / "out.json"
     command = [sys.executable, "benchmarks/zoo_study.py", "--data-dir", str(tmp_path), "--model", "test_efficientnet"]
-    command += ["--lr", "0.01", "--without", "*.se.*,depthwise", "head", "--img-size", "32", "--epochs", "2"]
+    command += ["--lr", "0.01", "--without", "*.se.*,depthwise", "classifier", "--img-size", "32", "--epochs", "2"]
     command += ["--train-images", "256", "--held-out", "60", "--json", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     text = out.read_text(encoding="utf-8")
     assert str(tmp_path) not in text
     runs = json.loads(text)["runs"]
-    assert [run["arm"] for run in runs] == ["plain", "every layer", "without *.se.*,depthwise", "without head"]
+    assert [run["arm"] for run in runs] == ["plain", "every layer", "without *.se.*,depthwise", "without classifier"]
     assert len({run["loss"] for run in runs}) == 4  # each arm trains other layers decorrelated
     assert "without *.se.*,depthwise" in done.stdout
 
