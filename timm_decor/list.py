@@ -37,8 +37,7 @@ def model_row(name: str) -> tuple[str, ...]:
     Memory is that of R and of the statistics it is refreshed from. A structure that leaves more layers plain than the
     default (max_dim, 1x1 kernels) is marked with their number.
     """
-    with torch.device("meta"):
-        model = timm.create_model(name)
+    model = _without_weights(name)
     report = reconverted(model)
     memory = []
     for structure in sorted(STRUCTURES, key=lambda name: name != report.config.structure):
@@ -82,6 +81,14 @@ def page() -> str:
     return "\n".join(parts) + "\n"
 
 
+def _without_weights(name: str) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name)
+    except NotImplementedError:  # RegNet calls torch.unique, which torch 2.3 does not have on meta
+        return timm.create_model(name)
+
+
 def _report_with(model: nn.Module, structure: str) -> ConversionReport | None:
     try:
         return reconverted(model, DecorConfig(structure=structure))
@@ -109,8 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if args.layers:
         for name in names or [PREFIX + family.example for family in FAMILIES]:
-            with torch.device("meta"):
-                print(f"{name}\n{timm.create_model(name).decor_report}\n")
+            print(f"{name}\n{_without_weights(name).decor_report}\n")
         return 0
     table = markdown_table if args.markdown else text_table
     if names:
