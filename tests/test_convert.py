@@ -91,8 +91,23 @@ def test_reported_bytes_are_those_held():
 
 def test_depthwise_convolutions_share_one_r():
     """A channel's own S x S eigenproblem each would cost more than the layer: `kronecker` is `space` there."""
-    model = timm_decor.decorrelate(nn.Sequential(nn.Conv2d(6, 6, 3, groups=6), nn.Flatten(), nn.Linear(6, 2)))
+    model = nn.Sequential(nn.Conv2d(6, 6, 3, groups=6), nn.Flatten(), nn.Linear(6, 2))
+    timm_decor.decorrelate(model, filter_fn=lambda name, layer: True)
     assert (model.decor_report.rows[0].dim, model.decor_report.rows[0].bytes) == (9, 4 * 2 * 81)
+
+
+def test_gates_and_depthwise_convolutions_are_left_plain_unless_asked_for():
+    with torch.device("meta"):
+        model = timm.create_model("efficientnet_b0")
+    names = {row.name: row.plain_reason for row in timm_decor.decorrelate(model).decor_report.rows}
+    assert "channel gate" in names["blocks.1.0.se.conv_reduce"] and "depthwise" in names["blocks.1.0.conv_dw"]
+    assert not names["blocks.1.0.conv_pw"] and not names["conv_stem"] and not names["classifier"]
+    assert type(model.blocks[1][0].conv_dw) is nn.Conv2d
+    timm_decor.decorrelate(model, filter_fn=lambda name, layer: True)
+    assert not model.decor_report.plain
+    with torch.device("meta"):
+        grouped = timm_decor.decorrelate(timm.create_model("resnext50_32x4d"))
+    assert not grouped.decor_report.plain  # groups of four channels have something to decorrelate
 
 
 @pytest.mark.parametrize("name,reason,plain", [
@@ -116,7 +131,7 @@ def test_timms_forms_of_the_layers_are_decorrelated_and_come_back():
     assert Conv2dSame in kinds and TimmLinear in kinds
     x = torch.randn(2, 3, 33, 35)  # odd: the padding of "same" differs between the sides
     before = model(x)
-    timm_decor.decorrelate(model)
+    timm_decor.decorrelate(model, filter_fn=lambda name, layer: True)
     assert not model.decor_report.plain
     assert torch.equal(model(x), before)
     timm_decor.to_plain(model)

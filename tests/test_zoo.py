@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from pathlib import Path
 
 import pytest
 import timm
@@ -95,6 +96,13 @@ def test_list_of_models(capsys: pytest.CaptureFixture[str]) -> None:
     report = timm.create_model("decor_resnet18").decor_report
     assert rows[3][1:3] == ["11.7", "21"]
     assert float(rows[3][3]) == pytest.approx((report.bytes + report.moment_bytes) / 2**20, abs=0.05)
+
+
+def test_page_of_a_family(tmp_path: Path) -> None:
+    assert zoo.main(["decor_vgg11", "--page", str(tmp_path / "zoo.md")]) == 0
+    text = (tmp_path / "zoo.md").read_text()
+    assert all(f"| `{name}` |" in text for name in timm.list_models(module="decor_vgg"))
+    assert "decor_resnet" not in text
 
 
 def test_list_of_layers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,7 +39,8 @@ def decorrelate(model: nn.Module, config: DecorConfig | None = None, filter_fn: 
     Args:
         model: any module.
         config: `DecorConfig()` if None.
-        filter_fn: called with (name, layer); layers for which it is false stay plain.
+        filter_fn: called with (name, layer); layers for which it is false stay plain. If None, those stay plain that
+            are better left so: see `better_plain`.
 
     Returns:
         The same model.
@@ -49,10 +50,21 @@ def decorrelate(model: nn.Module, config: DecorConfig | None = None, filter_fn: 
     """
 
     def leave_out(name: str, layer: nn.Module) -> str:
-        return "" if filter_fn is None or filter_fn(name, layer) else "excluded by filter_fn"
+        if filter_fn is None:
+            return better_plain(name, layer)
+        return "" if filter_fn(name, layer) else "excluded by filter_fn"
 
     _refuse_wrapped(model)
     return convert(model, config or DecorConfig(), leave_out)
+
+
+def better_plain(name: str, layer: nn.Module) -> str:
+    """Why a layer that can be decorrelated is better left plain; "" for most. Measured by benchmarks/zoo_study.py."""
+    if "se" in name.split("."):  # timm's name for what gates channels, whatever its class
+        return "a channel gate: decorrelated, it costs accuracy"
+    if isinstance(layer, nn.Conv2d) and layer.in_channels == layer.groups > 1:
+        return "a depthwise convolution: decorrelated, it costs accuracy"
+    return ""
 
 
 def convert(model: nn.Module, config: DecorConfig, leave_out: ReasonFn) -> nn.Module:

@@ -60,23 +60,30 @@ def plain_reasons(report: ConversionReport) -> str:
 def family_rows(families: Sequence[Family]) -> Iterator[tuple[str, ...]]:
     """One row a family: its module in timm's registry, how many members, and its example's row."""
     for family in families:
-        members = timm.list_models(module=PREFIX + family.module)
-        yield (PREFIX + family.module, str(len(members)), PREFIX + family.example, *model_row(PREFIX + family.example))
+        yield (
+            PREFIX + family.module,
+            str(len(_members(family))),
+            PREFIX + family.example,
+            *model_row(PREFIX + family.example),
+        )
 
 
-def page() -> str:
-    """Every family and every member, as a page of markdown."""
+def _members(family: Family) -> list[str]:
+    return timm.list_models(module=PREFIX + family.module)
+
+
+def page(families: Sequence[Family]) -> str:
+    """Families and all their members, as a page of markdown."""
     config = DecorConfig()
     parts = [
         "# The zoo\n",
         f"Made by `make zoo` with timm {timm.__version__}. Memory is that of R and of the statistics that it is "
         f"refreshed from, in MiB of float32, by structure (the default is {config.structure}, rank {config.rank}); in "
         f"brackets, how many layers more than with the default stay plain.\n",
-        markdown_table(("family", "members", "for example", *HEADER), list(family_rows(FAMILIES))),
+        markdown_table(("family", "members", "for example", *HEADER), list(family_rows(families))),
     ]
-    for family in FAMILIES:
-        names = timm.list_models(module=PREFIX + family.module)
-        rows = [(f"`{name}`", *model_row(name)) for name in names]
+    for family in families:
+        rows = [(f"`{name}`", *model_row(name)) for name in _members(family)]
         parts += [f"\n## {PREFIX}{family.module}\n", markdown_table(("model", *HEADER), rows)]
     return "\n".join(parts) + "\n"
 
@@ -103,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("filter", nargs="*", help="wildcards over names: one row a model, instead of one a family")
     parser.add_argument("--layers", action="store_true", help="every layer of each model: D, memory, why it is plain")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="write the whole zoo there, as markdown")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write families with all members there, as markdown")
     parser.add_argument("--markdown", action="store_true", help="for a README")
     args = parser.parse_args(argv)
     names = timm.list_models(args.filter) if args.filter else []
@@ -114,6 +121,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    if args.page:
+        chosen = [family for family in FAMILIES if not names or set(names) & set(_members(family))]
+        args.page.write_text(page(chosen))
+        return 0
     if args.layers:
         for name in names or [PREFIX + family.example for family in FAMILIES]:
             print(f"{name}\n{_without_weights(name).decor_report}\n")

@@ -30,7 +30,7 @@ from timm.models import (
 from torch import nn
 
 from timm_decor.config import DecorConfig
-from timm_decor.convert import convert
+from timm_decor.convert import better_plain, convert
 from timm_decor.models.families import Family
 
 PREFIX = "decor_"
@@ -119,7 +119,8 @@ def _register_twin(module: ModuleType, name: str, plain: Mapping[str, str]) -> E
     has_cfgs = bool(get_arch_pretrained_cfgs(name))
 
     def leave_out(layer_name: str, layer: nn.Module) -> str:
-        return next((why for pattern, why in plain.items() if fnmatch.fnmatch(layer_name, pattern)), "")
+        reasons = (why for pattern, why in plain.items() if fnmatch.fnmatch(layer_name, pattern))
+        return next(reasons, "") or better_plain(layer_name, layer)
 
     def entrypoint(
         pretrained: bool = False,

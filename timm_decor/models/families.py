@@ -14,7 +14,7 @@ class Family:
         module: timm's module; the twins are filed under `decor_<module>`.
         example: the member that tables show and tests train: small, and known.
         without: why models have no twin, by a wildcard over their names.
-        plain: why layers are left plain, by a wildcard over their names; beside what `decorrelate` finds itself.
+        plain: why layers are left plain, by a wildcard over their names; beside what `decorrelate` leaves so itself.
     """
 
     module: str
@@ -23,16 +23,14 @@ class Family:
     plain: Mapping[str, str] = field(default_factory=dict)
 
 
-_GATES = {"*.se.*": "a channel gate: decorrelated, it costs accuracy (benchmarks/zoo_study.py)"}
-
 FAMILIES = (
-    Family("resnet", "resnet18", plain=_GATES),
+    Family("resnet", "resnet18"),
     Family("vgg", "vgg11_bn"),
-    Family("regnet", "regnety_002", plain=_GATES),
+    Family("regnet", "regnety_002"),
     Family("densenet", "densenet121"),
     Family("convnext", "convnext_atto"),
-    Family("mobilenetv3", "mobilenetv3_small_100", plain=_GATES),
-    Family("efficientnet", "efficientnet_b0", plain=_GATES),
+    Family("mobilenetv3", "mobilenetv3_small_100"),
+    Family("efficientnet", "efficientnet_b0"),
     Family("vision_transformer", "vit_tiny_patch16_224"),
     Family("deit", "deit_tiny_patch16_224"),
     Family("mlp_mixer", "mixer_s16_224"),
