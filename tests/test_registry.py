@@ -120,6 +120,15 @@ def test_deprecated_names() -> None:
     assert "decor_tv_resnet34" not in timm.list_models("decor_*")
 
 
+def test_a_family_says_what_stays_plain() -> None:
+    for name, depthwise in (("decor_efficientnet_b0", "blocks.0.0.conv_dw"), ("decor_mobilenetv4_conv_small", ".dw_")):
+        rows = create_on_meta(name).decor_report.rows
+        reasons = {row.name: row.plain_reason for row in rows if depthwise in row.name}
+        assert reasons and all("depthwise" in reason for reason in reasons.values())
+        assert not next(row.plain_reason for row in rows if row.name == "conv_stem")
+    assert not create_on_meta("decor_convnext_atto").decor_report.plain
+
+
 def test_a_model_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     def own_model(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, kwargs["num_classes"]))
