@@ -224,8 +224,11 @@ def test_reparameterized_while_attached(branched: Trained) -> None:
     assert all(row.refreshes == 2 for row in handle.report().rows)
 
     reparameterize_model(model.eval(), inplace=True)
-    with pytest.raises(ValueError, match="detach"):
-        timm_decor.to_plain(model)
+    if kinds(model) & {DecorConv2d, DecorLinear}:  # RepVGG's head is left; of RepViT every attached layer was fused
+        with pytest.raises(ValueError, match="detach"):
+            timm_decor.to_plain(model)
+    else:
+        assert "repvit" in model.pretrained_cfg["architecture"]  # type: ignore[operator, index]
     handle.detach()
     assert kinds(timm_decor.to_plain(model)) == {nn.Conv2d, nn.Linear}
 
