@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import logging
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -33,6 +34,8 @@ from timm_decor.config import DecorConfig
 from timm_decor.convert import better_plain, convert
 from timm_decor.models.families import Family
 
+_logger = logging.getLogger(__name__)
+
 PREFIX = "decor_"
 
 Entrypoint = Callable[..., nn.Module]
@@ -49,11 +52,7 @@ def register_family(family: Family) -> ModuleType:
     Returns:
         The module that timm knows the twins by, `timm_decor.models.decor_<family>`.
     """
-    names = [
-        name
-        for name in list_models(module=family.module)
-        if not any(fnmatch.fnmatch(name, pattern) for pattern in family.without)
-    ]
+    names = list_models(module=family.module)
     module = _module(family.module)
     for name in names:
         _register_twin(module, name, family.plain)
@@ -91,7 +90,8 @@ def register_decorrelated(name: str, plain: Mapping[str, str] | None = None) -> 
         raise ValueError(f"timm has no model {name!r} (decorate its entrypoint with timm.models.register_model){hint}")
     if name.startswith(PREFIX):
         raise ValueError(f"{name} is a decorrelated twin itself")
-    return _register_twin(_module(model_entrypoint(name).__module__.split(".")[-1]), name, plain or {})
+    module = _module(model_entrypoint(name).__module__.split(".")[-1])
+    return _register_twin(module, name, plain or {}, tells_unmatched=True)
 
 
 def _module(family: str) -> ModuleType:
@@ -114,7 +114,9 @@ def _twin_cfg(name: str) -> DefaultCfg:
     return DefaultCfg(tags=deque(cfgs), cfgs=cfgs, is_pretrained=any(cfg.has_weights for cfg in cfgs.values()))
 
 
-def _register_twin(module: ModuleType, name: str, plain: Mapping[str, str]) -> Entrypoint:
+def _register_twin(
+    module: ModuleType, name: str, plain: Mapping[str, str], tells_unmatched: bool = False
+) -> Entrypoint:
     variant = PREFIX + name
     has_cfgs = bool(get_arch_pretrained_cfgs(name))
 
@@ -138,7 +140,11 @@ def _register_twin(module: ModuleType, name: str, plain: Mapping[str, str]) -> E
         model = model_entrypoint(name)(pretrained=pretrained, pretrained_cfg=pretrained_cfg, **kwargs)
         if isinstance(decor_config, dict):
             decor_config = DecorConfig.from_dict(decor_config)
-        return convert(model, decor_config or DecorConfig(), leave_out)
+        convert(model, decor_config or DecorConfig(), leave_out)
+        for pattern in plain if tells_unmatched else ():  # a family's wildcards are for all of its members
+            if not fnmatch.filter((layer_name for layer_name, _ in model.named_modules()), pattern):
+                _logger.warning("%s: no layer matches %r, which was to stay plain", variant, pattern)
+        return model
 
     entrypoint.__name__ = entrypoint.__qualname__ = variant
     entrypoint.__module__ = module.__name__

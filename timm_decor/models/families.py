@@ -13,13 +13,11 @@ class Family:
     Attributes:
         module: timm's module; the twins are filed under `decor_<module>`.
         example: the member that tables show and tests train: small, and known.
-        without: why models have no twin, by a wildcard over their names.
         plain: why layers are left plain, by a wildcard over their names; beside what `decorrelate` leaves so itself.
     """
 
     module: str
     example: str
-    without: Mapping[str, str] = field(default_factory=dict)
     plain: Mapping[str, str] = field(default_factory=dict)
 
 
