@@ -24,6 +24,7 @@ class ExplicitLayer(nn.Module):
         self.dim = self.channels * self.positions
         self.R = torch.eye(self.dim, dtype=self.weight.dtype).repeat(self.groups, 1, 1)
         self.running = None
+        self.strength = 1.0  # of a refresh, in a warm-up
 
     def patches(self, x):
         """(g, rows, D)."""
@@ -64,7 +65,12 @@ class ExplicitLayer(nn.Module):
             count = max(1, round(self.images * config.sample))
             p = rows[:, [i * self.images // count for i in range(count)]].flatten(1, 2)
         sigma = p.mT @ p / p.shape[1]
-        new = torch.stack(self.dbp(sigma) if config.rule == "dbp" else self.whiten(sigma))
+        if config.rule == "crgd":
+            rows = p - p.mean(1, keepdim=True)
+            new = [self.in_blocks(part, r, self.crgd_step) for part, r in zip(rows, self.R, strict=True)]
+        else:
+            new = self.dbp(sigma) if config.rule == "dbp" else self.whiten(sigma)
+        new = torch.stack(new)
         if config.preserve_function:
             w = self.weight.reshape(self.groups, -1, self.dim)
             self.weight.copy_((w @ self.R @ torch.linalg.inv(new)).reshape(self.weight.shape))
@@ -73,7 +79,30 @@ class ExplicitLayer(nn.Module):
     def dbp(self, sigma):
         if self.config.structure == "space":
             return self.in_space(self.space_factor(sigma).mean(0), self.dbp_step)
-        return [self.dbp_step(s, r) for s, r in zip(sigma, self.R, strict=True)]
+        return [self.in_blocks(s, r, self.dbp_step) for s, r in zip(sigma, self.R, strict=True)]
+
+    def in_blocks(self, statistic, r, function):
+        """R of the blocks of channels that a patch falls into, each from its own entries (one of D, if not `block`)."""
+        width = self.dim
+        if self.config.structure == "block":
+            fits = [c for c in range(1, self.channels + 1) if self.channels % c == 0]
+            width = max([c for c in fits if c * self.positions <= self.config.block_dim], default=1) * self.positions
+        parts = [slice(i, i + width) for i in range(0, self.dim, width)]
+        square = statistic.shape[0] == statistic.shape[1] == self.dim
+        own = [statistic[i, i] if square else statistic[:, i] for i in parts]
+        return torch.block_diag(*[function(s, r[i, i]) for s, i in zip(own, parts, strict=True)])
+
+    def crgd_step(self, rows, r):
+        """From centred rows: decorrelate, then give each entry its variance back."""
+        z = rows @ r.T
+        step = torch.zeros_like(r)
+        for i in range(len(r)):
+            for j in range(len(r)):
+                if i != j:
+                    step[i] += (z[:, i] * z[:, j]).mean() * r[j]
+        r = r - self.config.decor_lr * step
+        gain = (rows.square().mean(0) / (rows @ r.T).square().mean(0)).sqrt()
+        return torch.diag(gain) @ r
 
     def dbp_step(self, sigma, r):
         z2 = r @ sigma @ r.T
@@ -89,12 +118,24 @@ class ExplicitLayer(nn.Module):
         config = self.config
         if config.structure == "full":
             eye = torch.eye(self.dim, dtype=sigma.dtype)
-            return [torch.linalg.inv(torch.linalg.cholesky(s + config.damping * eye)) for s in self.average(sigma)]
+            return [
+                torch.linalg.inv(torch.linalg.cholesky(self.strength * s + config.damping * eye))
+                for s in self.average(sigma)
+            ]
+        if config.structure == "block":
+
+            def factor(s, _):
+                mean = s.diagonal().mean()
+                return torch.linalg.inv(
+                    torch.linalg.cholesky(self.strength * s / mean + config.damping * torch.eye(len(s)).to(s))
+                )
+
+            return [self.in_blocks(s, s, factor) for s in self.average_blocks(sigma)]
         if config.structure == "space":
 
             def root(s, _):
                 values, vectors = torch.linalg.eigh(s)
-                return vectors @ torch.diag((values + config.damping) ** -0.5) @ vectors.T
+                return vectors @ torch.diag((self.strength * values + config.damping) ** -0.5) @ vectors.T
 
             return self.in_space(self.average(self.space_factor(sigma).mean(0)[None])[0], root)
         channel = self.channel_factor(sigma)
@@ -108,7 +149,7 @@ class ExplicitLayer(nn.Module):
         if rest:
             lc[:rest] = lc[:rest].mean()
         q = torch.kron(qc.contiguous(), qs.contiguous())
-        return q @ torch.diag((torch.kron(lc, ls) + self.config.damping) ** -0.5) @ q.T
+        return q @ torch.diag((self.strength * torch.kron(lc, ls) + self.config.damping) ** -0.5) @ q.T
 
     def average(self, *fresh):
         """Running averages in units of the mean eigenvalue, then normalised again for use."""
@@ -117,6 +158,13 @@ class ExplicitLayer(nn.Module):
         old = self.running
         self.running = unit if old is None else [keep * o + (1 - keep) * u for o, u in zip(old, unit, strict=True)]
         return self.running[0] if len(unit) == 1 else self.running
+
+    def average_blocks(self, sigma):
+        """The running average, where each block is in units of its own mean eigenvalue."""
+        unit = torch.stack([self.in_blocks(s, s, lambda b, _: b / b.diagonal().mean()) for s in sigma])
+        keep = self.config.stat_decay
+        self.running = unit if self.running is None else keep * self.running + (1 - keep) * unit
+        return self.running
 
     def channel_factor(self, sigma):
         return torch.einsum("gcsds->gcd", sigma.view(self.groups, *(self.channels, self.positions) * 2))

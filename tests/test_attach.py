@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import timm_decor
 from timm_decor import DecorConfig
-from timm_decor import structure as structure_module
+from timm_decor import shape as shape_module
 
 CONFIG = DecorConfig(every=2, sample=1.0)
 
@@ -71,17 +72,17 @@ def dense_moment(moments):
 
 def test_large_layers_are_reported_from_some_of_their_entries(monkeypatch):
     """Their D x D moment is never formed (VGG's first head has D = 25 088); the entries looked at are the same."""
-    monkeypatch.setattr(structure_module, "_REPORTED_ENTRIES", 12)
+    monkeypatch.setattr(shape_module, "REPORTED_ENTRIES", 12)
     for structure in ("full", "kronecker"):
         model, optimizer, handle = attached(DecorConfig(structure=structure, every=1))
         step(model, optimizer, seed=0)
-        for state in handle._states:
-            sigma, r = dense_moment(state.moments), state.r.dense(state.layer.decor_shape)
-            index = structure_module._entries(sigma.shape[-1], sigma.device)
+        for group in handle._groups:
+            sigma, r = dense_moment(group.moments), group.r.dense(group.shape)
+            index = shape_module.reported_entries(sigma.shape[-1], sigma.device)
             assert len(index.unique()) == min(12, sigma.shape[-1])
             for ours, whole in (
-                (state.r.input_moment(state.moments), sigma),
-                (state.r.output_moment(state.moments), r @ sigma @ r.mT),
+                (group.r.input_moment(group.moments), sigma),
+                (group.r.output_moment(group.moments), r @ sigma @ r.mT),
             ):
                 torch.testing.assert_close(ours, whole[:, index][..., index])
 
@@ -94,9 +95,9 @@ def test_reported_correlation_is_that_of_the_explicit_inputs():
         model, optimizer, handle = attached(DecorConfig(structure=structure, every=1))
         for seed in range(3):
             step(model, optimizer, seed)
-        for state, row in zip(handle._states, handle.report().rows, strict=True):
-            sigma = dense_moment(state.moments)
-            r = state.r.matrix if structure == "space" else state.r.dense(state.layer.decor_shape)
+        for group, row in zip(handle._groups, handle.report().rows, strict=True):
+            sigma = dense_moment(group.moments)
+            r = group.r.matrix if structure == "space" else group.r.dense(group.shape)
             assert row.correlation_before == pytest.approx(mean_correlation(sigma), rel=1e-4)
             assert row.correlation_after == pytest.approx(mean_correlation(r @ sigma @ r.mT), rel=1e-3)
             assert row.condition == pytest.approx(float(torch.linalg.cond(r).max()), rel=1e-3)
@@ -235,7 +236,7 @@ def test_unusable_statistics_skip_the_refresh_and_are_named(value, opt, caplog):
     x, y = batch(1)
     optimizer.zero_grad()
     F.cross_entropy(model(x), y).backward()
-    model[0].start_recording(handle._states[0].r.moments, 1.0)  # forget those of the good batch
+    model[0].start_recording(handle._groups[0].wanted, 1.0)  # forget those of the good batch
     model[0](torch.full_like(x, value))
     with caplog.at_level(logging.WARNING):
         optimizer.step()
@@ -330,7 +331,7 @@ def test_bfloat16_weights_and_autocast():
         with torch.autocast("cpu", dtype=torch.bfloat16):  # the step inside it, too: R's products stay in float32
             losses.append(step(model, optimizer, 0))
     assert losses[-1] < losses[0] / 2
-    assert all(t.dtype == torch.float32 for t in handle._states[0].r.tensors().values())
+    assert all(t.dtype == torch.float32 for t in handle._groups[0].r.tensors().values())
 
 
 def test_a_compiled_model_trains_the_same():
@@ -393,8 +394,8 @@ def test_a_singular_r_is_a_skip_and_not_a_crash(caplog):
     model, optimizer, handle = attached(DecorConfig(rule="dbp", structure="full", every=1), opt="adamw", lr=0.0)
     step(model, optimizer, 0)
     before = model[0].weight.detach().clone()
-    singular = type(handle._states[0].r)(torch.zeros_like(handle._states[0].r.matrix))
-    handle._states[0].r.refreshed = lambda moments, config: singular
+    singular = type(handle._groups[0].r)(torch.zeros_like(handle._groups[0].r.matrix))
+    handle._groups[0].r.refreshed = lambda moments, config, pace: singular
     step(model, optimizer, 1)
     assert handle.report().rows[0].skips == 1 and "layer 0: refresh of R skipped: R is" in caplog.text
     torch.testing.assert_close(model[0].weight.detach(), before)
@@ -464,3 +465,37 @@ def test_layers_in_eval_mode_are_named_as_such(caplog):
     step(model, optimizer, 0)
     assert all(row.skips == 1 for row in handle.report().rows)
     assert "it saw no input in training mode" in caplog.text
+
+
+class HostLooks(TorchDispatchMode):
+    """Counts operations that wait for a GPU to tell the host a value."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::").partition(".")[0]
+        self.count += name in ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "masked_select")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+def test_a_step_between_refreshes_never_waits_for_the_device(opt):
+    """Seen from the operations, so that a machine without a GPU can tell; a refresh may look, its own algebra does."""
+    model, optimizer, _ = attached(DecorConfig(every=4), opt=opt)
+    plain = net()
+    plain_optimizer = type(optimizer)(plain.parameters(), 0.1)
+    looks = []
+    for seed in range(8):
+        for trained, its in ((model, optimizer), (plain, plain_optimizer)):
+            x, y = batch(seed)
+            loss = F.cross_entropy(trained(x), y)
+            its.zero_grad()
+            loss.backward()
+            with HostLooks() as watch:
+                its.step()
+            looks.append(watch.count)
+    decorrelated, plain_looks = looks[::2], looks[1::2]
+    assert decorrelated[0] > plain_looks[0] and decorrelated[4] > plain_looks[4], (
+        "the count would miss a refresh's look"
+    )
+    assert decorrelated[1:4] + decorrelated[5:] == plain_looks[1:4] + plain_looks[5:]

@@ -1,5 +1,7 @@
 """The merged view equals the explicit z = R x, y = W z: every rule, structure, layer kind and optimizer, in float64."""
 
+import dataclasses
+
 import pytest
 import timm.optim
 import torch
@@ -9,13 +11,15 @@ from torch import nn
 
 import timm_decor
 from timm_decor import DecorConfig
+from timm_decor import group as group_module
+from timm_decor.config import RULE_STRUCTURES
 
 STEPS = 20
-RULES = [("dbp", "full"), ("dbp", "space"), ("whiten", "full"), ("whiten", "kronecker"), ("whiten", "space")]
+RULES = [(rule, structure) for rule, structures in RULE_STRUCTURES.items() for structure in structures]
 
 
 class Net(nn.Module):
-    """One layer of each kind that the engine claims to handle."""
+    """One layer of each kind that the engine claims to handle; two are there twice, to be one batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,14 +29,18 @@ class Net(nn.Module):
         self.pointwise = nn.Conv2d(4, 5, 1, bias=False)
         self.tokens = nn.Linear(5, 6)  # 3 dimensions
         self.maps = nn.Linear(6, 6, bias=False)  # 4 dimensions
+        self.dilated2 = nn.Conv2d(6, 6, 3, padding=2, dilation=2, bias=False)
+        self.maps2 = nn.Linear(6, 6, bias=False)
         self.head = nn.Linear(6, 3)  # 2 dimensions
 
     def forward(self, x):
         x = self.strided(x).tanh()
         x = x + self.dilated(x)
+        x = x + self.dilated2(x.tanh())
         x = self.pointwise(self.grouped(x).tanh())
         x = self.tokens(x.flatten(2).transpose(1, 2)).tanh()
         x = x + self.maps(x[:, None])[:, 0]
+        x = x + self.maps2(x.tanh())
         return self.head(x.mean(1))
 
 
@@ -50,9 +58,11 @@ def make_optimizer(name, model):
     return timm.optim.create_optimizer_v2(model, "muon", lr=0.02, weight_decay=0.1)
 
 
-def train(model, optimizer, x, y, after_step=lambda step: None):
+def train(model, optimizer, x, y, lr, after_step=lambda step: None):
     losses = []
     for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = lr(step) or group["lr"]
         loss = F.cross_entropy(model(x[step]), y[step])
         optimizer.zero_grad()
         loss.backward()
@@ -62,8 +72,16 @@ def train(model, optimizer, x, y, after_step=lambda step: None):
     return torch.tensor(losses, dtype=torch.float64)
 
 
-def compare(config, optimizer_name):
-    """Largest difference of the losses and kernels after STEPS steps, engine against reference."""
+def compare(config, optimizer_name, lr=lambda step: None, pace=lambda step: {}, batches=False):
+    """Largest difference of the losses and kernels after STEPS steps, engine against reference.
+
+    Args:
+        config: of both.
+        optimizer_name: of both.
+        lr: the learning rate at a step, if not the optimizer's own.
+        pace: what to set on an explicit layer before its refresh at a step.
+        batches: layers of equal shape are expected to share a batch.
+    """
     torch.manual_seed(0)
     plain = Net().double()
     explicit = explicit_twin(plain, config, lambda m: config.structure != "space" or m.weight[0, 0].numel() > 1)
@@ -72,15 +90,17 @@ def compare(config, optimizer_name):
     def refresh(step):
         if step % config.every == 0:
             for layer in layers.values():
+                vars(layer).update(pace(step))
                 layer.refresh()
 
     x, y = data()
-    expected = train(explicit, make_optimizer(optimizer_name, explicit), x, y, refresh)
+    expected = train(explicit, make_optimizer(optimizer_name, explicit), x, y, lr, refresh)
 
     model = timm_decor.decorrelate(plain, config)
     optimizer = make_optimizer(optimizer_name, model)
     handle = timm_decor.attach(model, optimizer)
-    losses = train(model, optimizer, x, y)
+    losses = train(model, optimizer, x, y, lr)
+    assert (len(handle._groups) < len(handle.names)) == batches
 
     assert {row.name for row in handle.report().rows} == set(layers)
     assert all(row.refreshes == -(-STEPS // config.every) and not row.skips for row in handle.report().rows)
@@ -92,15 +112,46 @@ def compare(config, optimizer_name):
     return max(float(d) for d in differences)
 
 
+@pytest.fixture
+def one_batch(monkeypatch):
+    """Layers of equal shape step and refresh together, as they do on a GPU; on a CPU each would go alone."""
+    monkeypatch.setattr(group_module, "_STACKED_ELEMENTS", {})
+
+
+def knobs(rule, structure, **others):
+    return DecorConfig(
+        rule=rule, structure=structure, every=3, sample=1.0, kappa=0.3, decor_lr=0.05, damping=0.5, rank=2,
+        block_dim=20, stat_decay=0.3, **others,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("preserve", [True, False], ids=["preserve", "move"])
 @pytest.mark.parametrize("rule,structure", RULES)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 def test_engine_equals_explicit_layers(optimizer, rule, structure, preserve):
-    config = DecorConfig(
-        rule=rule, structure=structure, every=3, sample=1.0, kappa=0.3, decor_lr=0.05, damping=0.5, rank=2,
-        stat_decay=0.3, preserve_function=preserve,
-    )  # fmt: skip
-    assert compare(config, optimizer) < 1e-10
+    assert compare(knobs(rule, structure, preserve_function=preserve), optimizer) < 1e-10
+
+
+@pytest.mark.parametrize("rule,structure", RULES)
+@pytest.mark.parametrize("optimizer,preserve", [("sgd", False), ("adamw", True)])
+def test_layers_of_equal_shape_as_one_batch(one_batch, optimizer, preserve, rule, structure):
+    assert compare(knobs(rule, structure, preserve_function=preserve), optimizer, batches=True) < 1e-10
+
+
+@pytest.mark.parametrize("rule,structure", [pair for pair in RULES if pair[0] != "crgd"])
+def test_warm_up_and_decay_with_the_learning_rate(rule, structure):
+    """At step 12 the warm-up is over and the learning rate at a quarter of its peak."""
+    config = knobs(rule, structure, warmup=8, follow_lr=True)
+
+    def lr(step):
+        return 0.05 * 0.5 ** (step // 6)
+
+    def pace(step):
+        share, strength = max(lr(step) / lr(0), 0.1), min(1, (step + 1) / 8)
+        now = dataclasses.replace(config, damping=share * 0.5, decor_lr=lr(step) / lr(0) * strength * 0.05)
+        return {"config": now, "strength": strength}
+
+    assert compare(config, "sgd", lr, pace) < 1e-10
 
 
 @pytest.mark.parametrize("rule,structure", RULES)

@@ -244,7 +244,7 @@ first.requires_grad_(False)
 optimizer = torch.optim.AdamW([*second.parameters(), *first.parameters()])
 handle, = hook.handles()
 step(second, optimizer)
-assert handle.step == 1 and handle._states[0].layer is second[0]
+assert handle.step == 1 and handle._groups[0].layers[0] is second[0]
 del handle, optimizer, first, second
 fresh()
 

@@ -14,46 +14,43 @@ from __future__ import annotations
 import importlib
 import logging
 import weakref
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from timm_decor.config import DecorConfig
 from timm_decor.convert import any_attached, decor_layers, mark_attached, reconverted
-from timm_decor.coordinates import coordinates_for, refuse_anchored
+from timm_decor.coordinates import refuse_anchored
+from timm_decor.group import LayerGroup, grouped
 from timm_decor.layers import DecorLayer
 from timm_decor.reporting import AttachReport
-from timm_decor.rules import DegenerateMoment
-from timm_decor.state import LayerState, averaged_moments
-from timm_decor.statistics import at_least_float32
-from timm_decor.structure import structure_for
+from timm_decor.shape import Pace
+from timm_decor.sharing import averaged_moments, refreshed
 
 _logger = logging.getLogger(__name__)
 
 STATE_KEY = "timm_decor"  # in optimizer.state_dict()
-_STATE_FORMAT = 1
+_STATE_FORMAT = 2
+_LEAST_DAMPING_SHARE = 0.1  # follow_lr: without damping R would undo the learning rate's decay where inputs are small
 
 _attached_optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-
-
-def new_state(name: str, layer: DecorLayer, optimizer: Optimizer, config: DecorConfig) -> LayerState:
-    """A layer's state before the first refresh: R is the identity."""
-    like = at_least_float32(layer.weight.detach()[:0])
-    r = structure_for(config, layer.decor_shape).identity(layer.decor_shape, config, like)
-    return LayerState(name, layer, r, coordinates_for(layer, optimizer))
 
 
 class DecorHandle:
     """What `attach` returns: the binding of one model to one optimizer."""
 
-    def __init__(self, optimizer: Optimizer, states: list[LayerState], config: DecorConfig) -> None:
+    def __init__(self, optimizer: Optimizer, layers: Sequence[tuple[str, DecorLayer]], config: DecorConfig) -> None:
         self.config = config
         self.step = 0  # optimizer steps since attach
+        self.names = [name for name, _ in layers]  # of the attached layers
         self._optimizer = optimizer
-        self._states = states
-        self._active: list[LayerState] = []  # layers whose weight and gradient are in W's coordinates just now
+        self._layers = layers
+        self._groups: list[LayerGroup] = grouped(layers, optimizer, config)
+        self._peak_lr = 0.0  # the highest learning rate that a refresh has seen
+        self._in_step = False
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -61,14 +58,15 @@ class DecorHandle:
             optimizer.register_load_state_dict_pre_hook(self._load),
         ]
         _attached_optimizers.add(optimizer)
-        for state in states:
-            mark_attached(state.layer, self)
+        for _, layer in layers:
+            mark_attached(layer, self)
         self._set_recording()
 
     def report(self) -> AttachReport:
         """Correlation before and after R, condition, refreshes and skips of each layer; costs up to D^3 a layer."""
         self._recover()
-        return AttachReport(self.step, tuple(state.report() for state in self._states))
+        rows = {row.name: row for group in self._groups for row in map(group.report, range(len(group.layers)))}
+        return AttachReport(self.step, tuple(rows[name] for name in self.names))
 
     def detach(self) -> None:
         """Make the optimizer's steps plain again; the model keeps its function. A second call does nothing.
@@ -79,9 +77,9 @@ class DecorHandle:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        for state in self._states:
-            state.layer.stop_recording()
-            mark_attached(state.layer, None)
+        for _, layer in self._layers:
+            layer.stop_recording()
+            mark_attached(layer, None)
         _attached_optimizers.discard(self._optimizer)
 
     @property
@@ -89,11 +87,11 @@ class DecorHandle:
         return self.step % self.config.every == 0
 
     def _set_recording(self) -> None:
-        for state in self._states:
+        for group in self._groups:
             if self._refresh_due:
-                state.layer.start_recording(state.r.moments, self.config.sample)
+                group.start_recording()
             else:
-                state.layer.stop_recording()
+                group.stop_recording()
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -103,55 +101,73 @@ class DecorHandle:
                 "a decorrelated step takes no closure: during the step the parameters hold W, not the model's weights"
             )
         self._recover()
-        for state in self._states:
-            if state.layer.weight.grad is not None:
-                self._active.append(state)
-                state.coordinates.enter(state.r)
+        self._in_step = True
+        for group in self._groups:
+            group.enter()
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for state in self._active:
-            state.coordinates.leave()
+        for group in self._groups:
+            group.leave()
         try:
             if self._refresh_due:
                 self._refresh()
         finally:  # whatever happens to R, the weight must be a kernel again
-            for state in self._active:
-                state.coordinates.write(state.r)
-            self._active = []
+            for group in self._groups:
+                group.write()
+            self._in_step = False
         self.step += 1
         self._set_recording()
 
     @torch.no_grad()
     def _recover(self) -> None:
         """Undo a step that began and never ended: the optimizer raised, or was interrupted."""
-        if self._active:
-            _logger.warning("step %d did not end: the weights are put back to what they were before it", self.step)
-        for state in self._active:
-            state.coordinates.abandon(state.r)
-        self._active = []
+        if not self._in_step:
+            return
+        _logger.warning("step %d did not end: the weights are put back to what they were before it", self.step)
+        for group in self._groups:
+            group.abandon()
+        self._in_step = False
 
     def _refresh(self) -> None:
         # All layers, so that processes whose layers have gradients at different times still reduce the same tensors.
-        for state, moments in zip(self._states, averaged_moments(self._states), strict=True):
-            if state not in self._active:
-                continue
-            try:
-                with torch.autocast(state.layer.weight.device.type, enabled=False):
-                    state.refresh(moments, self.config)
-                state.refreshes += 1
-            except DegenerateMoment as error:
-                state.skips += 1
-                log = _logger.warning if state.skips == 1 else _logger.debug
-                log("step %d, layer %s: refresh of R skipped: %s", self.step, state.name, error)
+        pace = self._pace()
+        with torch.autocast(self._layers[0][1].weight.device.type, enabled=False):
+            fresh = averaged_moments(self._groups)
+            moments = [group.running(each) for group, each in zip(self._groups, fresh, strict=True)]
+            new = refreshed(self._groups, moments, pace, self.config)
+            outcomes = [g.accept(f, m, r) for g, f, m, r in zip(self._groups, fresh, moments, new, strict=True)]
+        # The only look at what is on the device, once for all layers.
+        flags = torch.cat([torch.stack(outcome).cpu() for outcome in outcomes], 1)
+        for group, (moved, seen, alive) in zip(self._groups, _split(flags, self._groups), strict=True):
+            for i in group.count(moved):
+                if not seen[i]:
+                    reason = "it saw no input in training mode, or none that is finite"
+                elif not alive[i]:
+                    reason = "the layer's inputs are all zero"
+                else:
+                    reason = "R is too close to singular"
+                log = _logger.warning if group.skips[i] == 1 else _logger.debug
+                log("step %d, layer %s: refresh of R skipped: %s", self.step, group.names[i], reason)
+
+    def _pace(self) -> Pace:
+        """The config's values as the learning rate and the warm-up have them at this step."""
+        lr = max(float(group["lr"]) for group in self._optimizer.param_groups)
+        self._peak_lr = max(self._peak_lr, lr)
+        share = lr / self._peak_lr if self.config.follow_lr and self._peak_lr else 1.0
+        strength = min(1.0, (self.step + 1) / self.config.warmup) if self.config.warmup else 1.0
+        damping = self.config.damping * max(share, _LEAST_DAMPING_SHARE)
+        return Pace(self.config.decor_lr * share * strength, damping, strength)
 
     def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         self._recover()
+        states = {name: group.state(i) for group in self._groups for i, name in enumerate(group.names)}
         state_dict[STATE_KEY] = {
             "format": _STATE_FORMAT,
             "config": self.config.to_json(),
             "step": self.step,
-            "layers": {state.name: state.state_dict() for state in self._states},
+            "peak_lr": self._peak_lr,
+            "layers": {name: states[name] for name in self.names},
         }
         return state_dict
 
@@ -159,14 +175,14 @@ class DecorHandle:
         saved = state_dict.get(STATE_KEY)
         if saved is None:
             _logger.warning("the optimizer state has no decorrelation state: R starts from the identity")
-            self._states = [new_state(state.name, state.layer, self._optimizer, self.config) for state in self._states]
-            self.step = 0
+            self._groups = grouped(self._layers, self._optimizer, self.config)
+            self.step, self._peak_lr = 0, 0.0
             self._set_recording()
             return
         self._check_loadable(saved)
-        for state in self._states:
-            state.load_state_dict(saved["layers"][state.name])
-        self.step = saved["step"]
+        for group in self._groups:
+            group.load_state([saved["layers"][name] for name in group.names])
+        self.step, self._peak_lr = saved["step"], saved["peak_lr"]
         self._set_recording()
 
     def _check_loadable(self, saved: dict[str, Any]) -> None:
@@ -180,14 +196,21 @@ class DecorHandle:
                     f"the optimizer state is of {name} {has!r}, this run uses {wanted!r}; "
                     f"attach with the saved config, or start without the optimizer state"
                 )
-        for state in self._states:
-            entry = saved["layers"].get(state.name)
-            shape = list(state.layer.weight.shape)
+        kind = self._groups[0].kind
+        for name, layer in self._layers:
+            entry = saved["layers"].get(name)
+            shape = list(layer.weight.shape)
             if entry is None or entry["shape"] != shape:
                 has = "nothing" if entry is None else f"shape {entry['shape']}"
-                raise ValueError(f"the optimizer state has {has} for layer {state.name}, which has shape {shape}")
-            if entry["kind"] != state.coordinates.kind:
+                raise ValueError(f"the optimizer state has {has} for layer {name}, which has shape {shape}")
+            if entry["kind"] != kind:
                 raise ValueError(f"the optimizer state is not that of a {type(self._optimizer).__name__}")
+
+
+def _split(flags: Tensor, groups: Sequence[LayerGroup]) -> Iterator[list[list[bool]]]:
+    """Each group's columns of (3, all layers), as lists."""
+    for part in flags.split([len(group.layers) for group in groups], 1):
+        yield part.tolist()
 
 
 def attach(model: nn.Module, optimizer: Optimizer, config: DecorConfig | None = None) -> DecorHandle:
@@ -234,7 +257,7 @@ def attach(model: nn.Module, optimizer: Optimizer, config: DecorConfig | None = 
         )
     if not trained:
         raise ValueError("every decorrelated layer is frozen: nothing to attach")
-    return DecorHandle(inner, [new_state(name, layer, inner, config) for name, layer in trained], config)
+    return DecorHandle(inner, trained, config)
 
 
 def _innermost(optimizer: Any) -> Optimizer:

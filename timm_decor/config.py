@@ -9,13 +9,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-# Which rule can refresh which structure. `dbp` iterates on R itself, so R must be stored as a matrix; the Kronecker
-# structure is defined by the eigenbasis of two factors, which only `whiten` computes.
+# Which rule can refresh which structure. `dbp` and `crgd` iterate on R itself, so R must be stored as a matrix; the
+# Kronecker structure is defined by the eigenbasis of two factors, which only `whiten` computes.
 RULE_STRUCTURES: dict[str, tuple[str, ...]] = {
-    "dbp": ("full", "space"),
-    "whiten": ("full", "kronecker", "space"),
+    "dbp": ("full", "block", "space"),
+    "crgd": ("full", "block"),
+    "whiten": ("full", "block", "kronecker", "space"),
 }
-STRUCTURES = ("full", "kronecker", "space")
+STRUCTURES = ("full", "block", "kronecker", "space")
 
 
 def _knob(default: Any, text: str) -> Any:
@@ -42,15 +43,20 @@ class DecorConfig:
         TypeError: a value of the wrong type.
     """
 
-    rule: str = _knob("whiten", "rule that moves R: whiten (damped whitening) or dbp (arXiv 2405.02385)")
+    rule: str = _knob(
+        "whiten", "rule that moves R: whiten (damped whitening), dbp (arXiv 2405.02385) or crgd (2407.10780)"
+    )
     kappa: float = _knob(0.5, "dbp: weight of the unit-variance term V against the decorrelation term C, in [0, 1]")
-    decor_lr: float = _knob(5e-3, "dbp: learning rate of R")
+    decor_lr: float = _knob(5e-3, "dbp, crgd: learning rate of R")
     damping: float = _knob(1.0, "whiten: added to the second moment's eigenvalues, in units of their mean")
+    follow_lr: bool = _knob(False, "decor_lr and damping shrink with the learning rate, from their value at its peak")
+    warmup: int = _knob(0, "steps over which decorrelation comes in: decor_lr, or the second moment's weight, grows")
     every: int = _knob(20, "optimizer steps between two refreshes of R")
     sample: float = _knob(0.25, "share of the batch's images that the statistics are taken from; 1.0: every row")
-    structure: str = _knob("kronecker", "form of R: full, kronecker (channels x space) or space")
+    structure: str = _knob("kronecker", "form of R: full, block, kronecker (channels x space) or space")
     preserve_function: bool = _knob(True, "W <- A R^-1 at a refresh, so that the function A = W R does not change")
     rank: int = _knob(32, "kronecker: channel eigenvectors kept (all where a layer has fewer); the rest share a scale")
+    block_dim: int = _knob(288, "block: most entries of a patch that one block of channels may have")
     stat_decay: float = _knob(0.5, "whiten: weight of the old second moment in its running average, per refresh")
     max_dim: int = _knob(8192, "layers whose R would need a factor larger than this stay plain")
 
@@ -69,6 +75,8 @@ class DecorConfig:
         self._require("damping", 0 <= self.damping < math.inf, "zero or more")
         self._require("every", self.every >= 1, "1 or more")
         self._require("sample", 0 < self.sample <= 1, "in (0, 1]")
+        self._require("warmup", self.warmup >= 0, "zero or more")
+        self._require("block_dim", self.block_dim >= 1, "1 or more")
         self._require("rank", self.rank >= 1, "1 or more")
         self._require("stat_decay", 0 <= self.stat_decay < 1, "in [0, 1)")
         self._require("max_dim", self.max_dim >= 1, "1 or more")

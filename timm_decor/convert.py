@@ -15,7 +15,8 @@ from torch import nn
 from timm_decor.config import DecorConfig
 from timm_decor.layers import DECOR_TYPES, PLAIN_TYPES, DecorConv2d, DecorLayer, DecorLinear
 from timm_decor.reporting import ConversionReport, LayerRow
-from timm_decor.structure import LayerShape, moment_shape, structure_for
+from timm_decor.shape import LayerShape, moment_shape
+from timm_decor.structure import structure_for
 
 _logger = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ def fit_reason(layer: DecorLayer, config: DecorConfig) -> str:
         return "D = 1: nothing to decorrelate"
     if config.structure == "space" and shape.positions == 1:
         return "space structure: a 1x1 kernel has one position"
-    factor = structure_for(config, shape).largest_factor(shape)
+    factor = structure_for(config, shape).largest_factor(shape, config)
     if factor > config.max_dim:
         return f"needs a factor of {factor} x {factor}; max_dim is {config.max_dim}"
     return ""
@@ -165,7 +166,7 @@ def fit_reason(layer: DecorLayer, config: DecorConfig) -> str:
 def _memory(shape: LayerShape, config: DecorConfig) -> tuple[int, int]:
     """Bytes of R and of the second moments that it is refreshed from, in float32."""
     structure = structure_for(config, shape)
-    moments = sum(math.prod(moment_shape(name, shape)) for name in structure.moments)
+    moments = sum(math.prod(moment_shape(name, shape)) for name in structure.moments(shape, config))
     return 4 * structure.size(shape, config), 4 * moments
 
 

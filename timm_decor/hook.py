@@ -140,7 +140,7 @@ def _made(optimizer: Optimizer) -> None:
         optimizer.register_load_state_dict_post_hook(_loaded)
         _say(
             logging.INFO,
-            f"decorrelation is on: {type(model).__name__}, {len(handle._states)} layers, "
+            f"decorrelation is on: {type(model).__name__}, {len(handle.names)} layers, "
             f"{config.rule}, {config.structure}, every {config.every} steps, {type(optimizer).__name__}",
         )
 

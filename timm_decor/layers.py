@@ -7,7 +7,6 @@ belongs to the optimizer (see attach.py), so a checkpoint of these layers is a c
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
@@ -19,8 +18,8 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from timm_decor import statistics
+from timm_decor.shape import LayerShape
 from timm_decor.statistics import ConvShape
-from timm_decor.structure import LayerShape
 
 RECORDER_STATE = ("recording", "sample", "wanted", "moments", "rows")  # attributes of a layer that records
 
@@ -73,8 +72,8 @@ class DecorMixin:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             x = x.detach() if x.dim() > self.unbatched_dim else x.detach()[None]
             x = statistics.at_least_float32(statistics.sample_images(x, self.sample))
-            count, functions = self._moment_functions(x)
-            totals = {name: functions[name]() for name in self.wanted}
+            x = self._rows_seen(x)
+            count, totals = self._row_count(x), {name: self._moment(name, x) for name in self.wanted}
             # A batch that overflowed (the gradient scaler will skip its step) must not spoil the others' sums.
             finite = torch.stack([torch.isfinite(total).all() for total in totals.values()]).all()
             for name, total in totals.items():
@@ -82,8 +81,16 @@ class DecorMixin:
                 self.moments[name] = self.moments[name] + total if name in self.moments else total
             self.rows = self.rows + finite * count
 
-    def _moment_functions(self, x: Tensor) -> tuple[int, dict[str, Callable[[], Tensor]]]:
-        """Rows in x, and the functions that give each moment's sum over them."""
+    def _rows_seen(self, x: Tensor) -> Tensor:
+        """The input as the weight meets it, padding included."""
+        return x
+
+    def _row_count(self, x: Tensor) -> int:
+        """Rows in what `_rows_seen` gave."""
+        raise NotImplementedError
+
+    def _moment(self, name: str, x: Tensor) -> Tensor:
+        """Sum over those rows of the moment with that name; see `shape.moment_shape`."""
         raise NotImplementedError
 
 
@@ -113,15 +120,27 @@ class DecorConv2d(DecorMixin, nn.Conv2d):
         # view, not reshape: a copy would be written to and lost
         return tensor.view(self.groups, -1, tensor.shape[1], tensor.shape[2] * tensor.shape[3])
 
-    def _moment_functions(self, x: Tensor) -> tuple[int, dict[str, Callable[[], Tensor]]]:
-        shape = ConvShape(self.kernel_size, self.stride, self.dilation, self.groups)  # type: ignore[arg-type]
-        padded = self._padded(x)
-        return statistics.conv_rows(padded, shape), {
-            "patch": lambda: statistics.patch_moment(padded, shape),
-            "channel": lambda: statistics.channel_moment(padded, shape),
-            "space": lambda: statistics.space_moment(padded, shape),
-            "shared_space": lambda: statistics.space_moment(padded, shape).mean(0, keepdim=True),
-        }
+    def _rows_seen(self, x: Tensor) -> Tensor:
+        return self._padded(x)
+
+    def _row_count(self, x: Tensor) -> int:
+        return statistics.conv_rows(x, self._patch_shape())
+
+    def _moment(self, name: str, x: Tensor) -> Tensor:
+        shape = self._patch_shape()
+        if name == "channel":
+            return statistics.channel_moment(x, shape)
+        if name == "space":
+            return statistics.space_moment(x, shape)
+        if name == "shared_space":
+            return statistics.space_moment(x, shape).mean(0, keepdim=True)
+        if name == "patch_mean":
+            return statistics.patch_sum(x, shape)
+        blocks = int(name.partition("/")[2] or 1)
+        return statistics.patch_moment(x, shape._replace(groups=blocks * self.groups))
+
+    def _patch_shape(self) -> ConvShape:
+        return ConvShape(self.kernel_size, self.stride, self.dilation, self.groups)  # type: ignore[arg-type]
 
     def _padded(self, x: Tensor) -> Tensor:
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
@@ -168,14 +187,15 @@ class DecorLinear(DecorMixin, nn.Linear):
     def grouped(self, tensor: Tensor) -> Tensor:
         return tensor[None, :, :, None]
 
-    def _moment_functions(self, x: Tensor) -> tuple[int, dict[str, Callable[[], Tensor]]]:
-        rows = x.numel() // x.shape[-1]
-        return rows, {
-            "patch": lambda: statistics.vector_moment(x),
-            "channel": lambda: statistics.vector_moment(x),
-            # One position: its factor is the number 1, so that Sigma_c (x) Sigma_s is the moment itself.
-            "space": lambda: x.new_full((1, 1, 1), rows),
-        }
+    def _row_count(self, x: Tensor) -> int:
+        return x.numel() // x.shape[-1]
+
+    def _moment(self, name: str, x: Tensor) -> Tensor:
+        if name == "space":  # one position: its factor is the number 1, so that Sigma_c (x) Sigma_s is Sigma_c itself
+            return x.new_full((1, 1, 1), self._row_count(x))
+        if name == "patch_mean":
+            return x.flatten(0, -2).sum(0)[None, None]
+        return statistics.vector_moment(x, int(name.partition("/")[2] or 1))
 
 
 @register_notrace_module

@@ -1,13 +1,16 @@
 """The rules that move R: pure functions on tensors, batched over groups.
 
-Shapes: g groups, D the length of the vector that R acts on (for a convolution one patch, C * S with S = kh * kw; for
-the `space` structure S alone). A second moment Sigma = <x x^T> is the average over rows, never centred: the layer's
-bias absorbs no mean here, and the paper's C = <z z^T> is not centred either.
+Shapes: g groups (of one layer, or of several layers of equal shape), D the length of the vector that R acts on (for a
+convolution one patch, C * S with S = kh * kw; for the `space` structure S alone). A second moment Sigma = <x x^T> is
+the average over rows, not centred: the paper's C = <z z^T> is not centred either. Only `crgd` centres.
+
+Nothing here raises or waits for a GPU because of what is in the statistics. Where they cannot be used (all zero, not
+finite, singular without damping), that group's result is NaN and the other groups' are not touched; who keeps R looks
+at it once for all layers.
 """
 
 from __future__ import annotations
 
-import contextlib
 from typing import NamedTuple
 
 import torch
@@ -16,10 +19,7 @@ from torch import Tensor
 _EXACT_SHARE = 4  # subspace iteration pays from about four times its number of columns
 _OVERSAMPLING = 8
 _ITERATIONS = 3
-
-
-class DegenerateMoment(ValueError):
-    """The statistics are zero, not finite or not positive: R keeps its value and the refresh counts as skipped."""
+_NAN = float("nan")
 
 
 class KroneckerFactors(NamedTuple):
@@ -39,15 +39,9 @@ class KroneckerFactors(NamedTuple):
 
 
 def normalized(sigma: Tensor) -> Tensor:
-    """Sigma in units of its mean eigenvalue: trace / D = 1. Shape (g, D, D).
-
-    Raises:
-        DegenerateMoment: the trace of a group is zero, negative or not finite.
-    """
+    """Sigma in units of its mean eigenvalue: trace / D = 1, (g, D, D); NaN for a group without a positive trace."""
     mean = sigma.diagonal(dim1=-2, dim2=-1).mean(-1)
-    if not bool((torch.isfinite(mean) & (mean > 0)).all()):
-        raise DegenerateMoment("the layer's inputs are all zero or not finite")
-    return sigma / mean[..., None, None]
+    return sigma / torch.where(mean > 0, mean, _NAN)[..., None, None]
 
 
 def dbp(r: Tensor, sigma: Tensor, kappa: float, decor_lr: float) -> Tensor:
@@ -72,45 +66,77 @@ def dbp(r: Tensor, sigma: Tensor, kappa: float, decor_lr: float) -> Tensor:
     return r - decor_lr * ((1 - kappa) * (correlation @ r) + kappa * (variance - 1)[..., None] * r)
 
 
-def whiten(sigma: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Damped whitening by a Cholesky factor: R = L^-1 with L L^T = Sigma / mean-eigenvalue + damping I.
+def crgd(r: Tensor, sigma: Tensor, mean: Tensor, decor_lr: float) -> Tensor:
+    """One step of the rule of "Correlations Are Ruining Your Gradient Descent" (arXiv 2407.10780).
 
-    R^T R = (Sigma / mean-eigenvalue + damping I)^-1, all that SGD and Muon see of R, at the cost of D^3 / 3.
+    The statistics are centred, Sigma_c = <x x^T> - <x> <x>^T; with z = R (x - <x>) and C = <z z^T> without its
+    diagonal, R <- g R', R' = (I - decor_lr C) R, where the diagonal g keeps each entry's variance:
+    <z_i^2> = <(x_i - <x_i>)^2> ("gain-preserving": it decorrelates and does not whiten). An entry that never varies
+    keeps its row of R'.
+
+    The layer itself goes on to see x, not x - <x>: an ordinary kernel has no place for the mean, and a BatchNorm behind
+    the layer makes the gradient blind to it.
+
+    Args:
+        r: R, (g, D, D).
+        sigma: <x x^T>, (g, D, D).
+        mean: <x>, (g, 1, D).
+        decor_lr: step size.
+
+    Returns:
+        The new R, (g, D, D).
+    """
+    centred = sigma - mean.mT @ mean
+    zz = r @ centred @ r.mT
+    r = r - decor_lr * ((zz - torch.diag_embed(zz.diagonal(dim1=-2, dim2=-1))) @ r)
+    before = centred.diagonal(dim1=-2, dim2=-1)
+    after = torch.einsum("gij,gjk,gik->gi", r, centred, r)
+    varies = (before > 0) & (after > 0)
+    gain = torch.where(varies, before / torch.where(varies, after, 1.0), 1.0).sqrt()
+    return gain[..., None] * r
+
+
+def whiten(sigma: Tensor, damping: float, strength: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Damped whitening by a Cholesky factor: R = L^-1 with L L^T = strength Sigma / mean-eigenvalue + damping I.
+
+    R^T R = (strength Sigma / mean-eigenvalue + damping I)^-1, all that SGD and Muon see of R, at the cost of D^3 / 3.
 
     Args:
         sigma: <x x^T>, (g, D, D).
         damping: in units of the mean eigenvalue.
+        strength: in [0, 1]; below 1 during a warm-up, where R is on its way from a multiple of the identity.
 
     Returns:
         R and R^-1 = L, both (g, D, D), lower triangular.
-
-    Raises:
-        DegenerateMoment: sigma is zero or not finite, or the damped sigma is not positive definite.
     """
     eye = torch.eye(sigma.shape[-1], dtype=sigma.dtype, device=sigma.device)
-    lower, info = torch.linalg.cholesky_ex(normalized(sigma) + damping * eye)
-    if bool((info != 0).any()):
-        raise DegenerateMoment(f"the second moment is singular with damping {damping}")
+    lower, info = torch.linalg.cholesky_ex(strength * normalized(sigma) + damping * eye)
+    lower = torch.where(info[..., None, None] == 0, lower, _NAN)
     return torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False), lower
 
 
-def whiten_symmetric(sigma: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Damped whitening by the symmetric root: R = (Sigma / mean-eigenvalue + damping I)^-1/2.
+def whiten_symmetric(sigma: Tensor, damping: float, strength: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Damped whitening by the symmetric root: R = (strength Sigma / mean-eigenvalue + damping I)^-1/2.
 
-    Args and what is returned and raised as for `whiten`; R is symmetric. For small D (an eigendecomposition).
+    Args and what is returned as for `whiten`; R is symmetric. For small D (an eigendecomposition).
     """
     values, basis = _eigh(normalized(sigma))
-    scale = _damped_rsqrt(values, damping)
+    scale = (strength * values + damping).rsqrt()
     return (basis * scale[..., None, :]) @ basis.mT, (basis / scale[..., None, :]) @ basis.mT
 
 
 def whiten_kronecker(
-    sigma_c: Tensor, sigma_s: Tensor, damping: float, rank: int, start: Tensor | None = None
+    sigma_c: Tensor,
+    sigma_s: Tensor,
+    damping: float,
+    rank: int,
+    start: Tensor | None = None,
+    strength: float = 1.0,
 ) -> KroneckerFactors:
     """Damped whitening of Sigma_c (x) Sigma_s, damped jointly: the symmetric root in the product's eigenbasis.
 
-    Direction (i, j) is scaled by (l_c[i] l_s[j] + damping)^-1/2, eigenvalues in units of their factor's mean. The
-    C - rank smallest channel eigenvalues are replaced by their mean (activations have few large eigenvalues, and
+    Direction (i, j) is scaled by (strength l_c[i] l_s[j] + damping)^-1/2, eigenvalues in units of their factor's mean.
+    The C - rank smallest channel eigenvalues are replaced by their mean (activations have few large eigenvalues, and
     damping makes the small ones alike), so that R is `space (x) identity` plus a term of that rank.
 
     Where C is much larger than the rank the leading eigenvectors come from subspace iteration, at C^2 rank instead of
@@ -122,18 +148,16 @@ def whiten_kronecker(
         damping: in units of the mean eigenvalue of the product.
         rank: channel eigenvectors kept, 1 <= rank <= C.
         start: (g, C, r), where subspace iteration begins: the eigenvectors of the last refresh.
-
-    Raises:
-        DegenerateMoment: a factor is zero, not finite or cannot be decomposed.
+        strength: as for `whiten`.
     """
     channel_values, channel_basis = leading_eigenpairs(normalized(sigma_c), rank, start)
     space_values, space_basis = _eigh(normalized(sigma_s))
-    gain = _damped_rsqrt(channel_values[..., None] * space_values[..., None, :], damping)
+    gain = (strength * channel_values[..., None] * space_values[..., None, :] + damping).rsqrt()
     rest = sigma_c.shape[-1] - rank
     if rest:
         # The eigenvalues sum to C, the trace of the normalised factor.
         mean_rest = ((sigma_c.shape[-1] - channel_values.sum(-1)) / rest).clamp_min(0)
-        tail = _damped_rsqrt(mean_rest[..., None] * space_values, damping)
+        tail = (strength * mean_rest[..., None] * space_values + damping).rsqrt()
     else:  # no direction is left for the tail; 1 keeps it invertible
         tail = torch.ones_like(space_values)
     return KroneckerFactors(channel_basis.contiguous(), space_basis, gain, tail)
@@ -152,10 +176,7 @@ def leading_eigenpairs(sigma: Tensor, rank: int, start: Tensor | None = None) ->
         start: (g, D, r) or None.
 
     Returns:
-        Values (g, rank), ascending, and orthonormal columns (g, D, rank).
-
-    Raises:
-        DegenerateMoment: no decomposition was found.
+        Values (g, rank), ascending, and orthonormal columns (g, D, rank); NaN where no decomposition was found.
     """
     size = sigma.shape[-1]
     if size <= _EXACT_SHARE * (rank + _OVERSAMPLING):
@@ -173,17 +194,23 @@ def leading_eigenpairs(sigma: Tensor, rank: int, start: Tensor | None = None) ->
 
 
 def _eigh(sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """`torch.linalg.eigh` that gives NaN for a matrix without a decomposition, and the others' in spite of it."""
+    usable = torch.isfinite(sigma).all(-1).all(-1)[..., None, None]
+    eye = torch.eye(sigma.shape[-1], dtype=sigma.dtype, device=sigma.device)
+    values, basis = _eigh_of_finite(torch.where(usable, sigma, eye))
+    return torch.where(usable[..., 0], values.clamp_min(0), _NAN), basis
+
+
+def _eigh_of_finite(sigma: Tensor) -> tuple[Tensor, Tensor]:
     # In float32 the iteration can fail, or silently give NaN, on moments of few rows: many eigenvalues equal zero.
     for precision in dict.fromkeys((sigma.dtype, torch.float64)):
-        with contextlib.suppress(torch.linalg.LinAlgError):
+        try:
             values, basis = torch.linalg.eigh(sigma.to(precision))
-            if bool(torch.isfinite(values).all()):
-                return values.clamp_min(0).to(sigma.dtype), basis.to(sigma.dtype)
-    raise DegenerateMoment("the second moment has no eigendecomposition")
-
-
-def _damped_rsqrt(values: Tensor, damping: float) -> Tensor:
-    scale = (values + damping).rsqrt()
-    if not bool(torch.isfinite(scale).all()):
-        raise DegenerateMoment(f"the second moment is singular with damping {damping}")
-    return scale
+        except torch.linalg.LinAlgError:
+            continue
+        if bool(torch.isfinite(values).all()):
+            return values.to(sigma.dtype), basis.to(sigma.dtype)
+    if len(sigma) == 1:
+        return torch.full_like(sigma[..., 0], _NAN), torch.full_like(sigma, _NAN)
+    pairs = [_eigh_of_finite(one) for one in sigma.split(1)]  # one that fails must not cost the others theirs
+    return torch.cat([values for values, _ in pairs]), torch.cat([basis for _, basis in pairs])

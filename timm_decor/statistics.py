@@ -78,6 +78,14 @@ def patch_moment(x: Tensor, shape: ConvShape) -> Tensor:
     return total
 
 
+def patch_sum(x: Tensor, shape: ConvShape) -> Tensor:
+    """Sum of the rows themselves, entries ordered as in `patch_moment`: (g, 1, C * S)."""
+    total = x.new_zeros(x.shape[1] * _positions(shape))
+    for part in _chunks(x, _positions(shape)):
+        total += _unfold(part, shape).sum((0, 2))
+    return total.view(shape.groups, 1, -1)
+
+
 def channel_moment(x: Tensor, shape: ConvShape) -> Tensor:
     """Sum over rows of the patches' partial trace over positions, divided by S: (g, C, C).
 
@@ -102,10 +110,10 @@ def space_moment(x: Tensor, shape: ConvShape) -> Tensor:
     return total / channels
 
 
-def vector_moment(x: Tensor) -> Tensor:
-    """Sum over rows of x x^T for a linear layer's input (..., C): (1, C, C)."""
-    rows = x.flatten(0, -2)
-    return (rows.mT @ rows)[None]
+def vector_moment(x: Tensor, blocks: int = 1) -> Tensor:
+    """Sum over rows of x x^T for a linear layer's input (..., C), within blocks of channels: (blocks, C / b, C / b)."""
+    rows = x.flatten(0, -2).unflatten(1, (blocks, -1)).transpose(0, 1)
+    return rows.mT @ rows
 
 
 def mean_correlation(sigma: Tensor) -> float:

@@ -1,0 +1,79 @@
+"""A refresh on several processes: one sum of the statistics, the work shared out, one exchange of the results.
+
+Every process gets the same R to the bit, because each layer's is made by one process and sent to the others. On a
+single process nothing here communicates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from timm_decor.config import DecorConfig
+from timm_decor.group import LayerGroup
+from timm_decor.shape import Pace, parts
+from timm_decor.structure import Structure, structure_for
+
+
+def averaged_moments(groups: Sequence[LayerGroup]) -> list[dict[str, Tensor]]:
+    """Each group's recorded moments, averaged over the rows of all micro-batches and processes.
+
+    One all-reduce in the default process group, of the same size on every process whatever inputs each of them saw.
+    """
+    totals = [group.recorded() for group in groups]
+    if processes() > 1:
+        _sum_over_processes([tensor for total in totals for tensor in total.values()])
+    return [group.averaged(total) for group, total in zip(groups, totals, strict=True)]
+
+
+def refreshed(
+    groups: Sequence[LayerGroup], moments: Sequence[dict[str, Tensor]], pace: Pace, config: DecorConfig
+) -> list[Structure]:
+    """R of every group after a refresh from `moments`; of several processes each makes that of some layers."""
+    if processes() == 1:
+        return [group.refreshed(each, pace) for group, each in zip(groups, moments, strict=True)]
+    share = _shares(groups, config, processes())[dist.get_rank()]
+    results = []
+    for group, each, index in zip(groups, moments, share, strict=True):
+        tensors = {name: torch.zeros_like(value) for name, value in group.r.tensors().items()}
+        if index:
+            for name, value in group.refreshed(each, pace, index).tensors().items():
+                parts(tensors[name], len(group.layers))[index] = parts(value, len(index))
+        results.append(tensors)
+    _sum_over_processes([tensor for tensors in results for tensor in tensors.values()])  # all but one of them are zeros
+    return [group.r.from_tensors(tensors) for group, tensors in zip(groups, results, strict=True)]
+
+
+def processes() -> int:
+    """Processes that train together: those of the default process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _shares(groups: Sequence[LayerGroup], config: DecorConfig, count: int) -> list[list[list[int]]]:
+    """For each process and group the layers that it refreshes: the costliest first, to whoever has least to do."""
+    tasks = []
+    for number, group in enumerate(groups):
+        cost = group.shape.groups * structure_for(config, group.shape).largest_factor(group.shape, config) ** 3
+        tasks += [(cost, number, layer) for layer in range(len(group.layers))]
+    load = [0] * count
+    shares: list[list[list[int]]] = [[[] for _ in groups] for _ in range(count)]
+    for cost, number, layer in sorted(tasks, key=lambda task: -task[0]):
+        process = min(range(count), key=load.__getitem__)
+        load[process] += cost
+        shares[process][number].append(layer)
+    return shares
+
+
+def _sum_over_processes(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its sum over processes: one all-reduce a precision and device."""
+    buckets: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        buckets.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for bucket in buckets.values():
+        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        dist.all_reduce(flat)
+        for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(total.view_as(tensor))
