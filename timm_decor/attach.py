@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from timm_decor.auto import plan
 from timm_decor.config import DecorConfig
 from timm_decor.convert import any_attached, decor_layers, mark_attached, reconverted
 from timm_decor.coordinates import refuse_anchored
@@ -28,7 +30,7 @@ from timm_decor.group import LayerGroup, grouped
 from timm_decor.layers import DecorLayer
 from timm_decor.reporting import AttachReport
 from timm_decor.shape import Pace
-from timm_decor.sharing import averaged_moments, refreshed
+from timm_decor.sharing import averaged_moments, refreshed, rows_a_process
 
 _logger = logging.getLogger(__name__)
 
@@ -84,11 +86,16 @@ class DecorHandle:
 
     @property
     def _refresh_due(self) -> bool:
-        return self.step % self.config.every == 0
+        first = 1 if self.config.structure == "auto" else 0  # its first step is for `_choose`
+        return self.step >= first and (self.step - first) % self.config.every == 0
+
+    @property
+    def _undecided(self) -> bool:
+        return any(group.config.structure == "auto" for group in self._groups)
 
     def _set_recording(self) -> None:
         for group in self._groups:
-            if self._refresh_due:
+            if self._refresh_due or self._undecided:
                 group.start_recording()
             else:
                 group.stop_recording()
@@ -116,6 +123,8 @@ class DecorHandle:
             for group in self._groups:
                 group.write()
             self._in_step = False
+        if self._undecided:
+            self._choose()
         self.step += 1
         self._set_recording()
 
@@ -129,13 +138,22 @@ class DecorHandle:
             group.abandon()
         self._in_step = False
 
+    def _choose(self) -> None:
+        """After the first step, whose rows are counted: the structure of each layer that "auto" leaves open."""
+        rows = [count / self.config.sample for count in rows_a_process(self._groups)]
+        seen = [group.seen(count) for group, count in zip(self._groups, rows, strict=True)]
+        for group, config in zip(self._groups, plan(seen, self.config), strict=True):
+            group.choose(config)
+        chosen = Counter(type(group.r).name for group in self._groups for _ in group.layers)
+        _logger.info("structure of R: %s", ", ".join(f"{name} in {n} layers" for name, n in chosen.items()))
+
     def _refresh(self) -> None:
         # All layers, so that processes whose layers have gradients at different times still reduce the same tensors.
         pace = self._pace()
         with torch.autocast(self._layers[0][1].weight.device.type, enabled=False):
             fresh = averaged_moments(self._groups)
             moments = [group.running(each) for group, each in zip(self._groups, fresh, strict=True)]
-            new = refreshed(self._groups, moments, pace, self.config)
+            new = refreshed(self._groups, moments, pace)
             outcomes = [g.accept(f, m, r) for g, f, m, r in zip(self._groups, fresh, moments, new, strict=True)]
         # The only look at what is on the device, once for all layers.
         flags = torch.cat([torch.stack(outcome).cpu() for outcome in outcomes], 1)

@@ -14,9 +14,9 @@ from typing import Any
 RULE_STRUCTURES: dict[str, tuple[str, ...]] = {
     "dbp": ("full", "block", "space"),
     "crgd": ("full", "block"),
-    "whiten": ("full", "block", "kronecker", "space"),
+    "whiten": ("auto", "full", "block", "kronecker", "space"),
 }
-STRUCTURES = ("full", "block", "kronecker", "space")
+STRUCTURES = ("auto", "full", "block", "kronecker", "space")
 
 
 def _knob(default: Any, text: str) -> Any:
@@ -53,7 +53,7 @@ class DecorConfig:
     warmup: int = _knob(0, "steps over which decorrelation comes in: decor_lr, or the second moment's weight, grows")
     every: int = _knob(20, "optimizer steps between two refreshes of R")
     sample: float = _knob(0.25, "share of the batch's images that the statistics are taken from; 1.0: every row")
-    structure: str = _knob("kronecker", "form of R: full, block, kronecker (channels x space) or space")
+    structure: str = _knob("kronecker", "form of R: full, block, kronecker (channels x space), space or auto")
     preserve_function: bool = _knob(True, "W <- A R^-1 at a refresh, so that the function A = W R does not change")
     rank: int = _knob(32, "kronecker: channel eigenvectors kept (all where a layer has fewer); the rest share a scale")
     block_dim: int = _knob(288, "block: most entries of a patch that one block of channels may have")

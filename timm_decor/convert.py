@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -12,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
+from timm_decor.auto import memory
 from timm_decor.config import DecorConfig
 from timm_decor.layers import DECOR_TYPES, PLAIN_TYPES, DecorConv2d, DecorLayer, DecorLinear
 from timm_decor.reporting import ConversionReport, LayerRow
-from timm_decor.shape import LayerShape, moment_shape
 from timm_decor.structure import structure_for
 
 _logger = logging.getLogger(__name__)
@@ -89,7 +88,8 @@ def convert(model: nn.Module, config: DecorConfig, leave_out: ReasonFn) -> nn.Mo
             rows.append(LayerRow(name, type(module).__name__, 0, 0, 0, weight_bytes, reason))
             continue
         shape = module.decor_shape
-        rows.append(LayerRow(name, type(module).__name__, shape.dim, *_memory(shape, config), weight_bytes))
+        r, moments = (4 * entries for entries in memory(shape, config))  # in float32
+        rows.append(LayerRow(name, type(module).__name__, shape.dim, r, moments, weight_bytes))
     report = ConversionReport(config, tuple(rows), left_out)
     if not report.decorrelated:
         reasons = Counter(row.plain_reason for row in rows).most_common(1)
@@ -161,13 +161,6 @@ def fit_reason(layer: DecorLayer, config: DecorConfig) -> str:
     if factor > config.max_dim:
         return f"needs a factor of {factor} x {factor}; max_dim is {config.max_dim}"
     return ""
-
-
-def _memory(shape: LayerShape, config: DecorConfig) -> tuple[int, int]:
-    """Bytes of R and of the second moments that it is refreshed from, in float32."""
-    structure = structure_for(config, shape)
-    moments = sum(math.prod(moment_shape(name, shape)) for name in structure.moments(shape, config))
-    return 4 * structure.size(shape, config), 4 * moments
 
 
 def _has_matrix_weight(module: nn.Module) -> bool:

@@ -15,6 +15,8 @@ from timm_decor.shape import LayerShape, Pace, moment_shape, reported_entries
 class PatchR:
     """`full`: one dense R of D x D a group."""
 
+    name = "full"
+
     def __init__(self, matrix: Tensor, inverse: Tensor | None = None) -> None:
         self.matrix = matrix  # (n g, D, D)
         self.inverse = inverse  # (n g, D, D), or None where only `solve` gives it
@@ -37,8 +39,8 @@ class PatchR:
 
     @staticmethod
     def size(shape: LayerShape, config: DecorConfig) -> int:
-        """Entries of R, and of its inverse where the rule gives one."""
-        return (2 if config.rule == "whiten" else 1) * shape.groups * shape.dim**2
+        """Entries of what is kept of R: itself, R^T R and, where the rule gives it, R^-1."""
+        return _matrices(config) * shape.groups * shape.dim**2
 
     @classmethod
     def largest_factor(cls, shape: LayerShape, config: DecorConfig) -> int:
@@ -120,6 +122,8 @@ class PatchR:
 class BlockR(PatchR):
     """`block`: full inside blocks of neighbouring channels, nothing between them; see `block_count`."""
 
+    name = "block"
+
     @classmethod
     def identity(cls, shape: LayerShape, config: DecorConfig, like: Tensor) -> PatchR:
         groups, side, _ = moment_shape(cls.moments(shape, config)[0], shape)
@@ -159,6 +163,8 @@ def block_count(shape: LayerShape, block_dim: int) -> int:
 class SpaceR(PatchR):
     """`space`: R = I_C (x) R_s, one S x S matrix shared by all channels and groups of a layer."""
 
+    name = "space"
+
     @classmethod
     def identity(cls, shape: LayerShape, config: DecorConfig, like: Tensor) -> PatchR:
         return cls._of(torch.eye(shape.positions, dtype=like.dtype, device=like.device)[None], config)
@@ -169,7 +175,7 @@ class SpaceR(PatchR):
 
     @staticmethod
     def size(shape: LayerShape, config: DecorConfig) -> int:
-        return (2 if config.rule == "whiten" else 1) * shape.positions**2
+        return _matrices(config) * shape.positions**2
 
     _whiten = staticmethod(rules.whiten_symmetric)
 
@@ -179,6 +185,10 @@ class SpaceR(PatchR):
     def dense(self, shape: LayerShape) -> Tensor:
         eye = torch.eye(shape.channels, dtype=self.matrix.dtype, device=self.matrix.device)
         return torch.stack([torch.kron(eye, matrix) for matrix in self.matrix]).repeat_interleave(shape.groups, 0)
+
+
+def _matrices(config: DecorConfig) -> int:
+    return 3 if config.rule == "whiten" else 2
 
 
 def _solved(matrix: Tensor, rows: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ group. On a CPU a group is one layer (see `_STACKED_ELEMENTS`).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from timm_decor.auto import SeenLayer
 from timm_decor.config import DecorConfig
 from timm_decor.coordinates import coordinates_for, write
 from timm_decor.layers import DecorLayer
@@ -51,6 +53,7 @@ class LayerGroup:
         config: of the decorrelation.
 
     Attributes:
+        config: of the decorrelation; where "auto" has chosen, with what it chose.
         names: of the layers in the model.
         layers: whose weights are A = W R between steps.
         shape: of each layer.
@@ -64,22 +67,34 @@ class LayerGroup:
         self.names = [name for name, _ in layers]
         self.layers = [layer for _, layer in layers]
         self.shape: LayerShape = self.layers[0].decor_shape
-        self._config = config
-        structure = structure_for(config, self.shape)
-        like = at_least_float32(self.layers[0].weight.detach()[:0])
-        self.r: Structure = stacked([structure.identity(self.shape, config, like)] * len(layers))
-        self.wanted = structure.moments(self.shape, config)
-        self.moments = {
-            name: like.new_zeros(moment_shape(name, self.shape)).repeat(len(layers), 1, 1) for name in self.wanted
-        }
+        self._like = at_least_float32(self.layers[0].weight.detach()[:0])
+        self.choose(config)
         self.refreshes, self.skips = [0] * len(layers), [0] * len(layers)
         self._coordinates = coordinates_for(optimizer)
         self._active: list[int] = []  # layers whose weight and gradient are in W's coordinates just now
 
+    def choose(self, config: DecorConfig) -> None:
+        """Start again from R = I, in the structure that the config names."""
+        structure = structure_for(config, self.shape)
+        self.config = config
+        self.r: Structure = stacked([structure.identity(self.shape, config, self._like)] * len(self.layers))
+        # "auto" only counts rows, until it is told what to be
+        self.wanted = () if config.structure == "auto" else structure.moments(self.shape, config)
+        self.moments = {
+            name: self._like.new_zeros(moment_shape(name, self.shape)).repeat(len(self.layers), 1, 1)
+            for name in self.wanted
+        }
+
+    def seen(self, rows: float) -> SeenLayer:
+        """The group as `auto.plan` asks for it, with the rows that a layer has in one process's part of a step."""
+        outputs = self.layers[0].weight.shape[0] // self.shape.groups
+        products = 1 if self._coordinates.kind == "linear" else 2
+        return SeenLayer(self.shape, outputs, rows, products, len(self.layers))
+
     def start_recording(self) -> None:
         """Record the statistics of the next training forward passes."""
         for layer in self.layers:
-            layer.start_recording(self.wanted, self._config.sample)
+            layer.start_recording(self.wanted, self.config.sample)
 
     def stop_recording(self) -> None:
         """Record no more."""
@@ -113,7 +128,7 @@ class LayerGroup:
 
     def recorded(self) -> dict[str, Tensor]:
         """Sums over this process's rows: each wanted moment, and "rows", (n, 1)."""
-        like = next(iter(self.moments.values()))[:0]
+        like = self._like
         sums = {
             name: torch.cat(
                 [
@@ -133,21 +148,21 @@ class LayerGroup:
 
     def running(self, fresh: dict[str, Tensor]) -> dict[str, Tensor]:
         """The statistics to refresh R from: those of this step, or `whiten`'s running average that they enter."""
-        if self._config.rule != "whiten":
+        if self.config.rule != "whiten":
             return fresh
         # In units of the mean eigenvalue, so that a batch of large inputs does not outweigh the others.
         unit = {name: normalized(moment) for name, moment in fresh.items()}
         like = next(iter(unit.values()))
-        weight = like.new_tensor([1 - self._config.stat_decay if refreshes else 1.0 for refreshes in self.refreshes])
+        weight = like.new_tensor([1 - self.config.stat_decay if refreshes else 1.0 for refreshes in self.refreshes])
         return {name: self.moments[name].lerp(new, _rows_of(weight, new)) for name, new in unit.items()}
 
     def refreshed(self, moments: dict[str, Tensor], pace: Pace, index: Sequence[int] | None = None) -> Structure:
         """R of the layers in `index` (all if None) after a refresh from `moments`; NaN where they cannot be used."""
         if index is None:
-            return self.r.refreshed(moments, self._config, pace)
+            return self.r.refreshed(moments, self.config, pace)
         count = len(self.layers)
         some = {name: parts(value, count)[list(index)].flatten(0, 1) for name, value in moments.items()}
-        return selected(self.r, count, index).refreshed(some, self._config, pace)
+        return selected(self.r, count, index).refreshed(some, self.config, pace)
 
     def accept(self, fresh: dict[str, Tensor], moments: dict[str, Tensor], r: Structure) -> Refreshed:
         """Move R, between the coordinates' `leave` and `write`, in those layers that can and that made this step.
@@ -190,6 +205,8 @@ class LayerGroup:
             coordinates = self._coordinates.state(layer, r)
         return {
             "shape": list(layer.weight.shape),
+            "structure": self.config.structure,
+            "rank": self.config.rank,
             "r": dict(r.tensors()),
             "moments": self._moments_of(index),
             "kind": self._coordinates.kind,
@@ -206,6 +223,7 @@ class LayerGroup:
     def load_state(self, saved: list[dict[str, Any]]) -> None:
         """Take over what `state` gave of each layer, on the weights' device."""
         device = self.layers[0].weight.device
+        self.choose(dataclasses.replace(self.config, structure=saved[0]["structure"], rank=saved[0]["rank"]))
 
         def together(key: str) -> dict[str, Tensor]:
             return {
@@ -226,13 +244,13 @@ class LayerGroup:
             moments = self._moments_of(index)
             before = mean_correlation(r.input_moment(moments))
             after = mean_correlation(r.output_moment(moments))
-        return AttachedRow(
-            self.names[index], self.shape.dim, before, after, r.condition(), self.refreshes[index], self.skips[index]
-        )
+        structure = type(self.r).name
+        counts = self.refreshes[index], self.skips[index]
+        return AttachedRow(self.names[index], self.shape.dim, structure, before, after, r.condition(), *counts)
 
     @property
     def _preserve(self) -> bool:
-        return self._config.preserve_function
+        return self.config.preserve_function
 
     @property
     def _active_layers(self) -> list[DecorLayer]:

@@ -17,6 +17,8 @@ class KroneckerR:
     r = min(rank, C)) and S x S ones.
     """
 
+    name = "kronecker"
+
     def __init__(self, factors: rules.KroneckerFactors) -> None:
         self.factors = factors
         self._matrix = _Spiked(factors.channel_basis, factors.space_basis, factors.gain, factors.tail)

@@ -75,7 +75,11 @@ class DecorMixin:
             x = self._rows_seen(x)
             count, totals = self._row_count(x), {name: self._moment(name, x) for name in self.wanted}
             # A batch that overflowed (the gradient scaler will skip its step) must not spoil the others' sums.
-            finite = torch.stack([torch.isfinite(total).all() for total in totals.values()]).all()
+            finite = (
+                torch.isfinite(x.sum())
+                if not totals
+                else torch.stack([torch.isfinite(total).all() for total in totals.values()]).all()
+            )
             for name, total in totals.items():
                 total = torch.where(finite, total, torch.zeros_like(total))
                 self.moments[name] = self.moments[name] + total if name in self.moments else total

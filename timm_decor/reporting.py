@@ -84,6 +84,7 @@ class AttachedRow:
     Attributes:
         name: the layer's name in the model.
         dim: D, the length of one group's patch.
+        structure: of its R.
         correlation_before: mean absolute correlation between different entries of the layer's input x (of 1024 of
             them, where it has more).
         correlation_after: the same for z = R x; both from the statistics that R was last refreshed with, None before.
@@ -94,6 +95,7 @@ class AttachedRow:
 
     name: str
     dim: int
+    structure: str
     correlation_before: float | None
     correlation_after: float | None
     condition: float
@@ -121,9 +123,9 @@ class AttachReport:
             return "-" if value is None else f"{value:.4f}"
 
         cells = [
-            (r.name, r.dim, number(r.correlation_before), number(r.correlation_after))
+            (r.name, r.dim, r.structure, number(r.correlation_before), number(r.correlation_after))
             + (f"{r.condition:.3g}", r.refreshes, r.skips)
             for r in self.rows
         ]
-        header = ("layer", "D", "correlation before", "after", "condition of R", "refreshes", "skips")
+        header = ("layer", "D", "structure", "correlation before", "after", "condition of R", "refreshes", "skips")
         return f"after {self.step} steps\n" + text_table(header, cells)

@@ -12,10 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from timm_decor.config import DecorConfig
 from timm_decor.group import LayerGroup
 from timm_decor.shape import Pace, parts
-from timm_decor.structure import Structure, structure_for
+from timm_decor.structure import Structure
 
 
 def averaged_moments(groups: Sequence[LayerGroup]) -> list[dict[str, Tensor]]:
@@ -29,13 +28,19 @@ def averaged_moments(groups: Sequence[LayerGroup]) -> list[dict[str, Tensor]]:
     return [group.averaged(total) for group, total in zip(groups, totals, strict=True)]
 
 
-def refreshed(
-    groups: Sequence[LayerGroup], moments: Sequence[dict[str, Tensor]], pace: Pace, config: DecorConfig
-) -> list[Structure]:
+def rows_a_process(groups: Sequence[LayerGroup]) -> list[float]:
+    """The rows that a layer of each group recorded, averaged over its layers and over processes."""
+    totals = [group.recorded()["rows"] for group in groups]
+    if processes() > 1:
+        _sum_over_processes(totals)
+    return [float(total.mean()) / processes() for total in totals]
+
+
+def refreshed(groups: Sequence[LayerGroup], moments: Sequence[dict[str, Tensor]], pace: Pace) -> list[Structure]:
     """R of every group after a refresh from `moments`; of several processes each makes that of some layers."""
     if processes() == 1:
         return [group.refreshed(each, pace) for group, each in zip(groups, moments, strict=True)]
-    share = _shares(groups, config, processes())[dist.get_rank()]
+    share = _shares(groups, processes())[dist.get_rank()]
     results = []
     for group, each, index in zip(groups, moments, share, strict=True):
         tensors = {name: torch.zeros_like(value) for name, value in group.r.tensors().items()}
@@ -52,11 +57,11 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _shares(groups: Sequence[LayerGroup], config: DecorConfig, count: int) -> list[list[list[int]]]:
+def _shares(groups: Sequence[LayerGroup], count: int) -> list[list[list[int]]]:
     """For each process and group the layers that it refreshes: the costliest first, to whoever has least to do."""
     tasks = []
     for number, group in enumerate(groups):
-        cost = group.shape.groups * structure_for(config, group.shape).largest_factor(group.shape, config) ** 3
+        cost = group.shape.groups * type(group.r).largest_factor(group.shape, group.config) ** 3
         tasks += [(cost, number, layer) for layer in range(len(group.layers))]
     load = [0] * count
     shares: list[list[list[int]]] = [[[] for _ in groups] for _ in range(count)]

@@ -18,6 +18,7 @@ from timm_decor.shape import LayerShape, parts
 
 Structure = PatchR | KroneckerR
 _STRUCTURES: dict[str, type[PatchR] | type[KroneckerR]] = {
+    "auto": KroneckerR,  # until the first step has shown what fits; see auto.py
     "full": PatchR,
     "block": BlockR,
     "kronecker": KroneckerR,
@@ -31,7 +32,7 @@ def structure_for(config: DecorConfig, shape: LayerShape) -> type[PatchR] | type
     A depthwise convolution would have its own S x S eigenproblem for every channel; one R for all of them has the
     statistics of all of them and costs nothing.
     """
-    if config.structure == "kronecker" and shape.channels == 1:
+    if config.structure in ("auto", "kronecker") and shape.channels == 1:
         return SpaceR
     return _STRUCTURES[config.structure]
 
