@@ -345,6 +345,24 @@ def test_a_compiled_model_trains_the_same():
     assert [row.name for row in handle.report().rows] == ["0", "2", "4"]
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 6), reason="recording breaks the graph there, see layers.py")
+def test_a_compiled_forward_has_no_graph_break_and_does_not_recompile():
+    """Recording comes and goes, statistics change: two graphs, made in the first steps, serve them all."""
+    import torch._dynamo.config as dynamo
+
+    model = timm_decor.decorrelate(net(), DecorConfig(every=3))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    handle = timm_decor.attach(compiled, optimizer)
+    with dynamo.patch(error_on_recompile=False):
+        for seed in range(5):
+            step(compiled, optimizer, seed)
+    with dynamo.patch(error_on_recompile=True):
+        for seed in range(5, 14):
+            step(compiled, optimizer, seed)
+    assert all(row.refreshes == 5 for row in handle.report().rows)
+
+
 def test_moments_of_one_row_do_not_defeat_the_eigendecomposition():
     """float32's eigh fails on some 512 x 512 matrices of rank 1, which is what a batch of one 1x1 map gives."""
     from timm_decor import rules

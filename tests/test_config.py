@@ -40,6 +40,7 @@ def test_an_int_is_a_fine_float():
         ({"sample": 1.1}, ["sample=1.1"]),
         ({"rank": 0}, ["rank=0"]),
         ({"warmup": -1}, ["warmup=-1"]),
+        ({"max_rows": 0}, ["max_rows=0"]),
         ({"block_dim": 0}, ["block_dim=0"]),
         ({"stat_decay": 1.0}, ["stat_decay=1.0"]),
         ({"max_dim": 0}, ["max_dim=0"]),

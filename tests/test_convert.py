@@ -61,7 +61,7 @@ def test_report_names_sizes_and_reasons():
     rows = {row.name: row for row in report.rows}
     assert "norm" not in rows  # no weight matrix: nobody expects it here
     assert [row.name for row in report.decorrelated] == ["conv"]
-    assert (rows["conv"].dim, rows["conv"].bytes) == (36, 4 * 2 * 2 * 36 * 36)  # R and its inverse, two groups
+    assert (rows["conv"].dim, rows["conv"].bytes) == (36, 4 * 3 * 2 * 36 * 36)  # R, its inverse, R^T R; two groups
     assert rows["conv"].moment_bytes == 4 * 2 * 36 * 36
     assert "OddConv may not multiply its input by its weight as it is" in rows["odd"].plain_reason
     assert "ParametrizedConv2d" in rows["normed"].plain_reason
@@ -76,24 +76,29 @@ def test_report_names_sizes_and_reasons():
 
 
 def test_reported_bytes_are_those_held():
-    for structure in ("full", "kronecker", "space"):
+    """With SGD, whose step is a product with R^T R; dense structures keep that beside R."""
+    for structure in ("full", "block", "kronecker", "space"):
         model = timm_decor.decorrelate(small_net(), DecorConfig(structure=structure))
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        timm_decor.attach(model, optimizer)
-        model(torch.randn(2, 3, 8, 8)).sum().backward()
-        optimizer.step()
-        layers = optimizer.state_dict()["timm_decor"]["layers"]
+        handle = timm_decor.attach(model, optimizer)
+        for _ in range(2):  # R, and then a step with it
+            optimizer.zero_grad()
+            model(torch.randn(2, 3, 8, 8)).sum().backward()
+            optimizer.step()
+        groups = {name: group for group in handle._groups for name in group.names}
         for row in model.decor_report.decorrelated:
-            for part, wanted in (("r", row.bytes), ("moments", row.moment_bytes)):
-                held = layers[row.name][part].values()
-                assert sum(t.numel() * t.element_size() for t in held) == wanted, (structure, row.name, part)
+            r = groups[row.name].r
+            tensors = list(r.tensors().values()) + ([] if structure == "kronecker" else [r._gram])
+            moments = groups[row.name].moments.values()
+            assert sum(t.numel() * t.element_size() for t in tensors) == row.bytes, (structure, row.name)
+            assert sum(t.numel() * t.element_size() for t in moments) == row.moment_bytes, (structure, row.name)
 
 
 def test_depthwise_convolutions_share_one_r():
     """A channel's own S x S eigenproblem each would cost more than the layer: `kronecker` is `space` there."""
     model = nn.Sequential(nn.Conv2d(6, 6, 3, groups=6), nn.Flatten(), nn.Linear(6, 2))
     timm_decor.decorrelate(model, filter_fn=lambda name, layer: True)
-    assert (model.decor_report.rows[0].dim, model.decor_report.rows[0].bytes) == (9, 4 * 2 * 81)
+    assert (model.decor_report.rows[0].dim, model.decor_report.rows[0].bytes) == (9, 4 * 3 * 81)
 
 
 def test_gates_are_left_plain_unless_asked_for():

@@ -15,7 +15,9 @@ from timm_decor import group as group_module
 from timm_decor.config import RULE_STRUCTURES
 
 STEPS = 20
-RULES = [(rule, structure) for rule, structures in RULE_STRUCTURES.items() for structure in structures]
+RULES = [
+    (rule, structure) for rule, structures in RULE_STRUCTURES.items() for structure in structures if structure != "auto"
+]
 
 
 class Net(nn.Module):

@@ -107,9 +107,24 @@ def test_recording_is_for_training_inputs_only():
 @pytest.mark.parametrize("share,count", [(1.0, 10), (0.5, 5), (0.25, 2), (0.01, 1)])
 def test_sample_is_evenly_spaced_and_takes_no_randomness(share, count):
     state = torch.get_rng_state()
-    picked = sample_images(torch.arange(10), share)
+    picked = sample_images(torch.arange(10), share, 10)
     assert len(picked) == count and torch.equal(torch.get_rng_state(), state)
     assert torch.equal(picked, torch.tensor([i * 10 // count for i in range(count)]))
+
+
+@pytest.mark.parametrize("sample,max_rows,rows", [(0.5, 10**6, 64), (0.5, 40, 32), (0.5, 1, 16), (1.0, 1, 128)])
+def test_rows_are_bounded_in_whole_images(sample, max_rows, rows):
+    """A share of 1.0 is every row, however many."""
+    conv = nn.Conv2d(2, 3, 3, stride=2, padding=1)
+    conv.__class__ = DecorConv2d
+    conv.start_recording(("channel",), sample, max_rows)
+    conv(torch.randn(8, 2, 8, 8))  # 16 rows an image
+    assert conv.rows == rows
+    linear = nn.Linear(4, 4)
+    linear.__class__ = DecorLinear
+    linear.start_recording(("channel",), sample, max_rows)
+    linear(torch.randn(8, 16, 4))
+    assert linear.rows == rows
 
 
 def test_statistics_survive_half_precision():

@@ -140,8 +140,7 @@ class DecorHandle:
 
     def _choose(self) -> None:
         """After the first step, whose rows are counted: the structure of each layer that "auto" leaves open."""
-        rows = [count / self.config.sample for count in rows_a_process(self._groups)]
-        seen = [group.seen(count) for group, count in zip(self._groups, rows, strict=True)]
+        seen = [group.seen(rows) for group, rows in zip(self._groups, rows_a_process(self._groups), strict=True)]
         for group, config in zip(self._groups, plan(seen, self.config), strict=True):
             group.choose(config)
         chosen = Counter(type(group.r).name for group in self._groups for _ in group.layers)

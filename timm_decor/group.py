@@ -92,9 +92,10 @@ class LayerGroup:
         return SeenLayer(self.shape, outputs, rows, products, len(self.layers))
 
     def start_recording(self) -> None:
-        """Record the statistics of the next training forward passes."""
+        """Record the statistics of the next training forward passes; where "auto" is to choose, every row's number."""
+        sample = 1.0 if self.config.structure == "auto" else self.config.sample
         for layer in self.layers:
-            layer.start_recording(self.wanted, self.config.sample)
+            layer.start_recording(self.wanted, sample, self.config.max_rows)
 
     def stop_recording(self) -> None:
         """Record no more."""

@@ -21,7 +21,7 @@ from timm_decor import statistics
 from timm_decor.shape import LayerShape
 from timm_decor.statistics import ConvShape
 
-RECORDER_STATE = ("recording", "sample", "wanted", "moments", "rows")  # attributes of a layer that records
+RECORDER_STATE = ("recording", "sample", "max_rows", "wanted", "moments", "rows")  # attributes of a layer that records
 
 
 class DecorMixin:
@@ -29,6 +29,7 @@ class DecorMixin:
 
     recording: bool = False  # set for the forward passes of a step that is followed by a refresh
     sample: float = 1.0  # share of the batch's images to record
+    max_rows: int = 1  # whole images are recorded up to about this many rows, unless the share is 1.0
     wanted: tuple[str, ...] = ()  # names of the moments to record
     moments: dict[str, Tensor]  # sums over rows
     rows: Tensor  # how many, one number; a tensor, because torch.compile would specialise on an int
@@ -51,10 +52,10 @@ class DecorMixin:
         """A view of a tensor shaped like the weight as (g, O, C, S)."""
         raise NotImplementedError
 
-    def start_recording(self, wanted: tuple[str, ...], sample: float) -> None:
+    def start_recording(self, wanted: tuple[str, ...], sample: float, max_rows: int = 2**63 - 1) -> None:
         """Forget earlier statistics and record from the next training forward on."""
         self.moments, self.rows = {}, torch.zeros(1, device=self.weight.device)
-        self.wanted, self.sample, self.recording = wanted, sample, True
+        self.wanted, self.sample, self.max_rows, self.recording = wanted, sample, max_rows, True
 
     def stop_recording(self) -> None:
         """Record no more and let go of the sums."""
@@ -71,15 +72,14 @@ class DecorMixin:
             return
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             x = x.detach() if x.dim() > self.unbatched_dim else x.detach()[None]
-            x = statistics.at_least_float32(statistics.sample_images(x, self.sample))
+            most = self.max_rows // self._row_count(self._rows_seen(x[:1]))
+            x = statistics.sample_images(x, self.sample, most)
+            if self.wanted:
+                x = statistics.at_least_float32(x)
             x = self._rows_seen(x)
             count, totals = self._row_count(x), {name: self._moment(name, x) for name in self.wanted}
             # A batch that overflowed (the gradient scaler will skip its step) must not spoil the others' sums.
-            finite = (
-                torch.isfinite(x.sum())
-                if not totals
-                else torch.stack([torch.isfinite(total).all() for total in totals.values()]).all()
-            )
+            finite = torch.stack([torch.isfinite(total).all() for total in totals.values() or (x,)]).all()
             for name, total in totals.items():
                 total = torch.where(finite, total, torch.zeros_like(total))
                 self.moments[name] = self.moments[name] + total if name in self.moments else total

@@ -31,14 +31,15 @@ def _positions(shape: ConvShape) -> int:  # not a property: torch.compile of tor
     return shape.kernel_size[0] * shape.kernel_size[1]
 
 
-def sample_images(x: Tensor, share: float) -> Tensor:
+def sample_images(x: Tensor, share: float, most: int) -> Tensor:
     """Evenly spaced images of a batch, at least one: the same ones each time, and no random state is touched.
 
     Args:
         x: (N, ...).
         share: in (0, 1]; 1.0 returns x itself.
+        most: images that a share below 1.0 may come to.
     """
-    count = max(1, round(len(x) * share))
+    count = len(x) if share == 1 else max(1, min(most, round(len(x) * share)))
     if count >= len(x):
         return x
     return x[torch.arange(count, device=x.device) * len(x) // count]
