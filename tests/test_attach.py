@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import timm_decor
 from timm_decor import DecorConfig
+from timm_decor import group as group_module
 from timm_decor import shape as shape_module
 
 CONFIG = DecorConfig(every=2, sample=1.0)
@@ -45,8 +46,8 @@ def step(model, optimizer, seed, **kwargs):
 def attached(config=CONFIG, lr=0.1, opt="sgd", **kwargs):
     """Model, optimizer and handle. SGD steps in linear coordinates, AdamW in latent ones: see coordinates.py."""
     model = timm_decor.decorrelate(net(**kwargs), config)
-    if opt == "sgd":
-        optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
+    if opt.startswith("sgd"):
+        optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.0 if opt == "sgd without momentum" else 0.9)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), 0.1 * lr)
     return model, optimizer, timm_decor.attach(model, optimizer)
@@ -227,7 +228,7 @@ def test_frozen_layers_and_layers_without_gradient_do_not_move():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
-@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+@pytest.mark.parametrize("opt", ["sgd", "sgd without momentum", "adamw"])
 def test_unusable_statistics_skip_the_refresh_and_are_named(value, opt, caplog):
     """The refresh is skipped, counted and reported; R and the function of the other layers are as they were."""
     model, optimizer, handle = attached(DecorConfig(every=1), lr=0.0, opt=opt)
@@ -248,6 +249,36 @@ def test_unusable_statistics_skip_the_refresh_and_are_named(value, opt, caplog):
     assert all(torch.isfinite(p).all() for p in model.parameters())
     step(model, optimizer, 2)
     assert handle.report().rows[0].refreshes == 2
+
+
+@pytest.mark.parametrize("opt", ["sgd without momentum", "adamw"])
+@pytest.mark.parametrize("structure", ["full", "block", "kronecker", "space"])
+def test_one_layer_of_a_batch_that_skips_does_not_hold_up_the_others(structure, opt, monkeypatch):
+    """Three grouped convolutions of equal shape are one batch; the second sees only zeros."""
+    monkeypatch.setattr(group_module, "_STACKED_ELEMENTS", {})
+
+    def train(names):
+        torch.manual_seed(0)
+        layers = {name: nn.Conv2d(4, 4, 3, padding=1, groups=2) for name in ("first", "dead", "last")}
+        model = nn.ModuleDict({name: layers[name] for name in names}).double()
+        timm_decor.decorrelate(model, DecorConfig(structure=structure, every=1, sample=1.0))
+        make = torch.optim.AdamW if opt == "adamw" else torch.optim.SGD
+        optimizer = make(model.parameters(), 0.01)
+        handle = timm_decor.attach(model, optimizer)
+        assert len(handle._groups) == 1
+        for seed in range(3):
+            x = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(seed)).double() + 0.5
+            optimizer.zero_grad()
+            sum(model[name](x * (name != "dead")).square().mean() for name in names).backward()
+            optimizer.step()
+        return model, {row.name: (row.refreshes, row.skips) for row in handle.report().rows}
+
+    model, counts = train(("first", "dead", "last"))
+    assert counts == {"first": (3, 0), "dead": (0, 3), "last": (3, 0)}
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    alone, _ = train(("first", "last"))
+    for name in ("first", "last"):
+        torch.testing.assert_close(model[name].weight, alone[name].weight, rtol=1e-9, atol=1e-12)
 
 
 def test_gradient_accumulation_sees_every_micro_batch():
