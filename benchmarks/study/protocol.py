@@ -1,0 +1,211 @@
+"""The protocol's arithmetic, on records alone: which learning rate, which budget next, and the figures of the table.
+
+    target       the mean over seeds of tuned plain training's accuracy after N epochs
+    (a)          each arm's accuracy after N epochs
+    (b)          the smallest budget on the list with which the other arm, on its own schedule of that length, reaches
+                 the target in the mean over seeds; the next smaller one on the list was trained, too, and missed it
+    seconds      steps times the cost of a step; the ratio of two arms' costs is that of their seconds in runs that
+                 trained in turns
+
+Accuracy is always that of the end of a schedule: neither the best epoch nor the first to cross a line is picked. This
+is time to a target as AlgoPerf has it (arXiv 2306.07179), with the target set by the tuned rival itself, and a budget
+per run as in airbench (arXiv 2404.00498), because a schedule that decays to zero is what people run.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from study.training import PLAIN, Record
+from timm_decor.training.errors import UserError
+
+Point = tuple[float, float]  # learning rate, weight decay
+
+
+def scores(records: Iterable[Record]) -> dict[Point, float]:
+    """Mean accuracy over seeds of each point of a grid; a run that diverged counts as its last accuracy."""
+    found: dict[Point, list[float]] = {}
+    for record in records:
+        found.setdefault((record.spec.lr, record.spec.weight_decay), []).append(record.final)
+    return {point: statistics.mean(values) for point, values in found.items()}
+
+
+def best(measured: Mapping[Point, float]) -> Point:
+    """The point of highest accuracy; of equals the lowest learning rate."""
+    return max(sorted(measured), key=lambda point: measured[point])
+
+
+def beyond(values: Sequence[float], chosen: float) -> float | None:
+    """The value by which a geometric series must grow for `chosen` not to lie at its edge; None if it does not.
+
+    A series of one value is not tuned over, and does not grow.
+    """
+    ordered = sorted(values)
+    if len(ordered) < 2 or ordered[0] < chosen < ordered[-1]:
+        return None
+    at_top = chosen == ordered[-1]
+    ratio = ordered[-1] / ordered[-2] if at_top else ordered[0] / ordered[1]
+    return float(f"{chosen * ratio:.6g}")
+
+
+def chosen(measured: Mapping[Point, float], what: str) -> Point:
+    """The tuned point of an arm.
+
+    Raises:
+        UserError: nothing was measured, or the best lies at the edge of the grid.
+    """
+    if not measured:
+        raise UserError(f"{what} was not tuned: run the tune stage with it")
+    point = best(measured)
+    for name, values, value in zip(("learning rate", "weight decay"), zip(*measured, strict=True), point, strict=True):
+        if beyond(sorted(set(values)), value) is not None:
+            raise UserError(f"{what}: the best {name}, {value:g}, is at the edge of what was tried: go on with tune")
+    return point
+
+
+def smallest_first(budgets: Sequence[float], reached: Mapping[float, bool]) -> tuple[float | None, float | None]:
+    """Bisection over the list of budgets, taking accuracy to rise with the budget.
+
+    Args:
+        budgets: shares of N epochs, ascending; the last is the whole.
+        reached: whether the target was reached, for those that were tried.
+
+    Returns:
+        The smallest budget known to reach the target (None: not even the largest), and the one to try next (None: the
+        search is over, and the budget before the smallest was tried and missed, or there is none).
+    """
+    if budgets[-1] not in reached:
+        return None, budgets[-1]
+    if not reached[budgets[-1]]:
+        return None, None
+    high = min(i for i, budget in enumerate(budgets) if reached.get(budget))
+    low = max((i for i, budget in enumerate(budgets[:high]) if reached.get(budget) is False), default=-1)
+    return budgets[high], None if high - low == 1 else budgets[(low + high) // 2]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm in the table.
+
+    Attributes:
+        opt: base optimizer.
+        arm: `plain` or a way to decorrelate.
+        lr: tuned learning rate.
+        weight_decay: tuned or given.
+        steps: of N epochs.
+        top1: accuracy after N epochs, %, a number a seed.
+        seconds: training seconds of N epochs, a number a seed.
+        cost: seconds of a step in units of plain's, a number for each seed whose runs trained in turns; 1 for plain.
+        target: plain's mean accuracy after N epochs, with the same optimizer.
+        tried: mean accuracy at each budget that was trained with every seed.
+        budget: the smallest share of N epochs that reaches the target; None if none does, or for plain.
+        missed: the next smaller share, which was tried and missed; None if there is none.
+        unfinished: the search is not over: some runs are missing.
+    """
+
+    opt: str
+    arm: str
+    lr: float
+    weight_decay: float
+    steps: int
+    top1: tuple[float, ...]
+    seconds: tuple[float, ...]
+    cost: tuple[float, ...]
+    target: float
+    tried: dict[float, float]
+    budget: float | None
+    missed: float | None
+    unfinished: bool
+
+    @property
+    def mean(self) -> float:
+        """Mean accuracy after N epochs, %."""
+        return statistics.mean(self.top1)
+
+    @property
+    def steps_speedup(self) -> float | None:
+        """Plain's steps to the target over this arm's."""
+        return 1 / self.budget if self.budget else None
+
+    @property
+    def seconds_speedup(self) -> float | None:
+        """Plain's seconds to the target over this arm's, by the median cost of a step."""
+        return 1 / (self.budget * statistics.median(self.cost)) if self.budget and self.cost else None
+
+
+def share(steps: int, whole: int, budgets: Sequence[float]) -> float | None:
+    """The budget on the list that a number of steps is."""
+    return next((b for b in (*budgets, 1.0) if steps == budget_steps(b, whole)), None)
+
+
+def budget_steps(budget: float, whole: int) -> int:
+    """Steps of a share of N epochs."""
+    return max(1, round(budget * whole))
+
+
+def rows(records: Sequence[Record], whole: int, budgets: Sequence[float], seeds: int) -> list[Row]:
+    """The table of a result file, plain first for each optimizer.
+
+    Args:
+        records: of one setting; each arm with one learning rate.
+        whole: steps of N epochs.
+        budgets: shares of N epochs on the list, without the whole.
+        seeds: how many each arm needs.
+    """
+    found = []
+    arms = dict.fromkeys((r.spec.opt, r.spec.arm) for r in records)
+    for opt in dict.fromkeys(opt for opt, _ in arms):
+        plain = _by_budget(records, opt, PLAIN, whole, budgets)
+        if len(plain.get(1.0, [])) < seeds:
+            continue
+        target = statistics.mean(record.final for record in plain[1.0])
+        for arm in sorted((arm for o, arm in arms if o == opt), key=lambda arm: (arm != PLAIN, arm)):
+            mine = _by_budget(records, opt, arm, whole, budgets)
+            if len(mine.get(1.0, [])) < seeds:
+                continue
+            tried = {b: statistics.mean(r.final for r in mine[b]) for b in sorted(mine) if len(mine[b]) >= seeds}
+            budget = missed = following = None
+            if arm != PLAIN:
+                budget, following = smallest_first((*budgets, 1.0), {b: tried[b] >= target for b in tried})
+                lower = [b for b in tried if budget is not None and b < budget]
+                missed = max(lower, default=None)
+            spec, whole_runs = mine[1.0][0].spec, mine[1.0]
+            found.append(
+                Row(
+                    opt, arm, spec.lr, spec.weight_decay, whole,
+                    tuple(r.final for r in whole_runs), tuple(sum(r.seconds) for r in whole_runs),
+                    _costs(whole_runs, plain[1.0]), target, tried, budget, missed, following is not None,
+                )
+            )  # fmt: skip
+    return found
+
+
+def _by_budget(
+    records: Sequence[Record], opt: str, arm: str, whole: int, budgets: Sequence[float]
+) -> dict[float, list[Record]]:
+    mine: dict[float, list[Record]] = {}
+    for record in sorted(records, key=lambda r: r.spec.seed):
+        if (record.spec.opt, record.spec.arm) == (opt, arm):
+            which = share(record.spec.steps, whole, budgets)
+            if which is not None:
+                mine.setdefault(which, []).append(record)
+    return mine
+
+
+def _costs(mine: Iterable[Record], plain: Iterable[Record]) -> tuple[float, ...]:
+    """Ratio of the seconds of whole runs, of each seed whose runs trained in turns and to their end."""
+    others = {record.group: record for record in plain if not record.diverged}
+    pairs = [(record, others[record.group]) for record in mine if record.group in others and not record.diverged]
+    return tuple(sum(record.seconds) / sum(other.seconds) for record, other in pairs)
+
+
+def seed_spread(table: Sequence[Row]) -> tuple[float, int]:
+    """Standard deviation of a run's accuracy over seeds, pooled over all arms; and its degrees of freedom."""
+    freedom = sum(len(row.top1) - 1 for row in table)
+    if not freedom:
+        return math.nan, 0
+    squares = sum((value - row.mean) ** 2 for row in table for value in row.top1)
+    return math.sqrt(squares / freedom), freedom
