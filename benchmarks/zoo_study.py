@@ -24,11 +24,12 @@ import timm
 import timm.optim
 import torch
 import torch.nn.functional as F
-from cpu_study import Data
 from torch import nn
 
 import timm_decor
+from study.images import Images, Split, load
 from timm_decor.table import text_table
+from timm_decor.training.errors import exit_code
 
 BATCH = 128
 EVERY_LAYER = "every layer"
@@ -45,11 +46,10 @@ def is_left_out(pattern: str, name: str, layer: nn.Module) -> bool:
     return False
 
 
-def train(args: argparse.Namespace, arm: str, lr: float, seed: int, data: Data, held_out: Data) -> dict[str, object]:
+def train(args: argparse.Namespace, arm: str, lr: float, seed: int, split: Split) -> dict[str, object]:
     """One run: top-1 in %, mean loss of the last epoch, CPU seconds of training."""
     torch.manual_seed(seed)
-    num_classes = int(data.y.max()) + 1
-    model = timm.create_model(args.model, num_classes=num_classes, **args.model_kwargs)
+    model = timm.create_model(args.model, num_classes=split.num_classes, **args.model_kwargs)
     if arm != "plain":
         without = arm.removeprefix("without ") if arm != EVERY_LAYER else ""
         config = timm_decor.DecorConfig.from_dict(args.decor)
@@ -58,36 +58,41 @@ def train(args: argparse.Namespace, arm: str, lr: float, seed: int, data: Data, 
     if arm != "plain":
         timm_decor.attach(model, optimizer)
     generator = torch.Generator().manual_seed(seed)
-    per_epoch = len(data.x) // BATCH
+    per_epoch = len(split.train) // BATCH
     steps = per_epoch * args.epochs
     begin = time.process_time()
     losses: list[float] = []
     for step in range(steps):
         if step % per_epoch == 0:
-            order, losses = torch.randperm(len(data.x), generator=generator), []
+            order, losses = torch.randperm(len(split.train), generator=generator), []
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / (0.1 * steps)) * (steps - step) / steps
-        batch = data[order[step % per_epoch * BATCH :][:BATCH]]
-        x = F.interpolate(batch.x, size=args.img_size, mode="bilinear")
+        rows = order[step % per_epoch * BATCH :][:BATCH]
+        x = scaled(split.train, rows, args.img_size)
         x = x.flip(3) if torch.rand((), generator=generator) < 0.5 else x
-        loss = F.cross_entropy(model(x), batch.y)
+        loss = F.cross_entropy(model(x), split.train.labels[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     seconds = time.process_time() - begin
     model.eval()
-    right = 0
+    right, held_out = 0, split.measured
     with torch.no_grad():
-        for x, y in zip(held_out.x.split(500), held_out.y.split(500), strict=True):
-            right += int((model(F.interpolate(x, size=args.img_size, mode="bilinear")).argmax(1) == y).sum())
-    top1 = 100 * right / len(held_out.x)
+        for rows in torch.arange(len(held_out)).split(500):
+            right += int((model(scaled(held_out, rows, args.img_size)).argmax(1) == held_out.labels[rows]).sum())
+    top1 = 100 * right / len(held_out)
     result = {"arm": arm, "lr": lr, "seed": seed, "top1": top1, "loss": statistics.mean(losses), "seconds": seconds}
     print(f"{arm}, lr {lr:g}, seed {seed}: top-1 {top1:.2f} %, {seconds:.0f} s", file=sys.stderr, flush=True)
     return result
 
 
-def main(argv: list[str] | None = None) -> None:
+def scaled(images: Images, rows: torch.Tensor, size: int) -> torch.Tensor:
+    """Normalised images at another size."""
+    return F.interpolate(images.normalized(rows), size=size, mode="bilinear")
+
+
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True, help="folder with train.parquet")
     parser.add_argument("--model", required=True, help="a timm model")
@@ -107,16 +112,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="OUT", help="write every run there")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    everything = Data.read(args.data_dir / "train.parquet")
-    order = torch.randperm(len(everything.x), generator=torch.Generator().manual_seed(0))
-    data, held_out = everything[order[: args.train_images]], everything[order[-args.held_out :]]
-    if args.train_images + args.held_out > len(everything.x):
-        parser.error(f"--train-images and --held-out take more than the {len(everything.x)} images there are")
+    split = load(args.data_dir, args.train_images, args.held_out)
     runs: list[dict[str, object]] = []
     for seed in range(args.seeds):
         for arm in ("plain", EVERY_LAYER, *(f"without {pattern}" for pattern in args.without)):
             for lr in args.lr:
-                runs.append(train(args, arm, lr, seed, data, held_out))
+                runs.append(train(args, arm, lr, seed, split))
                 if args.json:
                     write(args, runs)
     rows = []
@@ -142,4 +143,4 @@ def write(args: argparse.Namespace, runs: list[dict[str, object]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code("zoo_study.py", main))

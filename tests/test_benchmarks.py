@@ -30,30 +30,6 @@ def test_step_cost(tmp_path: Path) -> None:
     assert state["decorrelated"] > state["plain"] > 0
 
 
-def test_cpu_study(tmp_path: Path) -> None:
-    """Tuning holds training images out and never opens the test images; reporting opens them."""
-    from benchmarks import cpu_study
-
-    rng = np.random.default_rng(0)
-    out = tmp_path / "out.json"
-    command = ["tune", "--data-dir", str(tmp_path), "--json", str(out), "--train-images", "256", "--epochs", "2"]
-    write_images(tmp_path / "train.parquet", rng, 400)
-    cpu_study.main([*command, "--held-out", "100", "--grid", "0.1"])
-    record = json.loads(out.read_text(encoding="utf-8"))
-    runs = [(run["kind"], run["lr"], len(run["accuracy"])) for run in record["runs"]]
-    assert runs == [("plain", 0.1, 2), ("decor", 0.1, 2)]
-    assert str(tmp_path) not in out.read_text(encoding="utf-8")
-
-    write_images(tmp_path / "test.parquet", rng, 50)
-    arms = ["--arm", "plain:0.1:1", "--arm", "decor:0.2:1", "--arm", "decor:0:1", "--seeds", "2"]
-    cpu_study.main(["report", *command[1:], *arms])
-    runs = json.loads(out.read_text(encoding="utf-8"))["runs"]
-    assert [run["seed"] for run in runs] == [0, 0, 0, 1, 1, 1]
-    plain, decor, still = runs[:3]
-    # from the same weights on the same batches: the arms differ because the optimizer step does
-    assert plain["train_loss"] != decor["train_loss"] and plain["train_loss"] != still["train_loss"]
-
-
 def test_zoo_study(tmp_path: Path) -> None:
     write_images(tmp_path / "train.parquet", np.random.default_rng(0), 320)
     out = tmp_path / "out.json"

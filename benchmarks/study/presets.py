@@ -46,6 +46,7 @@ class Preset:
         held_out: training images to tune on.
         shift: pixels of zeros around an image for the random crop.
         budgets: shares of N epochs that a search may try.
+        rival: the optimizer whose plain training is searched for the others' targets, too; "" for none.
         seeds: number of seeds.
         amp: bfloat16 autocast.
         channels_last: memory format of the model.
@@ -69,13 +70,14 @@ class Preset:
     threads: int | None
     workers: int
     budgets: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    rival: str = "muon"
     channels_last: bool = True
     compile: bool = False
     generated: int = 0
 
     def settings(self) -> dict[str, Any]:
         """What changes a run's accuracy; runs of different settings do not share a result file."""
-        apart = ("seeds", "turn", "threads", "workers", "compile", "channels_last")
+        apart = ("rival", "seeds", "turn", "threads", "workers", "compile", "channels_last")
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in apart}
 
 

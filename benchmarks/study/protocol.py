@@ -88,9 +88,10 @@ def smallest_first(budgets: Sequence[float], reached: Mapping[float, bool]) -> t
 
 @dataclass(frozen=True)
 class Row:
-    """One arm in the table.
+    """One arm in the table, against plain training with an optimizer.
 
     Attributes:
+        against: the optimizer whose plain training sets the target; the arm's own, but for the rival.
         opt: base optimizer.
         arm: `plain` or a way to decorrelate.
         lr: tuned learning rate.
@@ -98,14 +99,15 @@ class Row:
         steps: of N epochs.
         top1: accuracy after N epochs, %, a number a seed.
         seconds: training seconds of N epochs, a number a seed.
-        cost: seconds of a step in units of plain's, a number for each seed whose runs trained in turns; 1 for plain.
-        target: plain's mean accuracy after N epochs, with the same optimizer.
+        cost: seconds of a step in units of the target's, a number for each seed whose runs trained in turns.
+        target: mean accuracy of plain training after N epochs, with optimizer `against`.
         tried: mean accuracy at each budget that was trained with every seed.
-        budget: the smallest share of N epochs that reaches the target; None if none does, or for plain.
+        budget: the smallest share of N epochs that reaches the target; None if none does, or for the target itself.
         missed: the next smaller share, which was tried and missed; None if there is none.
         unfinished: the search is not over: some runs are missing.
     """
 
+    against: str
     opt: str
     arm: str
     lr: float
@@ -121,9 +123,18 @@ class Row:
     unfinished: bool
 
     @property
+    def is_target(self) -> bool:
+        return self.opt == self.against and self.arm == PLAIN
+
+    @property
     def mean(self) -> float:
         """Mean accuracy after N epochs, %."""
         return statistics.mean(self.top1)
+
+    @property
+    def milliseconds(self) -> float:
+        """Of a step, refreshes included: the median over seeds."""
+        return 1000 * statistics.median(self.seconds) / self.steps
 
     @property
     def steps_speedup(self) -> float | None:
@@ -146,41 +157,47 @@ def budget_steps(budget: float, whole: int) -> int:
     return max(1, round(budget * whole))
 
 
-def rows(records: Sequence[Record], whole: int, budgets: Sequence[float], seeds: int) -> list[Row]:
-    """The table of a result file, plain first for each optimizer.
+def rows(
+    records: Sequence[Record], whole: int, budgets: Sequence[float], seeds: int, rival: str | None = None
+) -> list[Row]:
+    """The table of a result file: for each optimizer the target first, then its other arms, then the rival.
 
     Args:
         records: of one setting; each arm with one learning rate.
         whole: steps of N epochs.
         budgets: shares of N epochs on the list, without the whole.
         seeds: how many each arm needs.
+        rival: an optimizer whose plain training is set beside the others' arms.
     """
     found = []
-    arms = dict.fromkeys((r.spec.opt, r.spec.arm) for r in records)
-    for opt in dict.fromkeys(opt for opt, _ in arms):
-        plain = _by_budget(records, opt, PLAIN, whole, budgets)
-        if len(plain.get(1.0, [])) < seeds:
+    runs = {key: _by_budget(records, *key, whole, budgets) for key in {(r.spec.opt, r.spec.arm) for r in records}}
+    complete = sorted(key for key, mine in runs.items() if len(mine.get(1.0, [])) >= seeds)
+    for against in sorted({opt for opt, _ in complete}, key=lambda opt: (opt == rival, opt)):
+        if (against, PLAIN) not in complete:
             continue
-        target = statistics.mean(record.final for record in plain[1.0])
-        for arm in sorted((arm for o, arm in arms if o == opt), key=lambda arm: (arm != PLAIN, arm)):
-            mine = _by_budget(records, opt, arm, whole, budgets)
-            if len(mine.get(1.0, [])) < seeds:
-                continue
-            tried = {b: statistics.mean(r.final for r in mine[b]) for b in sorted(mine) if len(mine[b]) >= seeds}
-            budget = missed = following = None
-            if arm != PLAIN:
-                budget, following = smallest_first((*budgets, 1.0), {b: tried[b] >= target for b in tried})
-                lower = [b for b in tried if budget is not None and b < budget]
-                missed = max(lower, default=None)
-            spec, whole_runs = mine[1.0][0].spec, mine[1.0]
-            found.append(
-                Row(
-                    opt, arm, spec.lr, spec.weight_decay, whole,
-                    tuple(r.final for r in whole_runs), tuple(sum(r.seconds) for r in whole_runs),
-                    _costs(whole_runs, plain[1.0]), target, tried, budget, missed, following is not None,
-                )
-            )  # fmt: skip
+        plain = runs[against, PLAIN][1.0]
+        arms = [key for key in complete if key[0] == against and key[1] != PLAIN]
+        others = [(rival, PLAIN)] if rival and rival != against and (rival, PLAIN) in complete else []
+        for key in [(against, PLAIN), *arms, *others]:
+            found.append(_row(against, plain, *key, runs[key], whole, budgets, seeds))
     return found
+
+
+def _row(
+    against: str, plain: list[Record], opt: str, arm: str, mine: Mapping[float, list[Record]], whole: int,
+    budgets: Sequence[float], seeds: int,
+) -> Row:  # fmt: skip
+    target = statistics.mean(record.final for record in plain)
+    tried = {b: statistics.mean(r.final for r in mine[b]) for b in sorted(mine) if len(mine[b]) >= seeds}
+    budget = missed = following = None
+    if (opt, arm) != (against, PLAIN):
+        budget, following = smallest_first((*budgets, 1.0), {b: tried[b] >= target for b in tried})
+        missed = max((b for b in tried if budget is not None and b < budget), default=None)
+    runs, spec = mine[1.0], mine[1.0][0].spec
+    return Row(
+        against, opt, arm, spec.lr, spec.weight_decay, whole, tuple(r.final for r in runs),
+        tuple(sum(r.seconds) for r in runs), _costs(runs, plain), target, tried, budget, missed, following is not None,
+    )  # fmt: skip
 
 
 def _by_budget(
@@ -204,6 +221,7 @@ def _costs(mine: Iterable[Record], plain: Iterable[Record]) -> tuple[float, ...]
 
 def seed_spread(table: Sequence[Row]) -> tuple[float, int]:
     """Standard deviation of a run's accuracy over seeds, pooled over all arms; and its degrees of freedom."""
+    table = list({(row.opt, row.arm): row for row in table}.values())  # the rival is there several times
     freedom = sum(len(row.top1) - 1 for row in table)
     if not freedom:
         return math.nan, 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -77,7 +78,8 @@ class Results:
             values = json.loads(path.read_text(encoding="utf-8"))
             if values["format"] != FORMAT:
                 raise UserError(f"{path} is of format {values['format']}; this script reads {FORMAT}")
-            return cls(path, values["settings"], values["sessions"], [Record.from_json(run) for run in values["runs"]])
+            records = [Record.from_json(run, values["arms"][run["arm"]]) for run in values["runs"]]
+            return cls(path, values["settings"], values["sessions"], records)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"cannot read results from {path}: {first_line(error)}") from error
 
@@ -111,6 +113,7 @@ class Results:
                 self.sessions.append(made_by)
             record.session = self.sessions.index(made_by)
             self.records = [old for old in self.records if not same(old.spec, record.spec)] + [record]
+            self._check_arm(record.spec)
             self._write()
 
     def drop(self, stale: list[Record]) -> None:
@@ -119,9 +122,15 @@ class Results:
             self.records = [record for record in self.records if record not in stale]
             self._write()
 
+    def _check_arm(self, spec: Spec) -> None:
+        """An arm has one configuration in a file, or its runs would not belong together."""
+        if len({_config(record.spec) for record in self.records if record.spec.arm == spec.arm}) > 1:
+            raise UserError(f"{self.path} has arm {spec.arm} with another configuration; give this one another name")
+
     def _write(self) -> None:
         order = sorted(self.records, key=lambda r: (r.spec.opt, r.spec.arm, r.spec.lr, r.spec.steps, r.spec.seed))
-        head = {"format": FORMAT, "settings": self.settings, "sessions": self.sessions}
+        arms = {record.spec.arm: record.spec.config and json.loads(record.spec.config) for record in order}
+        head = {"format": FORMAT, "settings": self.settings, "arms": arms, "sessions": self.sessions}
         text = json.dumps(head, indent=1)[:-2]  # runs a line each: a result file is read by people, too
         runs = ",\n".join("  " + json.dumps(record.as_json()) for record in order)
         unfinished = self.path.with_name(f".{self.path.name}.unfinished")
@@ -141,9 +150,10 @@ class Results:
 
 def same(one: Spec, other: Spec) -> bool:
     """Whether two specs ask for the same run; configurations are compared field by field."""
+    return _config(one) == _config(other) and dataclasses.replace(one, config=None) == dataclasses.replace(
+        other, config=None
+    )
 
-    def key(spec: Spec) -> tuple[Any, ...]:
-        config = spec.config and json.loads(spec.config)
-        return spec.opt, spec.arm, config, spec.lr, spec.weight_decay, spec.seed, spec.steps
 
-    return key(one) == key(other)
+def _config(spec: Spec) -> str | None:
+    return spec.config and json.dumps(json.loads(spec.config), sort_keys=True)

@@ -7,10 +7,9 @@ import statistics
 from collections.abc import Sequence
 
 from study.protocol import Row, seed_spread
-from study.training import PLAIN
 
 HEADER = (
-    "optimizer", "arm", "lr", "top-1 % (each seed)", "cost of a step", "budget to plain's top-1", "missed with",
+    "target", "optimizer", "arm", "lr", "top-1 % (each seed)", "ms a step", "budget to the target", "missed with",
     "faster in steps", "faster in seconds",
 )  # fmt: skip
 CONFIDENCE = 0.99  # a true reproduction leaves this interval once in a hundred figures
@@ -24,13 +23,20 @@ def cells(row: Row, bold: bool = False) -> list[str]:
         row: the figures.
         bold: mark what a reader looks for, for markdown.
     """
+
+    def strong(text: str, is_better: bool) -> str:
+        return f"**{text}**" if bold and is_better and not row.is_target else text
+
     each = ", ".join(f"{value:.1f}" for value in row.top1)
-    mean = f"**{row.mean:.1f}**" if bold and row.arm != PLAIN and row.mean > row.target else f"{row.mean:.1f}"
-    first = [row.opt, row.arm, f"{row.lr:g}", f"{mean} ({each})"]
-    if row.arm == PLAIN:
-        return [*first, "1", "1", "-", "-", "-"]
-    cost = f"{statistics.median(row.cost):.2f}" if row.cost else "not in turns"
-    return [*first, cost, budget_text(row), _missed_text(row), times(row.steps_speedup), times(row.seconds_speedup)]
+    top1 = strong(f"{row.mean:.1f}", row.mean > row.target) + f" ({each})"
+    first = [f"{row.against} {row.target:.1f}", row.opt, row.arm, f"{row.lr:g}", top1]
+    milliseconds = f"{row.milliseconds:.0f}" if row.milliseconds >= 20 else f"{row.milliseconds:.2f}"
+    if row.is_target:
+        return [*first, milliseconds, "1", "-", "-", "-"]
+    cost = f"{milliseconds} ({statistics.median(row.cost):.2f}x)" if row.cost else f"{milliseconds} (not in turns)"
+    missed = f"{row.missed:g}: {row.tried[row.missed]:.1f}" if row.missed else "-"
+    speedup = strong(times(row.seconds_speedup), (row.seconds_speedup or 0) > 1)
+    return [*first, cost, budget_text(row), missed, times(row.steps_speedup), speedup]
 
 
 def budget_text(row: Row) -> str:
@@ -38,10 +44,6 @@ def budget_text(row: Row) -> str:
     if row.unfinished:
         return f"at most {row.budget:g}, unfinished" if row.budget else "unfinished"
     return f"{row.budget:g}" if row.budget else "not with 1"
-
-
-def _missed_text(row: Row) -> str:
-    return f"{row.missed:g}: {row.tried[row.missed]:.1f}" if row.missed else "-"
 
 
 def times(factor: float | None) -> str:
@@ -64,34 +66,33 @@ def compared(new: Sequence[Row], committed: Sequence[Row], budgets: Sequence[flo
     spread, freedom = seed_spread(committed)
     interval = float(student.ppf(0.5 + CONFIDENCE / 2, freedom)) * spread if freedom else math.nan
     lines: list[list[str]] = []
-    here = {(row.opt, row.arm): row for row in new}
+    here = {(row.against, row.opt, row.arm): row for row in new}
 
     def line(figure: str, old: str, found: str, allowed: str, within: bool) -> None:
         lines.append([figure, old, found, allowed, "within" if within else "OUTSIDE"])
 
     for old in committed:
+        row = here.get((old.against, old.opt, old.arm))
         name = f"{old.opt} {old.arm}"
-        row = here.get((old.opt, old.arm))
         if row is None:
             line(name, "measured", "missing", "", False)
             continue
-        allowed = interval * math.sqrt(1 / len(old.top1) + 1 / len(row.top1))
-        line(
-            f"{name}: top-1 %", f"{old.mean:.2f}", f"{row.mean:.2f}", f"{allowed:.2f}",
-            abs(old.mean - row.mean) <= allowed,
-        )  # fmt: skip
-        if old.arm == PLAIN:
+        if old.opt == old.against:
+            allowed = interval * math.sqrt(1 / len(old.top1) + 1 / len(row.top1))
+            close = abs(old.mean - row.mean) <= allowed
+            line(f"{name}: top-1 %", f"{old.mean:.2f}", f"{row.mean:.2f}", f"{allowed:.2f}", close)
+        if old.is_target:
             continue
-        within = _index(budgets, old.budget) is not None and row.budget is not None and not row.unfinished
-        near = within and abs(_index(budgets, old.budget) - _index(budgets, row.budget)) <= 1  # type: ignore[operator]
-        both_none = old.budget is None and row.budget is None and not row.unfinished
-        line(f"{name}: budget", budget_text(old), budget_text(row), "one step of the list", near or both_none)
+        name += f" to {old.against}'s target"
+        near = abs(_place(old, budgets) - _place(row, budgets)) <= 1 and not row.unfinished
+        line(f"{name}: budget", budget_text(old), budget_text(row), "one on the list", near)
         if old.cost and row.cost:
             was, now = statistics.median(old.cost), statistics.median(row.cost)
             close = abs(now / was - 1) <= COST_TOLERANCE
-            line(f"{name}: cost of a step", f"{was:.3f}", f"{now:.3f}", f"{COST_TOLERANCE:.0%}", close)
+            line(f"{name}: cost of a step", f"{was:.3f}x", f"{now:.3f}x", f"{COST_TOLERANCE:.0%}", close)
     return lines, sum(verdict[-1] == "OUTSIDE" for verdict in lines)
 
 
-def _index(budgets: Sequence[float], budget: float | None) -> int | None:
-    return [*budgets, 1.0].index(budget) if budget else None
+def _place(row: Row, budgets: Sequence[float]) -> int:
+    """Where on the list the budget stands; past its end if none reaches the target."""
+    return [*budgets, 1.0].index(row.budget) if row.budget else len(budgets) + 1

@@ -87,19 +87,18 @@ class Record:
         return self.top1[-1]
 
     def as_json(self) -> dict[str, Any]:
-        """The record with the spec's fields beside its own."""
+        """The record with the spec's fields beside its own, but for the configuration, which is the arm's."""
         values = asdict(self)
         spec = values.pop("spec")
-        return {**spec, "config": spec["config"] and DecorConfig.from_json(spec["config"]).to_dict(), **values}
+        del spec["config"]
+        return {**spec, **values}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Record:
+    def from_json(cls, values: dict[str, Any], config: dict[str, Any] | None) -> Record:
         """Read what `as_json` wrote. The config is not checked: it may be of another version of the package."""
         values = dict(values)
-        names = ("opt", "arm", "config", "lr", "weight_decay", "seed", "steps")
-        spec = {name: values.pop(name) for name in names}
-        spec["config"] = spec["config"] and json.dumps(spec["config"])
-        return cls(Spec(**spec), **values)
+        spec = {name: values.pop(name) for name in ("opt", "arm", "lr", "weight_decay", "seed", "steps")}
+        return cls(Spec(**spec, config=json.dumps(config) if config else None), **values)
 
 
 class Run:

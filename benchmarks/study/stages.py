@@ -1,0 +1,193 @@
+"""The stages of time_to_accuracy: tune, and report."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from study import protocol
+from study.images import Split, generate, load
+from study.presets import OPTIMIZERS, Preset
+from study.results import Results
+from study.training import Record, Spec, train_in_turns
+from timm_decor.training.errors import UserError
+
+MAX_EXTENSIONS = 8
+
+
+@dataclass
+class Bench:
+    """One stage on one preset and data set.
+
+    Attributes:
+        preset: the setting.
+        data_dir: parquet files; None for generated images.
+        tunes: measure on held-out training images.
+        device: where to train.
+        results: the stage's file.
+        made_by: the session that new runs are of.
+        whole: steps of N epochs.
+    """
+
+    preset: Preset
+    data_dir: Path | None
+    tunes: bool
+    device: torch.device
+    results: Results
+    made_by: dict[str, Any]
+    whole: int
+
+    def run(self, groups: Sequence[Sequence[Spec]]) -> None:
+        """Train groups of runs; each group in turns, groups on the preset's workers."""
+        groups = [group for group in groups if group]
+        begin = time.time_ns()
+        jobs = [(list(group), f"{begin}-{number}") for number, group in enumerate(groups)]
+        if self.preset.workers == 1 or len(jobs) == 1:
+            for job in jobs:
+                _train_group(self, *job)
+        else:
+            context = multiprocessing.get_context("spawn")  # a fork of a process that has torch's threads may hang
+            with ProcessPoolExecutor(min(self.preset.workers, len(jobs)), context) as pool:
+                for future in [pool.submit(_train_group, self, *job) for job in jobs]:
+                    future.result()
+        if groups:
+            self.results = Results.open(self.results.path, self.results.settings)
+
+
+_splits: dict[tuple[Any, ...], Split] = {}  # a worker reads the images once
+
+
+def _train_group(bench: Bench, specs: list[Spec], group: str) -> None:
+    preset = bench.preset
+    if preset.threads:
+        torch.set_num_threads(preset.threads)
+    key = (bench.data_dir, bench.tunes, preset.train_images, bench.device)
+    if key not in _splits:
+        _splits[key] = _load(preset, bench.data_dir, bench.tunes).to(bench.device)
+    train_in_turns(specs, preset, _splits[key], group, lambda record: bench.results.add(record, bench.made_by))
+
+
+def _load(preset: Preset, data_dir: Path | None, tunes: bool) -> Split:
+    if preset.generated or data_dir is None:
+        return generate(preset.train_images or 256, preset.generated, tunes)
+    return load(data_dir, preset.train_images, preset.held_out if tunes else None)
+
+
+def tune(bench: Bench, opts: Sequence[str], arms: dict[str, str | None]) -> None:
+    """Measure every arm on its optimizer's grid, and let the grid grow until no arm's best lies at its edge."""
+    drop_stale(bench.results, arms)
+    lrs = {opt: set(OPTIMIZERS[opt].lrs) for opt in opts}
+    decays = {opt: set(OPTIMIZERS[opt].weight_decays) for opt in opts}
+    for record in bench.results.records:  # an earlier command may have let the grid grow
+        if record.spec.opt in opts:
+            lrs[record.spec.opt].add(record.spec.lr)
+            decays[record.spec.opt].add(record.spec.weight_decay)
+    for _ in range(MAX_EXTENSIONS + 1):
+        wanted = [
+            Spec(opt, arm, config, lr, decay, seed, bench.whole)
+            for opt in opts
+            for lr in sorted(lrs[opt])
+            for decay in sorted(decays[opt])
+            for arm, config in arms.items()
+            for seed in range(bench.preset.seeds)
+        ]
+        bench.run([[spec] for spec in wanted if bench.results.find(spec) is None])
+        grew = False
+        for opt in opts:
+            for arm in arms:
+                lr, decay = protocol.best(arm_scores(bench.results.records, opt, arm))
+                for values, value in ((lrs[opt], lr), (decays[opt], decay)):
+                    more = protocol.beyond(sorted(values), value)
+                    if more is not None:
+                        values.add(more)
+                        grew = True
+        if not grew:
+            return
+    raise UserError(
+        f"after {MAX_EXTENSIONS} extensions of the grid the best is still at its edge: see {bench.results.path}"
+    )
+
+
+def arm_scores(records: Sequence[Record], opt: str, arm: str) -> dict[protocol.Point, float]:
+    return protocol.scores(r for r in records if (r.spec.opt, r.spec.arm) == (opt, arm))
+
+
+def report(bench: Bench, tuned: Results, opts: Sequence[str], arms: dict[str, str | None]) -> None:
+    """Train every arm for N epochs, then search each arm's smallest budget to plain's accuracy."""
+    points = {}
+    for opt in opts:
+        for arm, config in arms.items():
+            records = [r for r in tuned.records if (r.spec.opt, r.spec.arm) == (opt, arm)]
+            points[opt, arm] = protocol.chosen(protocol.scores(records), f"{opt} {arm}")
+            if not same_config(records[0].spec.config, config):
+                raise UserError(f"{tuned.path.name} tuned {arm} with another configuration: run the tune stage again")
+
+    drop_stale(bench.results, arms)
+
+    def spec(opt: str, arm: str, seed: int, budget: float) -> Spec:
+        steps = protocol.budget_steps(budget, bench.whole)
+        return Spec(opt, arm, arms[arm], *points[opt, arm], seed, steps)
+
+    def missing(specs: list[Spec]) -> list[Spec]:
+        return [each for each in specs if bench.results.find(each) is None]
+
+    wholes = []
+    for seed in range(bench.preset.seeds):
+        by_opt = [[spec(opt, arm, seed, 1.0) for arm in arms] for opt in opts]
+        # An optimizer's arms train in turns or not at all: seconds of different hours are not compared.
+        wholes.append([each for group in by_opt if missing(group) for each in group])
+    bench.run(wholes)
+    while True:
+        wanted: list[list[Spec]] = [[] for _ in range(bench.preset.seeds)]
+        for row in table_of(bench):
+            if row.against in opts and row.opt in opts and row.arm in arms and row.unfinished:
+                reached = {budget: top1 >= row.target for budget, top1 in row.tried.items()}
+                _, budget = protocol.smallest_first((*bench.preset.budgets, 1.0), reached)
+                assert budget is not None  # that is what unfinished means
+                for seed, group in enumerate(wanted):  # two targets may ask for the same run of the rival
+                    group += [each for each in missing([spec(row.opt, row.arm, seed, budget)]) if each not in group]
+        if not any(wanted):
+            return
+        bench.run(_balanced(wanted, bench.preset.workers))
+
+
+def _balanced(groups: list[list[Spec]], workers: int) -> list[list[Spec]]:
+    """Searches need not train beside plain: where there are several workers, each run is a job of its own."""
+    return groups if workers == 1 else [[each] for group in groups for each in group]
+
+
+def drop_stale(results: Results, arms: dict[str, str | None]) -> None:
+    """Remove the runs of arms that are another configuration now, such as of DecorConfig's defaults."""
+    stale = [r for r in results.records if not same_config(r.spec.config, arms.get(r.spec.arm, r.spec.config))]
+    if stale:
+        names = ", ".join(sorted({record.spec.arm for record in stale}))
+        print(f"{len(stale)} runs of {names} were made with another configuration: removed", file=sys.stderr)
+        results.drop(stale)
+
+
+def same_config(one: str | None, other: str | None) -> bool:
+    """Whether two configurations are equal, field by field."""
+    return (one and json.loads(one)) == (other and json.loads(other))
+
+
+def table_of(bench: Bench) -> list[protocol.Row]:
+    """The table of the stage's file."""
+    preset = bench.preset
+    return protocol.rows(bench.results.records, bench.whole, preset.budgets, preset.seeds, preset.rival)
+
+
+def read_table(path: Path) -> list[protocol.Row]:
+    """The table of a report's file, by the settings that it was made with."""
+    results = Results.read(path)
+    seeds = len({record.spec.seed for record in results.records})
+    settings = results.settings
+    return protocol.rows(results.records, settings["steps"], settings["budgets"], seeds, settings["rival"])
