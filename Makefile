@@ -6,7 +6,7 @@ STAMP := $(VENV)/installed
 CODE := timm_decor tests benchmarks train.py validate.py
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-lowest timm-tests zoo lint format clean help
+.PHONY: demo test test-lowest timm-tests zoo bench-cpu readme lint format clean help
 
 demo: $(STAMP) ## train decor_resnet18 beside resnet18 on handwritten digits; print who won
 	$(PY) train.py -c recipes/digits_resnet18.yaml --compare --output output/demo
@@ -23,6 +23,17 @@ timm-tests: $(STAMP) ## run timm's own model tests over the twins (20 minutes); 
 
 zoo: $(STAMP) ## write docs/zoo.md, every twin with its memory
 	$(PY) -m timm_decor.list --page docs/zoo.md
+
+# The data are a folder with train*.parquet and test*.parquet (columns image and label), as the Hub has CIFAR-10.
+DATA ?= ../shared/data/cifar10
+STUDY := benchmarks/results/time_to_accuracy
+bench-cpu: $(STAMP) ## time to accuracy on two CPU cores (20 minutes), beside the committed table; DATA=FOLDER
+	rm -f output/bench_cpu.json
+	$(PY) benchmarks/time_to_accuracy.py report --preset cpu --data-dir $(DATA) --json output/bench_cpu.json \
+	  --tune-json $(STUDY)/cpu_cifar10_tune.json --compare $(STUDY)/cpu_cifar10.json $(BENCH)
+
+readme: $(STAMP) ## fill in README's benchmark tables and draw their pictures, from benchmarks/results
+	$(PY) benchmarks/readme_tables.py
 
 lint: $(STAMP) ## ruff and mypy, changing nothing
 	$(PY) -m ruff check $(CODE)

@@ -11,23 +11,77 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
+import readme_tables
+import step_cost
 from PIL import Image
+
+from study import pictures
+from timm_decor.training.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
+# What step_cost.py calls of the authors' package; this one leaves the model as it is and counts its updates.
+PEER = {
+    "decorrelation/decorrelation.py": """
+updates = []
+def decor_modules(model): return [m for m in model.modules() if type(m).__name__ == "Conv2d"]
+def decor_update(modules): updates.append(len(modules))
+""",
+    "experiments/experiments.py": """
+from decorbp.decorrelation.decorrelation import *
+def bp2decor(model, decor_lr, kappa, downsample_perc, method): return model
+""",
+}
+
+
 def test_step_cost(tmp_path: Path) -> None:
+    """Every combination is measured once, with the peer among the arms; a rerun measures only what is new."""
+    for name, text in PEER.items():
+        file = tmp_path / "peer" / name
+        file.parent.mkdir(parents=True)
+        (file.parent / "__init__.py").touch()
+        file.write_text(text)
     out = tmp_path / "step_cost.json"
-    command = [sys.executable, "benchmarks/step_cost.py", "--smoke", "--model", "resnet10t", "--json", str(out)]
-    done = subprocess.run([*command, "--decor-structure", "space"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "a refresh every" in done.stdout
-    result = json.loads(out.read_text(encoding="utf-8"))
-    assert result["config"]["structure"] == "space"
-    assert len(result["blocks"]) == 2
-    assert all(block[kind] > 0 for block in result["blocks"] for kind in ("plain", "ordinary", "refresh", "amortised"))
-    state = result["optimizer_state_bytes"]
-    assert state["decorrelated"] > state["plain"] > 0
+    command = ["--smoke", "--model", "resnet10t", "--json", str(out), "--decor-structure", "space"]
+    command += ["--peer-path", str(tmp_path / "peer")]
+    step_cost.main(command)
+    first = json.loads(out.read_text(encoding="utf-8"))["results"]
+    step_cost.main([*command, "--opt", "sgd", "adamw"])
+    record = json.loads(out.read_text(encoding="utf-8"))
+    assert record["config"]["structure"] == "space"
+    assert [result["case"]["opt"] for result in record["results"]] == ["sgd", "adamw"]
+    assert record["results"][0] == first[0]
+    for result in record["results"]:
+        assert len(result["blocks"]) == 2
+        kinds = ("plain", "ordinary", "refresh", "amortised", "peer")
+        assert all(block[kind] > 0 for block in result["blocks"] for kind in kinds)
+        assert result["held_bytes"]["decorrelated"] > result["held_bytes"]["plain"] > 0
+        assert result["peer"].startswith("decorrelates 14 Conv2d")
+    # two optimizers; a block has one step that is timed and one that is not, and two come before all blocks
+    assert sys.modules["decorbp.decorrelation.decorrelation"].updates == [14] * 2 * (2 + 2 * 2)
+    assert str(tmp_path) not in out.read_text(encoding="utf-8")
+    assert pictures.stored_fingerprint(out.with_suffix(".png")) == pictures.fingerprint(pictures.step_cost_data(record))
+    with pytest.raises(UserError, match="was measured with another config"):
+        step_cost.main([*command, "--decor-every", "7"])
+    with pytest.raises(UserError, match="no checkout of artcogsys/decorbp"):
+        step_cost.main(["--smoke", "--peer-path", str(tmp_path)])
+
+
+def test_readme_is_what_the_results_say(tmp_path: Path) -> None:
+    """`make readme` has been run since the results changed; and a changed figure would be seen here."""
+    readme_tables.main(["--check"])
+    page = tmp_path / "README.md"
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    page.write_text(text.replace("| learning rate | 0.8 |", "| learning rate | 0.9 |"), encoding="utf-8")
+    with pytest.raises(UserError, match="README.md; run `make readme`"):
+        readme_tables.main(["--check", str(page)])
+    readme_tables.main([str(page)])
+    assert page.read_text(encoding="utf-8") == text
+    page.write_text("<!-- results: time_to_accuracy/never.json -->\nx\n<!-- end of results -->", encoding="utf-8")
+    readme_tables.main([str(page)])
+    assert "Not measured yet" in page.read_text(encoding="utf-8")
 
 
 def test_zoo_study(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from study.training import Record, Spec
+from timm_decor import DecorConfig
 from timm_decor.training.errors import UserError, first_line
 from timm_decor.training.runtime import available_cpus, cpu_name, versions
 
@@ -124,7 +125,8 @@ class Results:
 
     def _check_arm(self, spec: Spec) -> None:
         """An arm has one configuration in a file, or its runs would not belong together."""
-        if len({_config(record.spec) for record in self.records if record.spec.arm == spec.arm}) > 1:
+        mine = [record.spec.config for record in self.records if record.spec.arm == spec.arm]
+        if not all(same_config(spec.config, config) for config in mine):
             raise UserError(f"{self.path} has arm {spec.arm} with another configuration; give this one another name")
 
     def _write(self) -> None:
@@ -149,11 +151,15 @@ class Results:
 
 
 def same(one: Spec, other: Spec) -> bool:
-    """Whether two specs ask for the same run; configurations are compared field by field."""
-    return _config(one) == _config(other) and dataclasses.replace(one, config=None) == dataclasses.replace(
-        other, config=None
-    )
+    """Whether two specs ask for the same run."""
+    bare = dataclasses.replace(one, config=None) == dataclasses.replace(other, config=None)
+    return bare and same_config(one.config, other.config)
 
 
-def _config(spec: Spec) -> str | None:
-    return spec.config and json.dumps(json.loads(spec.config), sort_keys=True)
+def same_config(one: str | None, other: str | None) -> bool:
+    """Whether two configurations decorrelate alike; a field that one of them does not know yet is at its default."""
+    return _filled(one) == _filled(other)
+
+
+def _filled(config: str | None) -> dict[str, Any] | None:
+    return {**DecorConfig().to_dict(), **json.loads(config)} if config else None

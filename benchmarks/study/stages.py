@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import sys
 import time
@@ -17,11 +16,12 @@ import torch
 from study import protocol
 from study.images import Split, generate, load
 from study.presets import OPTIMIZERS, Preset
-from study.results import Results
+from study.results import Results, same_config
 from study.training import Record, Spec, train_in_turns
 from timm_decor.training.errors import UserError
 
 MAX_EXTENSIONS = 8
+TUNED_FOR = ("model", "stem", "batch_size", "shift", "amp", "data", "images", "steps")  # equal in tune and report
 
 
 @dataclass
@@ -123,6 +123,10 @@ def arm_scores(records: Sequence[Record], opt: str, arm: str) -> dict[protocol.P
 
 def report(bench: Bench, tuned: Results, opts: Sequence[str], arms: dict[str, str | None]) -> None:
     """Train every arm for N epochs, then search each arm's smallest budget to plain's accuracy."""
+    for key, value in bench.results.settings.items():
+        if key in TUNED_FOR and tuned.settings[key] != value:
+            has = tuned.settings[key]
+            raise UserError(f"{tuned.path.name} was tuned with {key} {has}, not {value}: run the tune stage again")
     points = {}
     for opt in opts:
         for arm, config in arms.items():
@@ -172,11 +176,6 @@ def drop_stale(results: Results, arms: dict[str, str | None]) -> None:
         names = ", ".join(sorted({record.spec.arm for record in stale}))
         print(f"{len(stale)} runs of {names} were made with another configuration: removed", file=sys.stderr)
         results.drop(stale)
-
-
-def same_config(one: str | None, other: str | None) -> bool:
-    """Whether two configurations are equal, field by field."""
-    return (one and json.loads(one)) == (other and json.loads(other))
 
 
 def table_of(bench: Bench) -> list[protocol.Row]:

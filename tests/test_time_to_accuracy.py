@@ -23,7 +23,7 @@ from study import protocol, stages, tables
 from study.images import Batches, augmented, generate, load
 from study.presets import PRESETS, Preset
 from study.results import Results
-from study.training import Record, Run, Spec, train_in_turns
+from study.training import Record, Run, Spec, schedule, train_in_turns
 from timm_decor import DecorConfig
 from timm_decor.training.errors import UserError
 
@@ -227,6 +227,23 @@ def test_warm_up_and_turns_leave_no_trace(small: Preset, monkeypatch: pytest.Mon
     assert plain.loss != alone.record.loss
 
 
+def test_runs_take_turns(small: Preset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No arm trains for more than a turn while another waits, and none is always the first of a round."""
+    order: list[tuple[str, int]] = []
+    advance = Run.advance
+    monkeypatch.setattr(Run, "advance", lambda run: (advance(run), order.append((run.spec.opt, run.step))))
+    specs = [Spec(opt, "plain", None, 0.01, 0.0, 0, 6) for opt in ("sgd", "adamw")]
+    train_in_turns(specs, small, generate(96, 16, tunes=False), "g", lambda record: None)
+    assert order == [("sgd", 2), ("adamw", 2), ("adamw", 4), ("sgd", 4), ("sgd", 6), ("adamw", 6)]
+
+
+def test_schedule_is_that_of_the_run_s_own_budget() -> None:
+    for steps in (20, 50):
+        shares = [schedule(step, steps) for step in range(steps)]
+        assert shares[0] == pytest.approx(10 / steps) and shares[-1] == pytest.approx(1 / steps)
+        assert max(shares) == shares[steps // 10 - 1] and shares[steps // 2] == pytest.approx(0.5)
+
+
 def test_divergence_ends_the_run(small: Preset) -> None:
     run = finish(Spec("sgd", "plain", None, 1e30, 0.0, 0, 6), small)
     assert run.record.diverged and run.step < 6 and run.record.loss[-1] is None
@@ -274,6 +291,8 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert out.read_text(encoding="utf-8") == before
     with pytest.raises(UserError, match="holds runs with epochs 2, not 3"):
         run_script("report", *common, "--json", out, "--tune-json", tune, "--epochs", 3)
+    with pytest.raises(UserError, match="was tuned with batch_size 32, not 16"):
+        run_script("report", *common, "--json", tmp_path / "x.json", "--tune-json", tune, "--batch-size", 16)
     with pytest.raises(UserError, match="tuned decorrelated with another configuration"):
         arm = 'decorrelated={"every": 3}'
         run_script("report", *common, "--json", out, "--tune-json", tune, "--arm", arm)

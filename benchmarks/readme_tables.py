@@ -1,0 +1,245 @@
+"""Fill in the README's benchmark tables and draw their pictures, from the committed results alone.
+
+    python benchmarks/readme_tables.py            # `make readme`
+    python benchmarks/readme_tables.py --check    # changes nothing; exit code 1 where README or a picture is stale
+
+A table stands between `<!-- results: FILE -->` and `<!-- end of results -->`; FILE is in benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from study import pictures, tables
+from study.protocol import Row
+from study.results import Results
+from study.stages import read_table
+from timm_decor.table import markdown_table
+from timm_decor.training.errors import UserError, exit_code
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+MARKED = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+
+
+def time_to_accuracy(path: Path, draw: bool) -> str:
+    """The table of a report, its conditions, a sentence an arm, and its picture."""
+    results, rows = Results.read(path), read_table(path)
+    if not rows:
+        raise UserError(f"{path} has no optimizer with all of its seeds: finish the report")
+    title = f"{_model(results.settings)}, {_images(results.settings)}"
+    picture = path.with_suffix(".png")
+    if draw:
+        pictures.time_to_accuracy_picture(rows, picture, title)
+    table = markdown_table(tables.HEADER, [tables.cells(row, bold=True) for row in rows])
+    return "\n\n".join([_conditions(results, rows), table, *_sentences(rows, results), _image(picture, title)])
+
+
+def _model(settings: dict[str, Any]) -> str:
+    stem = " with the stem for small images" if settings["stem"] == "small" else ""
+    return {"small_resnet": "a small ResNet (0.3 M parameters)"}.get(settings["model"], settings["model"]) + stem
+
+
+def _images(settings: dict[str, Any]) -> str:
+    return f"{settings['images']:,} images of {settings['data']}, {settings['epochs']:g} epochs".replace(",", " ", 1)
+
+
+def _conditions(results: Results, rows: Sequence[Row]) -> str:
+    settings = results.settings
+    shifts = f" and shifts by up to {settings['shift']} pixels" if settings["shift"] else ""
+    used = sorted({record.session for record in results.records})
+    machines = dict.fromkeys(_machine(results.sessions[index]) for index in used)
+    versions = results.sessions[used[-1]]["versions"]
+    return (
+        f"{_model(settings).capitalize()}; {settings['images']:,} training images of {settings['data']}, batch "
+        f"{settings['batch_size']}, N = {settings['epochs']:g} epochs of {rows[0].steps} steps in all, flips{shifts}, "
+        f"a linear warm-up over a tenth of the steps and a linear decay, "
+        f"{'bfloat16 autocast' if settings['amp'] else 'float32'}, {len(rows[0].top1)} seeds. "
+        f"Learning rates were chosen on {settings['held_out']:,} training images held out, on one grid for all arms. "
+        f"Measured on {'; '.join(machines)}; torch {versions['torch']}, timm {versions['timm']}."
+    )
+
+
+def _machine(session: dict[str, Any]) -> str:
+    machine = session["machine"]
+    if machine["accelerator"]:
+        return str(machine["accelerator"])
+    workers = f", {machine['workers']} runs at a time" if machine["workers"] > 1 else ""
+    return f"{machine['processor']}, {machine['threads']} thread(s) a run{workers}"
+
+
+def _sentences(rows: Sequence[Row], results: Results) -> list[str]:
+    """What the table says, in words; nothing is said that it does not show."""
+    lines = []
+    for row in rows:
+        if row.is_target or row.opt != row.against:
+            continue
+        gain = row.mean - row.target
+        text = f"- {row.opt}, {row.arm}: {abs(gain):.1f} points {'more' if gain >= 0 else 'less'} than plain after "
+        text += f"{results.settings['epochs']:g} epochs"
+        if row.budget and not row.unfinished:
+            below = f" ({row.missed:g} of them fell short)" if row.missed else ""
+            text += f"; plain's accuracy with {row.budget:g} of its steps{below}"
+            if row.seconds_speedup:
+                faster = tables.times(row.seconds_speedup)
+                text += f" and {1 / row.seconds_speedup:.2f} of its seconds: {faster} as fast"
+        elif not row.unfinished:
+            text += "; plain's accuracy is not reached with as many steps"
+        lines.append(text + ".")
+    skipped = sum(record.skipped_refreshes for record in results.records)
+    if skipped:
+        lines.append(f"- {skipped} refreshes of R were skipped.")
+    return ["\n".join(lines)] if lines else []
+
+
+def step_cost(path: Path, draw: bool) -> str:
+    """The table of step_cost.py, its conditions and its picture."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    picture = path.with_suffix(".png")
+    if draw:
+        pictures.step_cost_picture(record, picture)
+    has_peer = any("peer" in result["ratio"] for result in record["results"])
+    peers = ("the authors' code, ms", "ratio") if has_peer else ()
+    header = ("", "plain, ms", "decorrelated, ms", "ratio", *peers, "memory, MiB")
+    rows = []
+    for result in record["results"]:
+        seconds, ratio = result["seconds"], result["ratio"]
+        measured = result["peak_bytes"] if result["peak_bytes"]["plain"] is not None else result["held_bytes"]
+        memory = " -> ".join(f"{size / 2**20:.0f}" for size in measured.values())
+        row = [pictures.case_text(result["case"]), _ms(seconds["plain"]), _ms(seconds["amortised"])]
+        row.append(f"**{ratio['amortised']:.2f}**")
+        if has_peer:
+            row += [_ms(seconds["peer"]), f"{ratio['peer']:.1f}"] if "peer" in ratio else ["-", "-"]
+        rows.append([*row, memory])
+    on_gpu = record["machine"]["accelerator"] is not None
+    kind = "peak of device memory" if on_gpu else "weights, buffers and optimizer state"
+    order = ", then the authors' code" if has_peer else ""
+    notes = dict.fromkeys(result["peer"] for result in record["results"] if result["peer"])
+    text = (
+        f"Measured on {_machine(record)}; medians of {len(record['results'][0]['blocks'])} alternating blocks, "
+        f"a refresh every {record['config']['every']} steps. Memory is {kind}: plain, then decorrelated{order}."
+    )
+    if notes:
+        text += f" The authors' public code {'; '.join(notes)}; it updates every R in every step."
+    return "\n\n".join([text, markdown_table(header, rows), _image(picture, "a step's time against plain training's")])
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f}" if seconds > 0.02 else f"{seconds * 1e3:.2f}"
+
+
+def compare(path: Path, draw: bool) -> str:
+    """The table of a `train.py --compare`; its picture is that command's."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    sides = record["sides"]
+    rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        ("learning rate", lambda s: f"{s['lr']:g}"),
+        ("epochs, steps", lambda s: f"{s['epochs']}, {s['steps']}"),
+        ("test top-1 accuracy, %", lambda s: f"{s['final_top1']:.2f}"),
+        ("training loss of the last epoch", lambda s: f"{s['final_train_loss']:.3f}"),
+        ("training time, s", lambda s: f"{s['train_seconds']:.0f}"),
+        ("time per step, ms (median epoch)", lambda s: f"{s['seconds_per_step'] * 1e3:.0f}"),
+        (
+            "as accurate as the other's best after",
+            lambda s: f"epoch {s['reach_epoch']}, {s['reach_seconds']:.0f} s" if s["reach_epoch"] else "-",
+        ),
+    ]
+    header = ("", *(side["name"] for side in sides))
+    table = markdown_table(header, [(label, *(cell(side) for side in sides)) for label, cell in rows])
+    alt = "accuracy and loss of both, against steps and against seconds"
+    return f"{table}\n\n{_image(path.with_name('compare.png'), alt)}"
+
+
+def zoo(folder: Path, draw: bool) -> str:
+    """Each family of zoo_study.py: every arm at the best of its learning rates."""
+    names = {"plain": "plain", "every layer": "every layer", "without *.se.*": "without gates"}
+    names |= {"without depthwise": "without depthwise", "without *.se.*,depthwise": "without gates and depthwise"}
+    rows = []
+    for file in sorted(folder.glob("*.json")):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        asked, cells = record["arguments"], {}
+        for arm in dict.fromkeys(run["arm"] for run in record["runs"]):
+            by_lr: dict[float, list[float]] = {}
+            for run in record["runs"]:
+                if run["arm"] == arm:
+                    by_lr.setdefault(run["lr"], []).append(run["top1"])
+            cells[names[arm]] = f"{max(statistics.mean(scores) for scores in by_lr.values()):.1f}"
+        kwargs = "".join(f", {key} {value}" for key, value in asked["model_kwargs"].items())
+        what = f"{asked['model']}{kwargs} (seeds: {asked['seeds']}; lr {', '.join(f'{lr:g}' for lr in asked['lr'])})"
+        rows.append((what, *(cells.get(name, "-") for name in names.values())))
+    return markdown_table(("", *names.values()), rows)
+
+
+MAKERS = {"time_to_accuracy": time_to_accuracy, "step_cost": step_cost, "cifar10_resnet18": compare, "zoo": zoo}
+
+
+def _image(path: Path, alt: str) -> str:
+    return f"![{alt}]({path.relative_to(ROOT).as_posix()})"
+
+
+def block(name: str, draw: bool) -> str:
+    """What stands between the marks of a result.
+
+    Args:
+        name: the file or folder in benchmarks/results.
+        draw: draw its picture, too.
+
+    Raises:
+        UserError: no script makes such a result.
+    """
+    kind = name.split("/", 1)[0]
+    if kind not in MAKERS:
+        raise UserError(f"<!-- results: {name} -->: not known here; a name begins with {', '.join(MAKERS)}")
+    if not (RESULTS / name).exists():
+        return f"Not measured yet: there is no `benchmarks/results/{name}`.\n"
+    return MAKERS[kind](RESULTS / name, draw) + "\n"
+
+
+def filled(text: str, draw: bool) -> str:
+    """A page with every table as the results have it."""
+    return MARKED.sub(lambda match: match[1] + block(match[2], draw) + match[3], text)
+
+
+def stale_pictures(text: str) -> list[str]:
+    """Pictures of a page's results that were drawn from other numbers."""
+    stale = []
+    for _, name, _ in MARKED.findall(text):
+        path = RESULTS / name
+        kind = name.split("/", 1)[0]
+        if kind not in ("time_to_accuracy", "step_cost") or not path.exists():
+            continue
+        if kind == "step_cost":
+            data = pictures.step_cost_data(json.loads(path.read_text(encoding="utf-8")))
+        else:
+            data = pictures.time_to_accuracy_data(read_table(path))
+        if pictures.stored_fingerprint(path.with_suffix(".png")) != pictures.fingerprint(data):
+            stale.append(f"benchmarks/results/{name.removesuffix('.json')}.png")
+    return stale
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing, tell what is stale")
+    parser.add_argument("pages", nargs="*", type=Path, default=[ROOT / "README.md"], help="default: README.md")
+    args = parser.parse_args(argv)
+    stale = []
+    for page in args.pages:
+        text = page.read_text(encoding="utf-8")
+        new = filled(text, draw=not args.check)
+        if args.check:
+            stale += [page.name] * (new != text) + stale_pictures(text)
+        else:
+            page.write_text(new, encoding="utf-8")
+    if stale:
+        raise UserError(f"not what benchmarks/results has: {', '.join(stale)}; run `make readme`")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code("readme_tables.py", main))

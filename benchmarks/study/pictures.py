@@ -1,0 +1,152 @@
+"""The benchmarks' pictures, made from result files alone. On an opaque white ground, so that a dark page shows them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from study.protocol import Row
+from study.training import PLAIN
+
+INK = "#1f2328"
+# told apart in print and by the colour-blind, by mark as well as colour
+STYLES = {
+    "plain": {"color": "#30638e", "marker": "s"},
+    "decorrelated": {"color": "#d1495b", "marker": "o"},
+    "rival": {"color": "#e0a100", "marker": "^"},
+}
+OTHERS = ({"color": "#4f9d69", "marker": "D"}, {"color": "#7b4fa3", "marker": "v"}, {"color": "#767676", "marker": "P"})
+FINGERPRINT = "Source"  # a key that the PNG format knows
+
+
+def fingerprint(data: Any) -> str:
+    """What a picture was made of, in short: stands in its PNG, so that a stale picture can be told."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def stored_fingerprint(path: Path) -> str | None:
+    """The fingerprint in a picture; None if there is no such picture."""
+    from PIL import Image
+
+    return str(Image.open(path).info.get(FINGERPRINT)) if path.is_file() else None
+
+
+def time_to_accuracy_data(rows: Sequence[Row]) -> Any:
+    """All that its picture shows."""
+    return [[row.against, row.opt, row.arm, row.top1, row.cost, row.target, list(row.tried.items())] for row in rows]
+
+
+def time_to_accuracy_picture(rows: Sequence[Row], path: Path, title: str) -> None:
+    """Accuracy at the end of schedules of several lengths, against steps and against seconds; a column a target."""
+    targets = list(dict.fromkeys(row.against for row in rows))
+    with _figure(2, len(targets), (3.9 * len(targets) + 0.6, 6.6), title, sharey=True) as (figure, axes):
+        for column, against in enumerate(targets):
+            mine = [row for row in rows if row.against == against]
+            for line, (axis, unit) in enumerate(zip(axes[:, column], ("steps", "seconds"), strict=True)):
+                for row, style in zip(mine, _styles(mine), strict=True):
+                    cost = 1.0 if row.is_target or unit == "steps" else statistics.median(row.cost or [float("nan")])
+                    budgets = sorted(row.tried)
+                    label = f"{row.opt}, {row.arm}"
+                    axis.plot([b * cost for b in budgets], [row.tried[b] for b in budgets], label=label, **style)
+                    axis.plot([cost] * len(row.top1), row.top1, ".", color=style["color"], markersize=4, alpha=0.6)
+                axis.axhline(mine[0].target, color=STYLES["plain"]["color"], linestyle="--", linewidth=1)
+                axis.set_xlim(left=0)
+                if line == 0:
+                    axis.set_title(f"target: tuned {against}")
+                    axis.legend(frameon=False, loc="lower left", fontsize=9)
+                axis.set_xlabel(f"training {unit}, in units of plain {against}'s")
+        for axis in axes[:, 0]:
+            axis.set_ylabel("test top-1 (%)")
+        _save(figure, path, time_to_accuracy_data(rows))
+
+
+def _styles(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    others = iter(OTHERS)
+    found = []
+    for row in rows:
+        kind = "plain" if row.is_target else "rival" if row.arm == PLAIN else row.arm
+        found.append({"linewidth": 1.8, "markersize": 5, **(STYLES.get(kind) or next(others))})
+    return found
+
+
+def step_cost_data(record: dict[str, Any]) -> Any:
+    """All that its picture shows."""
+    return [[result["case"], result["ratio"], result["blocks"]] for result in record["results"]]
+
+
+def step_cost_picture(record: dict[str, Any], path: Path) -> None:
+    """A step's time in units of plain's, a row a combination; lines from the first to the third quartile of blocks."""
+    results = record["results"]
+    has_peer = any("peer" in result["ratio"] for result in results)
+    height = 1.6 + 0.42 * len(results)
+    with _figure(1, 1, (8.2, height), "A step's time against plain training's") as (figure, axes):
+        axis = axes[0, 0]
+        drawn = (("amortised", "decorrelated", "decorrelated"), ("peer", "rival", "the authors' public code"))
+        for kind, style, label in drawn:
+            rows = [(i, result) for i, result in enumerate(results) if kind in result["ratio"]]
+            if not rows:
+                continue
+            for i, result in rows:
+                ratios = sorted(block[kind] / block["plain"] for block in result["blocks"])
+                quarter = len(ratios) // 4
+                ends = [ratios[quarter], ratios[-1 - quarter]]
+                axis.plot(ends, [i, i], color=STYLES[style]["color"], linewidth=2, alpha=0.5)
+                axis.annotate(
+                    f"{result['ratio'][kind]:.2f}x", (result["ratio"][kind], i), (0, 7), ha="center", fontsize=9,
+                    textcoords="offset points", color=INK,
+                )  # fmt: skip
+            xs = [result["ratio"][kind] for _, result in rows]
+            axis.plot(xs, [i for i, _ in rows], linestyle="", label=label, markersize=7, **STYLES[style])
+        axis.axvline(1, color=STYLES["plain"]["color"], linestyle="--", linewidth=1, label="plain")
+        if has_peer:
+            axis.set_xscale("log")
+            axis.set_xticks([1, 2, 5, 10, 20, 50], ["1x", "2x", "5x", "10x", "20x", "50x"])
+            axis.minorticks_off()
+        largest = max(max(result["ratio"].values()) for result in results)
+        axis.set_xlim(0.9, max(largest, 1.2) * (1.3 if has_peer else 1.05))
+        axis.set_yticks(range(len(results)), [case_text(result["case"]) for result in results])
+        axis.set_ylim(len(results) - 0.5, -0.7)
+        axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12 - 0.3 / height), ncols=3, fontsize=9)
+        _save(figure, path, step_cost_data(record))
+
+
+def case_text(case: dict[str, Any]) -> str:
+    """A combination of step_cost in words."""
+    words = [case["model"], f"{case['img_size']} px, batch {case['batch_size']}", case["opt"], case["precision"]]
+    return ", ".join([*words, *(["compiled"] if case["compile"] else [])])
+
+
+class _figure:
+    """A matplotlib figure in the house style, closed at the end."""
+
+    def __init__(self, rows: int, columns: int, size: tuple[float, float], title: str, **options: Any) -> None:
+        self.shape, self.size, self.title, self.options = (rows, columns), size, title, options
+
+    def __enter__(self) -> tuple[Any, Any]:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        self.figure, axes = pyplot.subplots(
+            *self.shape, figsize=self.size, squeeze=False, layout="constrained", facecolor="white", **self.options
+        )
+        self.figure.suptitle(self.title, fontsize=12, color=INK)
+        for axis in axes.flat:
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+        return self.figure, axes
+
+    def __exit__(self, *error: object) -> None:
+        from matplotlib import pyplot
+
+        pyplot.close(self.figure)
+
+
+def _save(figure: Any, path: Path, data: Any) -> None:
+    metadata = {FINGERPRINT: fingerprint(data), "Software": None}
+    figure.savefig(path, dpi=130, format="png", facecolor="white", metadata=metadata)
