@@ -32,6 +32,8 @@ class Peer:
     """
 
     def __init__(self, path: Path) -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "decorbp"]:
+            del sys.modules[name]
         # Its modules import each other as `decorbp.…`, whatever the folder is called.
         package = types.ModuleType("decorbp")
         package.__path__ = [str(path)]
