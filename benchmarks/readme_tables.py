@@ -72,7 +72,8 @@ def _machine(session: dict[str, Any]) -> str:
     if machine["accelerator"]:
         return str(machine["accelerator"])
     workers = f", {machine['workers']} runs at a time" if machine["workers"] > 1 else ""
-    return f"{machine['processor']}, {machine['threads']} thread(s) a run{workers}"
+    threads = "one thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    return f"{machine['processor']}, {threads} a run{workers}"
 
 
 def _sentences(rows: Sequence[Row], results: Results) -> list[str]:

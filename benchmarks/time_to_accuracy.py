@@ -16,7 +16,11 @@ bisection over a fixed list. The runs of N epochs of a seed train in turns, some
 core, so that a noisy machine slows all of them alike; seconds are those of training, refreshes of R included,
 evaluation and a run's warm-up (compilation, allocators) excluded. The ratio of seconds is taken within such a group.
 
+Plain Muon, the strongest rival, is searched for the other optimizers' targets, too.
+
 Every finished run is in the result file at once, and a rerun skips it: a long report may be made in short commands.
+Runs that train in turns end together, so a command must last for one seed's: where it does not, name fewer of --opt in
+each. The rival's seconds are then not comparable with the others', and the table says so.
 """
 
 from __future__ import annotations

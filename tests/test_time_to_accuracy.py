@@ -38,7 +38,7 @@ def record(top1: float, **given: Any) -> Record:
     group, seconds = values.pop("group"), values.pop("seconds")
     config = None if values["arm"] == "plain" else DECOR
     spec = Spec(config=config, weight_decay=0.0, **values)
-    return Record(spec, 10, group, "test", at=[spec.steps], top1=[top1], loss=[1.0], seconds=[seconds])
+    return Record(spec, 10, group, "test", at=[spec.steps], top1=[top1], loss=[1.0], seconds=[seconds / 4] * 4)
 
 
 def budgets_run(scores: dict[float, float], arm: str = "decorrelated", **given: Any) -> list[Record]:
@@ -94,7 +94,10 @@ def test_table() -> None:
 def test_table_without_proof() -> None:
     """Nothing is filled in: seconds that were not measured in turns, a seed that is missing, a search not ended."""
     runs = [record(70.0), *budgets_run({1.0: 76.0}, group="another hour")]
-    decor = protocol.rows(runs, 100, BUDGETS, 1)[1]
+    runs += budgets_run({1.0: 76.0}, arm="at once", group="g")
+    runs[-1].seconds = [12.0]
+    at_once, decor = protocol.rows(runs, 100, BUDGETS, 1)[1:]
+    assert at_once.cost == ()
     assert decor.cost == () and decor.seconds_speedup is None and "not in turns" in tables.cells(decor)[5]
     assert decor.unfinished and "unfinished" in tables.budget_text(decor)
     assert protocol.rows(runs, 100, BUDGETS, 2) == []
@@ -260,7 +263,7 @@ def run_script(*words: Any) -> None:
 def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Tune, then report; a rerun trains nothing; runs of another configuration are not reported."""
     tune, out = tmp_path / "tune.json", tmp_path / "report.json"
-    common = ["--preset", "smoke", "--opt", "sgd", "--train-images", 96]
+    common = ["--preset", "smoke", "--opt", "sgd", "--train-images", 96, "--turn", 1]
     with pytest.raises(UserError, match="cannot read results from"):
         run_script("report", *common, "--json", out, "--tune-json", tune)
     run_script("tune", *common, "--json", tune)

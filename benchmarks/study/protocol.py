@@ -23,6 +23,7 @@ from study.training import PLAIN, Record
 from timm_decor.training.errors import UserError
 
 Point = tuple[float, float]  # learning rate, weight decay
+MIN_TURNS = 4  # fewer, and a slow minute of the machine would have met one arm alone
 
 
 def scores(records: Iterable[Record]) -> dict[Point, float]:
@@ -214,9 +215,13 @@ def _by_budget(
 
 def _costs(mine: Iterable[Record], plain: Iterable[Record]) -> tuple[float, ...]:
     """Ratio of the seconds of whole runs, of each seed whose runs trained in turns and to their end."""
-    others = {record.group: record for record in plain if not record.diverged}
-    pairs = [(record, others[record.group]) for record in mine if record.group in others and not record.diverged]
+    others = {record.group: record for record in plain if _took_turns(record)}
+    pairs = [(record, others[record.group]) for record in mine if record.group in others and _took_turns(record)]
     return tuple(sum(record.seconds) / sum(other.seconds) for record, other in pairs)
+
+
+def _took_turns(record: Record) -> bool:
+    return not record.diverged and len(record.seconds) >= MIN_TURNS
 
 
 def seed_spread(table: Sequence[Row]) -> tuple[float, int]:
