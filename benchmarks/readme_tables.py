@@ -48,21 +48,26 @@ def _model(settings: dict[str, Any]) -> str:
 
 
 def _images(settings: dict[str, Any]) -> str:
-    return f"{settings['images']:,} images of {settings['data']}, {settings['epochs']:g} epochs".replace(",", " ", 1)
+    return f"{_count(settings['images'])} images of {settings['data']}, {settings['epochs']:g} epochs"
+
+
+def _count(number: int) -> str:
+    return f"{number:,}".replace(",", " ")
 
 
 def _conditions(results: Results, rows: Sequence[Row]) -> str:
     settings = results.settings
+    model = _model(settings)
     shifts = f" and shifts by up to {settings['shift']} pixels" if settings["shift"] else ""
     used = sorted({record.session for record in results.records})
     machines = dict.fromkeys(_machine(results.sessions[index]) for index in used)
     versions = results.sessions[used[-1]]["versions"]
     return (
-        f"{_model(settings).capitalize()}; {settings['images']:,} training images of {settings['data']}, batch "
+        f"{model[0].upper()}{model[1:]}; {_count(settings['images'])} training images of {settings['data']}, batch "
         f"{settings['batch_size']}, N = {settings['epochs']:g} epochs of {rows[0].steps} steps in all, flips{shifts}, "
         f"a linear warm-up over a tenth of the steps and a linear decay, "
         f"{'bfloat16 autocast' if settings['amp'] else 'float32'}, {len(rows[0].top1)} seeds. "
-        f"Learning rates were chosen on {settings['held_out']:,} training images held out, on one grid for all arms. "
+        f"Learning rates were chosen on {_count(settings['held_out'])} training images held out, on one grid for all arms. "
         f"Measured on {'; '.join(machines)}; torch {versions['torch']}, timm {versions['timm']}."
     )
 

@@ -43,7 +43,7 @@ def time_to_accuracy_data(rows: Sequence[Row]) -> Any:
 def time_to_accuracy_picture(rows: Sequence[Row], path: Path, title: str) -> None:
     """Accuracy at the end of schedules of several lengths, against steps and against seconds; a column a target."""
     targets = list(dict.fromkeys(row.against for row in rows))
-    with _figure(2, len(targets), (3.9 * len(targets) + 0.6, 6.6), title, sharey=True) as (figure, axes):
+    with _figure(2, len(targets), (max(6.5, 3.9 * len(targets) + 0.6), 6.6), title, sharey=True) as (figure, axes):
         for column, against in enumerate(targets):
             mine = [row for row in rows if row.against == against]
             for line, (axis, unit) in enumerate(zip(axes[:, column], ("steps", "seconds"), strict=True)):
