@@ -67,7 +67,8 @@ def _conditions(results: Results, rows: Sequence[Row]) -> str:
         f"{settings['batch_size']}, N = {settings['epochs']:g} epochs of {rows[0].steps} steps in all, flips{shifts}, "
         f"a linear warm-up over a tenth of the steps and a linear decay, "
         f"{'bfloat16 autocast' if settings['amp'] else 'float32'}, {len(rows[0].top1)} seeds. "
-        f"Learning rates were chosen on {_count(settings['held_out'])} training images held out, on one grid for all arms. "
+        f"Learning rates were chosen on {_count(settings['held_out'])} training images held out, on one grid for all "
+        f"arms. "
         f"Measured on {'; '.join(machines)}; torch {versions['torch']}, timm {versions['timm']}."
     )
 
