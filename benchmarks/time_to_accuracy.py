@@ -7,16 +7,14 @@
 For each base optimizer (sgd, adamw, muon) the arms are `plain` and `decorrelated` (DecorConfig's defaults), and any
 other: --arm 'dbp={"rule": "dbp", "structure": "full", "every": 1, "sample": 0.1, "preserve_function": false}'.
 
-`tune` chooses each arm's learning rate on the same grid for all arms of an optimizer, on training images that are not
-trained on, with one seed; where an arm's best lies at the edge, the grid grows for all arms. `report` reads the
-learning rates from tune's file and trains on the training images; test accuracy is only reported. The target is the
-mean accuracy of plain training after N epochs. Reported are (a) the accuracy of each arm after N epochs and (b) the
-smallest budget with which the other arm reaches the target, each budget with a schedule of its own length, found by
+`tune` chooses each arm's learning rate on the same grid for all arms of an optimizer, for N epochs and for N / 2, on
+training images that are not trained on; where an arm's best lies at the edge, the grid grows for all arms. `report`
+reads the learning rates from tune's file and trains on the training images; test accuracy is only reported. The target
+is the mean accuracy of plain training after N epochs. Reported are (a) the accuracy of each arm after N epochs and (b)
+the smallest budget with which the other arm reaches the target, each budget with a schedule of its own length, found by
 bisection over a fixed list. The runs of N epochs of a seed train in turns, some tens of steps each, on one device or
 core, so that a noisy machine slows all of them alike; seconds are those of training, refreshes of R included,
 evaluation and a run's warm-up (compilation, allocators) excluded. The ratio of seconds is taken within such a group.
-
-Plain Muon, the strongest rival, is searched for the other optimizers' targets, too.
 
 Every finished run is in the result file at once, and a rerun skips it: a long report may be made in short commands.
 Runs that train in turns end together, so a command must last for one seed's: where it does not, name fewer of --opt in
@@ -36,7 +34,7 @@ import torch
 from study import protocol, tables
 from study.presets import OPTIMIZERS, PRESETS, Preset
 from study.results import Results, session
-from study.stages import Bench, arm_scores, read_table, report, table_of, tune
+from study.stages import Bench, grids, read_table, report, table_of, tune
 from study.training import PLAIN
 from timm_decor import DecorConfig
 from timm_decor.table import text_table
@@ -55,13 +53,15 @@ def describe(rows: Sequence[protocol.Row]) -> str:
 def tune_table(results: Results) -> str:
     """Held-out accuracy of every point, the chosen one of each arm marked."""
     lines = []
-    for opt, arm in dict.fromkeys((r.spec.opt, r.spec.arm) for r in results.records):
-        measured = arm_scores(results.records, opt, arm)
-        best = protocol.best(measured)
-        for lr, decay in sorted(measured):
-            mark = "<- chosen" if (lr, decay) == best else ""
-            lines.append((opt, arm, f"{lr:g}", f"{decay:g}", f"{measured[lr, decay]:.2f}", mark))
-    return text_table(("optimizer", "arm", "lr", "weight decay", "held-out top-1 %", ""), lines)
+    for opt in dict.fromkeys(r.spec.opt for r in results.records):
+        arms = dict.fromkeys(r.spec.arm for r in results.records if r.spec.opt == opt)
+        for (arm, budget), measured in grids(results.records, opt, arms, results.settings["steps"]).items():
+            best = protocol.best(measured) if measured else None
+            for lr, decay in sorted(measured):
+                mark = "<- chosen" if (lr, decay) == best else ""
+                score = f"{measured[lr, decay]:.2f}"
+                lines.append((opt, arm, f"{budget:g} N", f"{lr:g}", f"{decay:g}", score, mark))
+    return text_table(("optimizer", "arm", "epochs", "lr", "weight decay", "held-out top-1 %", ""), lines)
 
 
 def parse_arm(text: str) -> tuple[str, str]:

@@ -276,9 +276,12 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_script("report", *common, "--json", out, "--tune-json", tune, "--seeds", 2)
     results = Results.read(out)
     assert {r.measured_on for r in results.records} == {"test"}
-    for arm in points:
-        scores = protocol.scores(r for r in tuned.records if r.spec.arm == arm)
-        assert {r.spec.lr for r in results.records if r.spec.arm == arm} == {protocol.best(scores)[0]}
+    assert {r.spec.steps for r in tuned.records} == {round(b * tuned.settings["steps"]) for b in (0.5, 1)}
+    for r in results.records:
+        budget = r.spec.steps / results.settings["steps"]
+        length = round((1.0 if budget >= 0.75 else 0.5) * results.settings["steps"])
+        alike = (t for t in tuned.records if (t.spec.arm, t.spec.steps) == (r.spec.arm, length))
+        assert r.spec.lr == protocol.best(protocol.scores(alike))[0]
     whole = [r for r in results.records if r.spec.steps == results.settings["steps"]]
     assert [(r.spec.arm, r.spec.seed) for r in whole] == [(a, s) for a in ("decorrelated", "plain") for s in (0, 1)]
     assert whole[0].group == whole[2].group != whole[1].group == whole[3].group  # the arms of a seed train in turns

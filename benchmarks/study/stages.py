@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,8 +93,9 @@ def tune(bench: Bench, opts: Sequence[str], arms: dict[str, str | None]) -> None
             decays[record.spec.opt].add(record.spec.weight_decay)
     for _ in range(MAX_EXTENSIONS + 1):
         wanted = [
-            Spec(opt, arm, config, lr, decay, seed, bench.whole)
+            Spec(opt, arm, config, lr, decay, seed, protocol.budget_steps(budget, bench.whole))
             for opt in opts
+            for budget in protocol.TUNED_BUDGETS
             for lr in sorted(lrs[opt])
             for decay in sorted(decays[opt])
             for arm, config in arms.items()
@@ -103,8 +104,8 @@ def tune(bench: Bench, opts: Sequence[str], arms: dict[str, str | None]) -> None
         bench.run([[spec] for spec in wanted if bench.results.find(spec) is None])
         grew = False
         for opt in opts:
-            for arm in arms:
-                lr, decay = protocol.best(arm_scores(bench.results.records, opt, arm))
+            for measured in grids(bench.results.records, opt, arms, bench.whole).values():
+                lr, decay = protocol.best(measured)
                 for values, value in ((lrs[opt], lr), (decays[opt], decay)):
                     more = protocol.beyond(sorted(values), value)
                     if more is not None:
@@ -117,8 +118,19 @@ def tune(bench: Bench, opts: Sequence[str], arms: dict[str, str | None]) -> None
     )
 
 
-def arm_scores(records: Sequence[Record], opt: str, arm: str) -> dict[protocol.Point, float]:
-    return protocol.scores(r for r in records if (r.spec.opt, r.spec.arm) == (opt, arm))
+def grids(
+    records: Sequence[Record], opt: str, arms: Iterable[str], whole: int
+) -> dict[tuple[str, float], dict[protocol.Point, float]]:
+    """Held-out accuracy of an optimizer's points, by arm and tuned budget."""
+    return {
+        (arm, budget): protocol.scores(
+            r
+            for r in records
+            if (r.spec.opt, r.spec.arm, r.spec.steps) == (opt, arm, protocol.budget_steps(budget, whole))
+        )
+        for arm in arms
+        for budget in protocol.TUNED_BUDGETS
+    }
 
 
 def report(bench: Bench, tuned: Results, opts: Sequence[str], arms: dict[str, str | None]) -> None:
@@ -129,17 +141,19 @@ def report(bench: Bench, tuned: Results, opts: Sequence[str], arms: dict[str, st
             raise UserError(f"{tuned.path.name} was tuned with {key} {has}, not {value}: run the tune stage again")
     points = {}
     for opt in opts:
-        for arm, config in arms.items():
-            records = [r for r in tuned.records if (r.spec.opt, r.spec.arm) == (opt, arm)]
-            points[opt, arm] = protocol.chosen(protocol.scores(records), f"{opt} {arm}")
-            if not same_config(records[0].spec.config, config):
-                raise UserError(f"{tuned.path.name} tuned {arm} with another configuration: run the tune stage again")
-
-    drop_stale(bench.results, arms)
+        for (arm, budget), measured in grids(tuned.records, opt, arms, bench.whole).items():
+            points[opt, arm, budget] = protocol.chosen(measured, f"{opt} {arm} at {budget:g} N epochs")
+    for record in tuned.records:
+        if not same_config(record.spec.config, arms.get(record.spec.arm, record.spec.config)):
+            arm = record.spec.arm
+            raise UserError(f"{tuned.path.name} tuned {arm} with another configuration: run the tune stage again")
 
     def spec(opt: str, arm: str, seed: int, budget: float) -> Spec:
         steps = protocol.budget_steps(budget, bench.whole)
-        return Spec(opt, arm, arms[arm], *points[opt, arm], seed, steps)
+        return Spec(opt, arm, arms[arm], *points[opt, arm, protocol.tuned_budget(budget)], seed, steps)
+
+    drop_stale(bench.results, arms)
+    _drop_retuned(bench, {spec(opt, arm, 0, b) for opt in opts for arm in arms for b in (*bench.preset.budgets, 1.0)})
 
     def missing(specs: list[Spec]) -> list[Spec]:
         return [each for each in specs if bench.results.find(each) is None]
@@ -155,10 +169,10 @@ def report(bench: Bench, tuned: Results, opts: Sequence[str], arms: dict[str, st
         for row in table_of(bench):
             if row.against in opts and row.opt in opts and row.arm in arms and row.unfinished:
                 reached = {budget: top1 >= row.target for budget, top1 in row.tried.items()}
-                _, budget = protocol.smallest_first((*bench.preset.budgets, 1.0), reached)
-                assert budget is not None  # that is what unfinished means
+                _, following = protocol.smallest_first((*bench.preset.budgets, 1.0), reached)
+                assert following is not None  # that is what unfinished means
                 for seed, group in enumerate(wanted):  # two targets may ask for the same run of the rival
-                    group += [each for each in missing([spec(row.opt, row.arm, seed, budget)]) if each not in group]
+                    group += [each for each in missing([spec(row.opt, row.arm, seed, following)]) if each not in group]
         if not any(wanted):
             return
         bench.run(_balanced(wanted, bench.preset.workers))
@@ -176,6 +190,19 @@ def drop_stale(results: Results, arms: dict[str, str | None]) -> None:
         names = ", ".join(sorted({record.spec.arm for record in stale}))
         print(f"{len(stale)} runs of {names} were made with another configuration: removed", file=sys.stderr)
         results.drop(stale)
+
+
+def _drop_retuned(bench: Bench, current: set[Spec]) -> None:
+    """Remove runs of budgets that have another learning rate by now: the seeds of a mean must be alike."""
+    known = {(s.opt, s.arm, s.steps): (s.lr, s.weight_decay) for s in current}
+    stale = []
+    for record in bench.results.records:
+        of = record.spec
+        if (of.lr, of.weight_decay) != known.get((of.opt, of.arm, of.steps), (of.lr, of.weight_decay)):
+            stale.append(record)
+    if stale:
+        print(f"{len(stale)} runs had another learning rate than is tuned now: removed", file=sys.stderr)
+        bench.results.drop(stale)
 
 
 def table_of(bench: Bench) -> list[protocol.Row]:
