@@ -13,7 +13,7 @@ from typing import Any
 
 from timm_decor.config import DecorConfig
 from timm_decor.training.errors import UserError
-from timm_decor.training.parser import KeyValues, Parser, amount, count, index, positive, share
+from timm_decor.training.parser import KeyValues, Names, Parser, amount, count, index, positive, share
 
 _SWITCH = argparse.BooleanOptionalAction
 _SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "constant", "none")
@@ -224,6 +224,15 @@ def _add_run_arguments(parser: Parser) -> None:
     group.add_argument("--checkpoint-hist", type=index, default=10, metavar="N", help="best checkpoints to keep")
     group.add_argument("--output", default="output", metavar="DIR", help="folder of runs")
     group.add_argument("--experiment", metavar="NAME", help="this run's folder there; default: time-model-size")
+    group.add_argument(
+        "--log-with",
+        nargs="+",
+        default=[],
+        action=Names,
+        choices=("tensorboard", "wandb", "trackio", "none"),
+        help="experiment trackers; repeatable, none takes back those before it",
+    )
+    group.add_argument("--project-name", default="timm_decor", metavar="NAME", help="the trackers' project")
     group.add_argument("--eval-metric", default="top1", choices=("top1", "top5", "loss"), help="what 'best' means")
     group = parser.add_argument_group("comparison with the plain twin")
     group.add_argument("--compare", action=_SWITCH, default=False, help="train both twins and write the comparison")

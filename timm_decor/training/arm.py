@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,14 +18,16 @@ from timm.models import model_parameters
 from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import timm_decor
 from timm_decor.training.args import decor_config
 from timm_decor.training.build import check_fit, place
+from timm_decor.training.clock import StepClock
 from timm_decor.training.errors import UserError
 from timm_decor.training.evaluate import Metrics, evaluate
+from timm_decor.training.observe import Observer
 from timm_decor.training.optim import make_loss, make_optimizer, make_scheduler
+from timm_decor.training.progress import Progress
 from timm_decor.training.runtime import mixed_seed, seed_everything
 
 Row = dict[str, Any]  # an epoch in summary.csv
@@ -59,6 +61,8 @@ class Arm:
         epochs: how many there will be.
         handle: what `timm_decor.attach` returned, or None.
         failure: why it cannot go on, or None.
+        observer: what its report will need.
+        log: takes figures by name and the number of updates so far, for trackers.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class Arm:
         self.accelerator = accelerator
         self.history: list[Row] = []
         self.failure: str | None = None
+        self.log: Callable[[Row, int], None] = lambda values, step: None
         self._train_loader, self._eval_loader = train_loader, eval_loader
         self.model = place(model, accelerator.device, args.channels_last)
         # the average is a copy: made before anything wraps or attaches to the model
@@ -92,6 +97,7 @@ class Arm:
                 self.handle = timm_decor.attach(self.model, self._optimizer, decor_config(args))
             except ValueError as error:
                 raise UserError(f"{name}: {error}") from error
+        self.observer = Observer(self.handle, accelerator.device)
         if args.torchcompile:
             self._wrapped = torch.compile(self._wrapped, backend=args.torchcompile)
         self._second_order = bool(getattr(optimizer, "is_second_order", False))
@@ -146,6 +152,7 @@ class Arm:
             row |= _columns("ema", self.evaluate(self.ema.module) if due else None)
         self._check_finite(row)
         self.history.append(row)
+        self.log(row, row["steps"])
         self._schedule(epoch + 1)
         return row
 
@@ -162,46 +169,62 @@ class Arm:
         self.model.train()
         steps = self.steps
         watch = _LossWatch(self.name, epoch, accelerator, args.log_interval)
-        bar = tqdm(
-            total=len(self._train_loader),
-            desc=f"{self.name} {epoch + 1}/{self.epochs}",
-            leave=False,
-            disable=not (accelerator.is_main_process and sys.stderr.isatty()),
+        progress = Progress(
+            f"{self.name} {epoch + 1}/{self.epochs}",
+            len(self._train_loader),
+            args.batch_size * accelerator.num_processes,
+            accelerator,
+            args.log_interval,
+            self.log,
         )
+        clock = StepClock(accelerator.device, self._updates_per_epoch, self.handle)
+        observer, trained = self.observer, self.history[-1]["seconds"] if self.history else 0.0
+        observer.begin_epoch()
+        looking, lr = observer.spent, self._lr()
         start = time.perf_counter()
-        for images, labels in self._train_loader:
+        for images, labels in clock.batches(self._train_loader):
             if args.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             with accelerator.accumulate(self._wrapped):
-                loss = self._loss(self._wrapped(images), labels)
-                watch.see(loss.detach(), len(images), steps + 1)
+                output = self._wrapped(images)
+                loss = self._loss(output, labels)
+                watch.see(loss.detach(), output.detach(), labels, steps + 1)
+                clock.lap("forward")
                 accelerator.backward(loss, create_graph=self._second_order)
                 if args.clip_grad is not None and accelerator.sync_gradients:
                     self._clip()
+                clock.lap("backward")
                 self._optimizer.step()
                 self._optimizer.zero_grad()
+                clock.lap("optimizer")
             if accelerator.sync_gradients:
+                observer.look(trained + time.perf_counter() - start, steps / (self._updates_per_epoch * self.epochs))
                 steps += 1
                 if self.ema:
                     self.ema.update(self.model, step=steps)
                 lr = self._lr()
                 if self._scheduler is not None:
                     self._scheduler.step_update(steps)
-            if watch.due:
-                bar.set_postfix(loss=f"{watch.check():.3f}", lr=f"{self._lr():.2g}", refresh=False)
-            bar.update()
-        bar.close()
+            looked = watch.check() if watch.due else None
+            if looked:
+                observer.point(steps, looked[0], lr)
+            progress.update(looked, lr, observer.correlation, steps)
+            if accelerator.sync_gradients:
+                clock.updated()
+        progress.close()
+        observer.end_epoch(clock.watched)
         if hasattr(self._optimizer.optimizer, "sync_lookahead"):
             self._optimizer.optimizer.sync_lookahead()
-        train_loss, images_seen = watch.finish()
-        seconds = time.perf_counter() - start
+        train_loss, train_top1, images_seen = watch.finish()
+        seconds = time.perf_counter() - start - (observer.spent - looking)
         return {
             "epoch": epoch + 1,
             "train_loss": train_loss,
+            "train_top1": train_top1,
             "lr": lr,
             "steps": steps,
             "epoch_seconds": seconds,
-            "seconds": seconds + (self.history[-1]["seconds"] if self.history else 0.0),
+            "seconds": seconds + trained,
             "images_per_s": images_seen / seconds,
         }
 
@@ -245,6 +268,7 @@ class Arm:
             "state_dict_ema": self.ema.module.state_dict() if self.ema else None,
             "optimizer": self._optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
+            "observed": self.observer.state(),
         }
 
     def load_state(self, state: dict[str, Any], path: str) -> None:
@@ -258,6 +282,7 @@ class Arm:
         if self.ema:
             self.ema.module.load_state_dict(state["state_dict_ema"] or state["state_dict"])
         self.history = list(state["history"])
+        self.observer.load(state.get("observed"))
         # A schedule is a function of updates and of the metrics so far: replaying those restores it. Before the
         # optimizer's state, because plateau's schedule multiplies the learning rates that it finds.
         for epoch in range(self.epoch + 1):
@@ -271,20 +296,22 @@ class Arm:
 
 
 class _LossWatch:
-    """Adds up an epoch's loss and notices when it stops being finite, without making a GPU wait at every step."""
+    """Adds up an epoch's loss and right answers, and notices a loss that is not finite, without a wait each step."""
 
     def __init__(self, name: str, epoch: int, accelerator: Accelerator, interval: int) -> None:
         self._name, self._epoch, self._accelerator = name, epoch, accelerator
         looking_is_free = accelerator.device.type == "cpu" and accelerator.num_processes == 1
         self._interval = 1 if looking_is_free else interval
-        self._sums = torch.zeros(2, device=accelerator.device)
+        self._sums = torch.zeros(3, device=accelerator.device)  # loss, right answers, images
         self._bad = torch.zeros((), dtype=torch.int64, device=accelerator.device)  # first bad step, or 0
         self._last = self._sums[0]
         self._seen = 0
 
-    def see(self, loss: Tensor, images: int, step: int) -> None:
-        """Count a batch's mean loss."""
-        self._sums += torch.stack((loss.float() * images, loss.new_tensor(images, dtype=torch.float32)))
+    def see(self, loss: Tensor, output: Tensor, labels: Tensor, step: int) -> None:
+        """Count a batch: its mean loss, and the images of which the likeliest label is right (or the largest part)."""
+        images = len(output)
+        right = (output.argmax(1) == (labels.argmax(1) if labels.ndim == 2 else labels)).sum()
+        self._sums += torch.stack((loss.float() * images, right.float(), loss.new_tensor(images, dtype=torch.float32)))
         self._bad = torch.where((self._bad == 0) & ~torch.isfinite(loss), step, self._bad)
         self._last = loss
         self._seen += 1
@@ -294,8 +321,8 @@ class _LossWatch:
         """Whether it is time to look."""
         return self._seen % self._interval == 0
 
-    def check(self) -> float:
-        """The last batch's loss.
+    def check(self) -> tuple[float, float]:
+        """The last batch's loss, and the epoch's accuracy so far (%, of this process).
 
         Raises:
             NonFiniteLoss: one of the batches so far had a loss that is not finite.
@@ -304,13 +331,14 @@ class _LossWatch:
         if bool(first.any()):
             step = int(first[first > 0].min())
             raise NonFiniteLoss(self._name, "loss", self._epoch + 1, step)
-        return float(self._last)
+        loss, _, right, images = torch.cat((self._last.float()[None], self._sums)).tolist()
+        return loss, 100 * right / images
 
-    def finish(self) -> tuple[float, float]:
-        """The epoch's mean loss and number of images, over all processes; raises what `check` raises."""
+    def finish(self) -> tuple[float, float, float]:
+        """The epoch's mean loss, accuracy (%) and number of images, over all processes; raises what `check` raises."""
         self.check()
-        total, images = self._accelerator.reduce(self._sums, reduction="sum").tolist()
-        return total / images, images
+        loss, right, images = self._accelerator.reduce(self._sums, reduction="sum").tolist()
+        return loss / images, 100 * right / images, images
 
 
 def _columns(prefix: str, metrics: Metrics | None) -> Row:

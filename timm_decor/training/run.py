@@ -9,6 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from timm_decor.reporting import AttachReport, ConversionReport
-from timm_decor.training import build, compare
+from timm_decor.training import build, compare, report, trackers
 from timm_decor.training.args import as_recipe, decor_config, train_parser
 from timm_decor.training.arm import Arm, NonFiniteLoss
 from timm_decor.training.datasets import open_source
@@ -27,11 +28,10 @@ from timm_decor.training.errors import UserError, first_line
 from timm_decor.training.folder import ARGS_FILE, RESUME_FILE, RunFolder, holds_run, read_resume
 from timm_decor.training.loaders import eval_loader, train_loader
 from timm_decor.training.optim import learning_rate
-from timm_decor.training.plot import check_available, save_picture
+from timm_decor.training.plot import save_picture
+from timm_decor.training.privacy import published, published_command, refuse_secrets
 from timm_decor.training.runtime import machine, make_accelerator, seed_everything, versions
 
-# Arguments that name places on somebody's machine: kept out of the result files, which are made to be published.
-_PRIVATE = ("data_dir", "output", "experiment", "initial_checkpoint", "pretrained_path", "class_map")
 SIDES = ("decorrelated", "plain")  # folders of a comparison
 
 
@@ -39,7 +39,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """train.py's arguments, a recipe's (-c, or the args.yaml of the run to --resume) below the command line's.
 
     Raises:
-        UserError: an argument or a recipe's key is unknown or refused.
+        UserError: an argument or a recipe's key is unknown or refused, or a value is a secret.
     """
     parser = train_parser()
     args = parser.parse(argv)
@@ -49,7 +49,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         recipe = (path if path.is_dir() else path.parent) / ARGS_FILE
         if not recipe.is_file():
             raise UserError(f"nothing to resume: {recipe} does not exist")
-    return parser.parse([*parser.recipe_words(str(recipe)), *argv]) if recipe else args
+    if recipe:
+        args = parser.parse([*parser.recipe_words(str(recipe)), *argv])
+    refuse_secrets(args)
+    return args
 
 
 def main(argv: Sequence[str]) -> None:
@@ -63,8 +66,7 @@ def main(argv: Sequence[str]) -> None:
     build.check_model_name(args.model)
     if args.compare and not decorrelated:
         raise UserError(f"--compare needs a decorrelated model: use --model decor_{args.model}, or --decor")
-    if args.compare:
-        check_available()
+    trackers.check_available(args.log_with)
     decor_config(args)  # refuse a bad knob before the data are read
     accelerator = make_accelerator(args.device, args.amp, args.amp_dtype, args.grad_accum_steps)
     folder = _open_folder(args, accelerator)
@@ -97,19 +99,26 @@ def main(argv: Sequence[str]) -> None:
     if args.compare:
         _warm_up(arms, data_config["input_size"], args.batch_size)
     folder.write_args(as_recipe(args))  # not earlier: a resume that is refused leaves the run's own arguments alone
+    trackers.start(accelerator, args, folder.path, SIDES if args.compare else ())
+    for arm, side in zip(arms, SIDES if args.compare else ("",), strict=True):
+        arm.log = partial(trackers.log, accelerator, side)
     _take_turns(arms, folders, metadata)
 
-    context = {
-        "config": {key: value for key, value in as_recipe(args).items() if key not in _PRIVATE},
-        "versions": versions(),
-        "machine": machine(accelerator),
-    }
+    context = {"config": published(args), "versions": versions(), "machine": machine(accelerator)}
+    seen = []
     for arm, arm_folder in zip(arms, folders, strict=True):
-        report = _report(arm)
-        arm_folder.write_json("results.json", _results(arm, report, context))
-        accelerator.print(_last_words(arm, report, arm_folder))
-    if args.compare and accelerator.is_main_process:
-        _write_comparison(args, arms, folder, context)
+        final = _report(arm)
+        arm_folder.write_json("results.json", _results(arm, final, context))
+        accelerator.print(_last_words(arm, final, arm_folder))
+        layers = tuple(row.name for row in final.rows) if final else ()
+        seen.append(report.Seen(_side(arm), arm.observer.record(final), layers))
+    title = f"{' and '.join(arm.name for arm in arms)} on {args.dataset or Path(args.data_dir or 'digits').name}"
+    if accelerator.is_main_process:
+        if args.compare:
+            _write_comparison(arms, folder, context, f"{title}, {args.opt}")
+        command = published_command("train.py", argv)
+        folder.write_text("report.html", report.render(seen, title, command, context))
+        print(f"report: {folder.path / 'report.html'}")
     accelerator.end_training()
     failures = [arm.failure for arm in arms if arm.failure]
     if failures:
@@ -249,6 +258,10 @@ def _epoch_line(arm: Arm, row: dict[str, Any]) -> str:
     )
 
 
+def _side(arm: Arm) -> compare.Side:
+    return compare.Side(arm.name, arm.args.model, arm.args.opt, arm.args.lr, arm.epochs, arm.history, arm.failure)
+
+
 def _report(arm: Arm) -> AttachReport | None:
     """The handle's report; None for a plain arm, or where it cannot be computed, which must not cost the results."""
     try:
@@ -265,7 +278,7 @@ def _correlation(report: AttachReport | None) -> tuple[float, float] | None:
 
 
 def _results(arm: Arm, report: AttachReport | None, context: dict[str, Any]) -> dict[str, Any]:
-    correlation = _correlation(report)
+    correlation, observed = _correlation(report), arm.observer.record()
     return {
         "model": arm.args.model,
         "decorrelated": arm.handle is not None,
@@ -275,10 +288,13 @@ def _results(arm: Arm, report: AttachReport | None, context: dict[str, Any]) -> 
         "final": arm.history[-1] if arm.history else None,
         "best": arm.best,
         "mean_correlation": dict(zip(("before", "after"), correlation, strict=True)) if correlation else None,
+        "ms_per_update": observed["ms_per_update"],
+        "peak_memory_bytes": observed["peak_memory_bytes"],
         "refreshes": sum(row.refreshes for row in report.rows) if report else None,
         "skips": sum(row.skips for row in report.rows) if report else None,
         "layers": [
             {"name": row.name, "dim": row.dim, "refreshes": row.refreshes, "skips": row.skips}
+            | {"correlation_before": row.correlation_before, "correlation_after": row.correlation_after}
             for row in (report.rows if report else ())
         ],
         **context,
@@ -297,16 +313,11 @@ def _last_words(arm: Arm, report: AttachReport | None, folder: RunFolder) -> str
     return f"{text}; {folder.path}"
 
 
-def _write_comparison(args: argparse.Namespace, arms: list[Arm], folder: RunFolder, context: dict[str, Any]) -> None:
-    mine, twin = (
-        compare.Side(arm.name, arm.args.model, arm.args.opt, arm.args.lr, arm.epochs, arm.history, arm.failure)
-        for arm in arms
-    )
-    sides = (mine, twin)
+def _write_comparison(arms: list[Arm], folder: RunFolder, context: dict[str, Any], title: str) -> None:
+    sides = (_side(arms[0]), _side(arms[1]))
     if not all(side.evaluated for side in sides):
         return  # one diverged before there was anything to compare
     table, words = compare.markdown(sides), compare.verdict(sides)
-    title = f"{mine.name} and {twin.name} on {args.dataset or Path(args.data_dir or 'digits').name}, {args.opt}"
     folder.write_json("compare.json", compare.as_json(sides, context))
     folder.write_text("compare.md", f"# {title}\n\n{table}\n{words}\n\n![accuracy and loss](compare.png)\n")
     picture = folder.path / "compare.png"
