@@ -61,6 +61,7 @@ class Arm:
         epochs: how many there will be.
         handle: what `timm_decor.attach` returned, or None.
         failure: why it cannot go on, or None.
+        distillation: adds a teacher's opinion to the loss, or None.
         observer: what its report will need.
         log: takes figures by name and the number of updates so far, for trackers.
     """
@@ -80,6 +81,7 @@ class Arm:
         self.accelerator = accelerator
         self.history: list[Row] = []
         self.failure: str | None = None
+        self.distillation: nn.Module | None = None
         self.log: Callable[[Row, int], None] = lambda values, step: None
         self._train_loader, self._eval_loader = train_loader, eval_loader
         self.model = place(model, accelerator.device, args.channels_last)
@@ -99,7 +101,7 @@ class Arm:
                 raise UserError(f"{name}: {error}") from error
         self.observer = Observer(self.handle, accelerator.device)
         if args.torchcompile:
-            self._wrapped = torch.compile(self._wrapped, backend=args.torchcompile)
+            self._wrapped = torch.compile(self._wrapped, backend=args.torchcompile, mode=args.torchcompile_mode)
         self._second_order = bool(getattr(optimizer, "is_second_order", False))
         self._loss = make_loss(args).to(accelerator.device)
         self._updates_per_epoch = -(-len(train_loader) // args.grad_accum_steps)
@@ -187,8 +189,11 @@ class Arm:
                 images = images.contiguous(memory_format=torch.channels_last)
             with accelerator.accumulate(self._wrapped):
                 output = self._wrapped(images)
-                loss = self._loss(output, labels)
-                watch.see(loss.detach(), output.detach(), labels, steps + 1)
+                logits = output[0] if isinstance(output, tuple) else output  # of a model with a distillation head
+                loss = self._loss(logits, labels)
+                if self.distillation is not None:
+                    loss = self.distillation(loss, output, images)
+                watch.see(loss.detach(), logits.detach(), labels, steps + 1)
                 clock.lap("forward")
                 accelerator.backward(loss, create_graph=self._second_order)
                 if args.clip_grad is not None and accelerator.sync_gradients:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Callable, Iterable
 
@@ -21,6 +22,17 @@ def first_line(error: BaseException) -> str:
     """An exception's message cut to its first line; its type where it has no message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def load_failure(error: BaseException) -> str:
+    """Why a file of weights did not load; a pickle that wanted to call something is told by what it wanted to call."""
+    chain: BaseException | None = error
+    while chain is not None:
+        wanted = re.search(r"(?:GLOBAL|globals:|class) ([A-Za-z_]\w*(?:\.\w+)+)", str(chain))
+        if wanted:
+            return f"it would call {wanted[1]} as it loads, which is refused"
+        chain = chain.__cause__
+    return first_line(error).split(". ")[0]
 
 
 def message(error: UserError) -> str:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from timm_decor.training.build import EMA_SUFFIX
-from timm_decor.training.errors import UserError, first_line
+from timm_decor.training.errors import UserError, first_line, load_failure
 
 RESUME_FILE = "resume.pt"
 ARGS_FILE = "args.yaml"
@@ -163,7 +163,7 @@ def read_resume(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # on arbitrary bytes the weights-only unpickler raises whatever it stumbles over
-        raise UserError(f"cannot resume from {file}: {first_line(error)}") from error
+        raise UserError(f"cannot resume from {file}: {load_failure(error)}") from error
     if not isinstance(state, dict) or not {"state_dict", "optimizer", "history"} <= state.keys():
         raise UserError(f"cannot resume from {file}: it is no {RESUME_FILE} of train.py")
     return state

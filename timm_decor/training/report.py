@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,7 @@ def render(arms: Sequence[Seen], title: str, command: str, context: dict[str, An
     device = machine["gpu"] or machine["cpu"]
     return environment.get_template("report.html.jinja").render(
         title=title,
-        subtitle=f"{time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, {machine['processes']} x {device}",
+        subtitle=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {machine['processes']} x {device}",
         failures=[side.failure for side in sides if side.failure],
         words=_words(sides),
         names=[side.name for side in sides],

@@ -24,12 +24,13 @@ from timm_decor.training import build, compare, report, trackers
 from timm_decor.training.args import as_recipe, decor_config, train_parser
 from timm_decor.training.arm import Arm, NonFiniteLoss
 from timm_decor.training.datasets import open_source
+from timm_decor.training.distill import make_distillation
 from timm_decor.training.errors import UserError, first_line
 from timm_decor.training.folder import ARGS_FILE, RESUME_FILE, RunFolder, holds_run, read_resume
 from timm_decor.training.loaders import eval_loader, train_loader
 from timm_decor.training.optim import learning_rate
 from timm_decor.training.plot import save_picture
-from timm_decor.training.privacy import published, published_command, refuse_secrets
+from timm_decor.training.privacy import published, published_command, refuse_secrets, without_paths
 from timm_decor.training.runtime import machine, make_accelerator, seed_everything, versions
 
 SIDES = ("decorrelated", "plain")  # folders of a comparison
@@ -84,9 +85,10 @@ def main(argv: Sequence[str]) -> None:
         train_loader(args, train_source, data_config, classes, accelerator),
         eval_loader(args, eval_source, data_config, classes, accelerator),
     )
+    distillation = make_distillation(args, model, data_config, accelerator)
     arms = _make_arms(args, model, accelerator, loaders, decorrelated)
     folders = _arm_folders(args, folder, arms, accelerator.is_main_process)
-    metadata = _metadata(args, data_config, classes)
+    metadata = _metadata(args, model, data_config, classes)
     if args.resume:
         _load_states(args, arms, folders)
     accelerator.print(
@@ -101,7 +103,7 @@ def main(argv: Sequence[str]) -> None:
     folder.write_args(as_recipe(args))  # not earlier: a resume that is refused leaves the run's own arguments alone
     trackers.start(accelerator, args, folder.path, SIDES if args.compare else ())
     for arm, side in zip(arms, SIDES if args.compare else ("",), strict=True):
-        arm.log = partial(trackers.log, accelerator, side)
+        arm.log, arm.distillation = partial(trackers.log, accelerator, side), distillation
     _take_turns(arms, folders, metadata)
 
     context = {"config": published(args), "versions": versions(), "machine": machine(accelerator)}
@@ -156,10 +158,11 @@ def _make_arms(
     # copied before the first arm wraps and moves the model
     twin_model = build.plain_twin(model) if args.compare else None
     name = args.model if args.model != twin.model or not decorrelated else f"decorrelated {args.model}"
+    name = without_paths(name)
     arms = [Arm(name, model, mine, accelerator, *loaders, decorrelated=decorrelated)]
     if twin_model is not None:
         own = make_accelerator(args.device, args.amp, args.amp_dtype, args.grad_accum_steps)
-        arms.append(Arm(twin.model, twin_model, twin, own, *loaders, decorrelated=False))
+        arms.append(Arm(without_paths(twin.model), twin_model, twin, own, *loaders, decorrelated=False))
     return arms
 
 
@@ -193,10 +196,13 @@ def _conversion_lines(report: ConversionReport) -> list[str]:
     return [report.summary(), *lines]
 
 
-def _metadata(args: argparse.Namespace, data_config: dict[str, Any], classes: int) -> dict[str, str]:
+def _metadata(args: argparse.Namespace, model: nn.Module, data_config: dict[str, Any], classes: int) -> dict[str, str]:
     """What a checkpoint says of itself, so that validate.py needs no further arguments."""
+    architecture = build.architecture(args.model)
+    if architecture.startswith("local-dir:"):  # a place on this machine, and no name that another one knows
+        architecture = str(model.pretrained_cfg["architecture"])  # type: ignore[index]
     return {
-        "architecture": build.architecture(args.model),
+        "architecture": architecture,
         "num_classes": str(classes),
         "data_config": json.dumps(data_config),
         "model_kwargs": json.dumps(args.model_kwargs),
@@ -259,7 +265,9 @@ def _epoch_line(arm: Arm, row: dict[str, Any]) -> str:
 
 
 def _side(arm: Arm) -> compare.Side:
-    return compare.Side(arm.name, arm.args.model, arm.args.opt, arm.args.lr, arm.epochs, arm.history, arm.failure)
+    return compare.Side(
+        arm.name, without_paths(arm.args.model), arm.args.opt, arm.args.lr, arm.epochs, arm.history, arm.failure
+    )
 
 
 def _report(arm: Arm) -> AttachReport | None:
@@ -280,7 +288,7 @@ def _correlation(report: AttachReport | None) -> tuple[float, float] | None:
 def _results(arm: Arm, report: AttachReport | None, context: dict[str, Any]) -> dict[str, Any]:
     correlation, observed = _correlation(report), arm.observer.record()
     return {
-        "model": arm.args.model,
+        "model": without_paths(arm.args.model),
         "decorrelated": arm.handle is not None,
         "lr": arm.args.lr,
         "epochs": arm.epochs,
