@@ -203,7 +203,9 @@ class Arm:
                 self._optimizer.zero_grad()
                 clock.lap("optimizer")
             if accelerator.sync_gradients:
-                observer.look(trained + time.perf_counter() - start, steps / (self._updates_per_epoch * self.epochs))
+                if clock.refreshes:
+                    done = steps / (self._updates_per_epoch * self.epochs)
+                    observer.look(trained + time.perf_counter() - start, done)
                 steps += 1
                 if self.ema:
                     self.ema.update(self.model, step=steps)

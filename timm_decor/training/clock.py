@@ -32,6 +32,7 @@ class StepClock:
         handle: what `timm_decor.attach` returned, or None.
 
     Attributes:
+        refreshes: whether the update that has begun will refresh R.
         watched: for each watched update 1 if it refreshed R, else 0, and the seconds of each of `PHASES`.
     """
 
@@ -40,7 +41,8 @@ class StepClock:
         self._every = handle.config.every if handle else 1
         self._period = self._every * max(1, updates // (4 * self._every))
         self._updates = 0
-        self._on = self._refreshes = False
+        self._on = False
+        self.refreshes = self._refresh_is_due()
         self._seconds: dict[str, float] = {}
         self._last = 0.0
         self.watched: list[tuple[float, ...]] = []
@@ -62,12 +64,15 @@ class StepClock:
     def updated(self) -> None:
         """An update is done, after its last lap."""
         if self._on:
-            self.watched.append((float(self._refreshes), *self._seconds.values()))
+            self.watched.append((float(self.refreshes), *self._seconds.values()))
         self._updates += 1
         step = self._handle.step if self._handle else self._updates
-        self._refreshes = self._handle is not None and step % self._every == 0
-        self._on = step % self._period in (0, 1)  # one with a refresh, and the one behind it
+        self.refreshes = self._refresh_is_due()
+        self._on = step % self._period in (0, 1)  # of these two one refreshes R: neighbours meet the same conditions
         if self._on:
             self._seconds = dict.fromkeys(PHASES, 0.0)
             synchronize(self._device)
             self._last = time.perf_counter()
+
+    def _refresh_is_due(self) -> bool:
+        return self._handle is not None and self._handle._refresh_due

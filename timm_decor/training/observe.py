@@ -83,15 +83,12 @@ class Observer:
         self._curve.offer(lambda: [step, loss, lr])
 
     def look(self, trained: float, done: float) -> None:
-        """After an update: note the correlations where R was just refreshed, as often as there is time for it.
+        """After an update that refreshed R: note the correlations, as often as there is time for it.
 
         Args:
             trained: seconds of training so far.
             done: share of the run's updates that are done, which spreads the seconds over the run.
         """
-        handle = self._handle
-        if handle is None or (handle.step - 1) % handle.config.every:
-            return
         allowed = _SHARE * trained + _SECONDS * done
         if not self._correlations.rows or self.spent + self._last_cost <= allowed:
             self._correlations.offer(self._snapshot)
