@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from training_runs import DECOR, TINY, history, train
 
 from timm_decor.training import charts, report, trackers
+from timm_decor.training.arm import _LossWatch
 from timm_decor.training.clock import PHASES, StepClock
 from timm_decor.training.compare import Side
 from timm_decor.training.errors import UserError
@@ -82,6 +83,14 @@ class TestRecord:
         assert all(0 <= row["correlation_after"] <= 1 for row in results["layers"])
         assert "refresh" not in json.loads((run / "plain" / "results.json").read_text())["ms_per_update"]
 
+    def test_right_answers_of_hard_and_of_mixed_labels(self):
+        watch = _LossWatch("a", 0, Accelerator(cpu=True), interval=1)
+        output = torch.tensor([[3.0, 1, 0], [0, 2, 1], [0, 2, 1]])
+        watch.see(torch.tensor(2.0), output, torch.tensor([0, 1, 2]), step=1)
+        assert watch.check() == pytest.approx((2.0, 200 / 3))
+        watch.see(torch.tensor(4.0), output[:1], torch.tensor([[0.6, 0.4, 0]]), step=2)
+        assert watch.finish() == pytest.approx((2.5, 75.0, 4))
+
     def test_training_accuracy(self, run: Path):
         rows = history(run / "decorrelated")
         assert all(0 < row["train_top1"] <= 100 and row["train_top1"] * 128 / 100 % 1 < 1e-3 for row in rows)
@@ -92,6 +101,12 @@ class TestRecord:
         assert steps[0] == 1 and len(steps) >= 2 and all((step - 1) % 3 == 0 for step in steps)
         assert len(seen["correlations"]["rows"][0]["before"]) == 16
         assert [row[0] for row in seen["curve"]["rows"]] == list(range(1, 9)), "every batch's loss, on a CPU"
+
+    def test_a_resumed_run_goes_on_with_it(self, tmp_path: Path):
+        run = train(tmp_path / "run", *DECOR, "--epochs", 1)
+        train(run, "--resume", run, "--epochs", 2, base=[])
+        seen = torch.load(run / "resume.pt", weights_only=True)["observed"]
+        assert [row[0] for row in seen["curve"]["rows"]] == list(range(1, 9))
 
     def test_looking_changes_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         words = (*DECOR, "--epochs", 1, "--grad-accum-steps", 2)

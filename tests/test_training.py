@@ -219,7 +219,7 @@ class TestRunFolders:
         assert [path for path in run.rglob("*") if path.is_file()] == [run / file]
 
     def test_runs_without_a_name_in_the_same_second(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr(run_module.time, "strftime", lambda _: "now")
+        monkeypatch.setattr(run_module.time, "strftime", lambda *_: "now")
         for _ in range(3):
             reset_accelerate()
             run_module.main([*TINY, "--epochs", "1", "--output", str(tmp_path / "new" / "demo")])
@@ -302,9 +302,9 @@ class TestCheckpoints:
 
     def test_they_name_the_architecture_without_a_tag(self):
         args = argparse.Namespace(model="decor_resnet18.a1_in1k", model_kwargs={})
-        assert run_module._metadata(args, {}, 10)["architecture"] == "resnet18"
+        assert run_module._metadata(args, torch.nn.Module(), {}, 10)["architecture"] == "resnet18"
         args.model = "hf-hub:timm/resnet18.a1_in1k"
-        assert run_module._metadata(args, {}, 10)["architecture"] == args.model
+        assert run_module._metadata(args, torch.nn.Module(), {}, 10)["architecture"] == args.model
 
     def test_what_stayed_plain_and_what_was_skipped_is_told(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
