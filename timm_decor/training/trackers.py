@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.tracking import filter_trackers
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 
 from timm_decor.training.errors import UserError, first_line
 from timm_decor.training.privacy import published
@@ -21,11 +21,13 @@ def check_available(names: list[str]) -> None:
     """Refuse to begin what could not be logged.
 
     Raises:
-        UserError: a tracker's package is not installed.
+        UserError: a tracker's package is not installed, or Accelerate does not know it.
     """
     for name in names:
         if find_spec(name) is None and not (name == "tensorboard" and find_spec("tensorboardX")):
             raise UserError(f"--log-with {name}: it is not installed: pip install 'timm-decor[{name}]'")
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise UserError(f"--log-with {name}: this Accelerate is too old for it: pip install 'timm-decor[{name}]'")
 
 
 def start(accelerator: Accelerator, args: argparse.Namespace, folder: Path, sides: tuple[str, ...]) -> None:
