@@ -99,7 +99,8 @@ class Arm:
                 self.handle = timm_decor.attach(self.model, self._optimizer, decor_config(args))
             except ValueError as error:
                 raise UserError(f"{name}: {error}") from error
-        self.observer = Observer(self.handle, accelerator.device)
+        # R is the same on every process: one looks at it
+        self.observer = Observer(self.handle if accelerator.is_main_process else None, accelerator.device)
         if args.torchcompile:
             self._wrapped = torch.compile(self._wrapped, backend=args.torchcompile, mode=args.torchcompile_mode)
         self._second_order = bool(getattr(optimizer, "is_second_order", False))
