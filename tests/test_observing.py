@@ -115,7 +115,7 @@ class TestRecord:
             "observe.Observer.look",
             "observe.Observer.point",
             "clock.StepClock.lap",
-            "progress.Progress.update",
+            "display.Display.update",
         ):
             monkeypatch.setattr(f"timm_decor.training.{name}", lambda *_: None)
         blind = train(tmp_path / "blind", *words)
@@ -123,7 +123,7 @@ class TestRecord:
         assert all(torch.equal(mine[key], theirs[key]) for key in mine)
 
 
-class TestProgress:
+class TestDisplay:
     def test_lines_where_there_is_no_terminal(self, tmp_path: Path, capsys: pytest.CaptureFixture):
         train(tmp_path / "run", *DECOR, "--epochs", 1, "--log-interval", 2)
         lines = [line for line in capsys.readouterr().out.splitlines() if ": batch " in line]

@@ -23,11 +23,11 @@ import timm_decor
 from timm_decor.training.args import decor_config
 from timm_decor.training.build import check_fit, place
 from timm_decor.training.clock import StepClock
+from timm_decor.training.display import Display
 from timm_decor.training.errors import UserError
 from timm_decor.training.evaluate import Metrics, evaluate
 from timm_decor.training.observe import Observer
 from timm_decor.training.optim import make_loss, make_optimizer, make_scheduler
-from timm_decor.training.progress import Progress
 from timm_decor.training.runtime import mixed_seed, seed_everything
 
 Row = dict[str, Any]  # an epoch in summary.csv
@@ -172,7 +172,7 @@ class Arm:
         self.model.train()
         steps = self.steps
         watch = _LossWatch(self.name, epoch, accelerator, args.log_interval)
-        progress = Progress(
+        display = Display(
             f"{self.name} {epoch + 1}/{self.epochs}",
             len(self._train_loader),
             args.batch_size * accelerator.num_processes,
@@ -216,10 +216,10 @@ class Arm:
             looked = watch.check() if watch.due else None
             if looked:
                 observer.point(steps, looked[0], lr)
-            progress.update(looked, lr, observer.correlation, steps)
+            display.update(looked, lr, observer.correlation, steps)
             if accelerator.sync_gradients:
                 clock.updated()
-        progress.close()
+        display.close()
         observer.end_epoch(clock.watched)
         if hasattr(self._optimizer.optimizer, "sync_lookahead"):
             self._optimizer.optimizer.sync_lookahead()

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 
-class Progress:
+class Display:
     """Shows loss, accuracy, images/s, time left and mean correlation during one epoch.
 
     Args:
