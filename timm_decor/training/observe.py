@@ -49,7 +49,7 @@ class Observer:
     """The memory of one arm.
 
     Args:
-        handle: what `timm_decor.attach` returned, or None.
+        handle: what `timm_decor.attach` returned, or None for an arm, or a process, that does not look at R.
         device: of the model.
 
     Attributes:
@@ -89,6 +89,8 @@ class Observer:
             trained: seconds of training so far.
             done: share of the run's updates that are done, which spreads the seconds over the run.
         """
+        if self._handle is None:
+            return
         allowed = _SHARE * trained + _SECONDS * done
         if not self._correlations.rows or self.spent + self._last_cost <= allowed:
             self._correlations.offer(self._snapshot)
