@@ -190,7 +190,7 @@ class TestDistillation:
         ours = self.made(teacher, *shlex.split(words), "--kd-temperature", "2")
         output = student(images)
         loss = ours(nn.functional.cross_entropy(output, labels), output, images)
-        assert float(loss) == pytest.approx(float(theirs(images, labels)["loss"]), rel=1e-5)
+        assert loss.item() == pytest.approx(theirs(images, labels)["loss"].item(), rel=1e-5)
 
     @pytest.mark.parametrize("kind", ["soft", "hard"])
     def test_by_token(self, kind: str):
