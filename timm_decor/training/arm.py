@@ -207,7 +207,6 @@ class Arm:
 
     def _batches(self, epoch: int, progress: Progress) -> Iterator[Any]:
         """The epoch's batches that are still to come, with random numbers as they follow on those before."""
-        seed_everything(mixed_seed(self.args.seed, epoch, self.accelerator.process_index))
         self._train_loader.set_epoch(epoch)  # type: ignore[attr-defined]
         # Accelerate's loader passes this on by itself, but not on several processes
         self._train_loader.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
@@ -215,10 +214,13 @@ class Arm:
         if progress.batches:
             loader = skip_first_batches(loader, progress.batches)
             loader.set_epoch(epoch)  # type: ignore[attr-defined]  # it counts epochs on its own
-        for batch in loader:
-            if progress.random is not None:  # not earlier: starting a loader draws a number
+        for number, batch in enumerate(loader):
+            # not earlier: a loader draws a number when it starts its workers, which it does once in a process
+            if progress.random is not None:
                 set_random_state(progress.random, self.accelerator.device)
                 progress.random = None
+            elif number == 0:
+                seed_everything(mixed_seed(self.args.seed, epoch, self.accelerator.process_index))
             yield batch
 
     def _weight(self, batch: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -17,7 +18,6 @@ from torch import Tensor
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # One request may arrive twice: from the cluster, or the terminal, and handed on by the launcher.
 _SAME_REQUEST_S = 1.0
-_WORKER_GRACE_S = 60
 
 
 class StopRequest:
@@ -83,7 +83,18 @@ class StopRequest:
 
 
 def spare_worker(_: int) -> None:
-    """In a DataLoader worker: outlive a signal to the whole process group for as long as an update may need batches."""
+    """In a DataLoader worker: outlive a signal to the whole group, because the update may need more batches.
+
+    It goes when its own process says so, or is no more.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_WORKER_GRACE_S))  # which ends it, unless all went well
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid is not None and hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_leave_when_told_by, args=(parent.pid,), daemon=True).start()
+
+
+def _leave_when_told_by(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
