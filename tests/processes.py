@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -153,3 +154,55 @@ def on_small_disk(words: list[str], folder: str, size: int, rescued: str, log: s
         _run(words, log, None, ())
     finally:
         shutil.copytree(folder, rescued)
+
+
+def in_float64() -> None:
+    """Let models be made, and batches come, in float64."""
+    import torch
+
+    from timm_decor.training.loaders import Batches
+
+    torch.set_default_dtype(torch.float64)
+    getitems = Batches.__getitems__
+
+    def doubled(self: Batches, indices: list[int]) -> Any:
+        images, labels = getitems(self, indices)
+        return images.double(), labels
+
+    Batches.__getitems__ = doubled  # type: ignore[method-assign]
+
+
+def keep_own_end(file: str) -> None:
+    """Write this process's weights and optimizer state, R included, at the end of each epoch."""
+    import torch
+
+    from timm_decor.training.checkpoints import Keeper
+
+    save = Keeper.save
+
+    def saved(self: Keeper) -> None:
+        torch.save([self.arm.model.state_dict(), self.arm._optimizer.state_dict()], file)
+        save(self)
+
+    Keeper.save = saved  # type: ignore[method-assign]
+
+
+def one_of(rank: int, world_size: int, port: int, file: str, float64: bool) -> None:
+    """The above in one."""
+    if world_size > 1:
+        join_group(rank, world_size, port)
+    if float64:
+        in_float64()
+    keep_own_end(file)
+
+
+def start_group(words: list[str], log: Path, ends: Path, world_size: int, float64: bool = False) -> list[Any]:
+    """Start train.py in `world_size` processes that train together; they leave `<rank>.pt` in `ends`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ends.mkdir(exist_ok=True)
+    return [
+        start(words, log, one_of, rank, world_size, port, str(ends / f"{rank}.pt"), float64)
+        for rank in range(world_size)
+    ]
