@@ -18,6 +18,7 @@ from training_runs import DECOR, TINY, train
 
 from timm_decor.training import checkpoints as checkpoints_module
 from timm_decor.training import run as run_module
+from timm_decor.training.arm import Arm
 from timm_decor.training.errors import Stopped, UserError
 from timm_decor.training.folder import read_resume
 
@@ -89,6 +90,37 @@ class TestStoppedWithinAnEpoch:
             with pytest.raises(Stopped, match=r"^\S.* stopped by SIGTERM after update \d+; go on with the same"):
                 train(tmp_path / "parts", *WORDS, *words, "--resume", "auto")
             monkeypatch.undo()
+        train(tmp_path / "parts", *WORDS, *words, "--resume", "auto")
+        assert same(final(tmp_path / "parts"), final(whole))
+
+    @pytest.mark.parametrize(
+        "every",
+        [
+            pytest.param(
+                1, marks=pytest.mark.xfail(strict=True, reason="a skipped step's inputs are in no checkpoint")
+            ),
+            20,
+        ],
+    )
+    def test_with_a_gradient_scaler(self, every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        """It skips updates 2 to 4, whose gradients overflow; the stop is after the third."""
+        make = run_module.make_accelerator
+
+        def with_scaler(*args: Any) -> Any:
+            accelerator = make(*args)
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
+            return accelerator
+
+        words = ["--decor", "--decor-every", every, "--grad-accum-steps", 1]
+        monkeypatch.setattr(run_module, "make_accelerator", with_scaler)
+        monkeypatch.setattr(Arm, "_weight", lambda arm, batch: 2.0**40 if arm.epoch == 0 and 0 < batch < 4 else 1.0)
+        whole = train(tmp_path / "whole", *WORDS, *words)
+        state = read_resume(whole / "resume.pt")
+        assert state["optimizer"]["timm_decor"]["step"] == state["history"][-1]["steps"] - 3
+        with monkeypatch.context() as patch:
+            stop_at(patch, 4)
+            with pytest.raises(Stopped):
+                train(tmp_path / "parts", *WORDS, *words)
         train(tmp_path / "parts", *WORDS, *words, "--resume", "auto")
         assert same(final(tmp_path / "parts"), final(whole))
 
