@@ -96,9 +96,7 @@ class TestStoppedWithinAnEpoch:
     @pytest.mark.parametrize(
         "every",
         [
-            pytest.param(
-                1, marks=pytest.mark.xfail(strict=True, reason="a skipped step's inputs are in no checkpoint")
-            ),
+            pytest.param(1, marks=pytest.mark.xfail(strict=True, reason="a skipped step's inputs are not saved")),
             20,
         ],
     )
