@@ -84,7 +84,7 @@ def without_refresh(subject: Subject, config: DecorConfig, *names: Any) -> Subje
     twin = Subject(names[0], DecorConfig(**{**config.to_dict(), "every": 10**6}), *names[1:])
     twin.model.load_state_dict(subject.model.state_dict())
     twin.optimizer.load_state_dict(copy.deepcopy(subject.optimizer.state_dict()))  # torch would share the tensors
-    assert twin.handle.step == subject.handle.step > 0
+    assert twin.handle.step == subject.handle.step > 1
     return twin
 
 
@@ -104,7 +104,7 @@ troubles = st.fixed_dictionaries(
 
 
 @pytest.mark.parametrize(("rule", "structure"), PAIRS)
-@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     layer=st.sampled_from(list(LAYERS)),
     optimizer=st.sampled_from(list(OPTIMIZERS)),
@@ -127,9 +127,10 @@ def test_it_never_reaches_the_weights(
         stat_decay=stat_decay, preserve_function=preserve,
     )  # fmt: skip
     subject = Subject(layer, config, optimizer, dtype)
-    subject.step(NORMAL)
+    for _ in range(2):  # in the first one "auto" chooses
+        subject.step(NORMAL)
     for trouble in inputs:
-        if rule == "dbp":  # test_dbp_from_large_inputs has those
+        if rule != "whiten":  # test_an_iteration_that_diverges has those
             trouble = {**trouble, "exponent": min(0, trouble["exponent"])}
         twin = without_refresh(subject, config, layer, optimizer, dtype)
         (before,), r = subject.handle.report().rows, subject.r
@@ -146,14 +147,17 @@ def test_it_never_reaches_the_weights(
             pytest.fail("there was nothing to refresh from")
 
 
-@pytest.mark.xfail(strict=True, reason="dbp takes a step of any length: R grows until the gradient times R overflows")
-@pytest.mark.parametrize(("structure", "exponents"), [("full", [11, 0]), ("space", [5, 4, 0])])
-def test_dbp_from_large_inputs(structure: str, exponents: list[int]):
-    """Statistics that are finite, but so large that the rule's iteration diverges (decor_lr * <z z^T> above 2)."""
-    config = DecorConfig(rule="dbp", structure=structure, every=1, sample=1, preserve_function=False)
+@pytest.mark.xfail(strict=True, reason="a step of R may be of any length: it grows until gradient times R overflows")
+@pytest.mark.parametrize(
+    ("rule", "structure", "exponents"),
+    [("dbp", "full", [11, 0]), ("dbp", "space", [5, 4, 0]), ("crgd", "full", [11, 0])],
+)
+def test_an_iteration_that_diverges(rule: str, structure: str, exponents: list[int]):
+    """Finite statistics, but so large that the iteration diverges: decor_lr <z z^T> is above 2."""
+    config = DecorConfig(rule=rule, structure=structure, every=1, sample=1, preserve_function=False)
     subject = Subject("3x3", config, "sgd", torch.float32)
     for exponent in (0, *exponents):
-        subject.step({**NORMAL, "exponent": exponent})
+        subject.step({**NORMAL, "images": 1, "side": 2, "exponent": exponent})
     assert all(bool(weight.isfinite().all()) for weight in subject.weights)
 
 
