@@ -9,9 +9,8 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
-from processes import start_group
+from processes import context, start_group
 from test_attach import batch, net
 from test_kill_and_resume import final, same
 from torch.nn.parallel import DistributedDataParallel
@@ -74,7 +73,13 @@ def worker(rank, world_size, store, results, structure, opt):
     "structure,opt", [("kronecker", "sgd"), ("kronecker", "adamw"), ("full", "sgd"), ("auto", "adamw")]
 )
 def test_two_processes_equal_one(tmp_path, structure, opt):
-    mp.spawn(worker, args=(2, tmp_path / "store", tmp_path, structure, opt), nprocs=2)
+    arguments = (2, tmp_path / "store", tmp_path, structure, opt)
+    workers = [context().Process(target=worker, args=(rank, *arguments)) for rank in range(2)]
+    for process in workers:
+        process.start()
+    for process in workers:
+        process.join()
+        assert process.exitcode == 0
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert torch.equal(first, second)
     if structure != "auto":  # which chooses by a process's share of the rows

@@ -24,7 +24,7 @@ from timm_decor.training.folder import read_resume
 
 # Five batches an epoch, and three updates, the last one from a single batch.
 WORDS = shlex.split(
-    "--train-split train[:160] --epochs 4 --grad-accum-steps 2 --model-ema --model-ema-decay 0.9 --drop 0.2 --mixup 0.4"
+    "--train-split train[:160] --epochs 3 --grad-accum-steps 2 --model-ema --model-ema-decay 0.9 --drop 0.2 --mixup 0.4"
 )
 
 
@@ -74,7 +74,7 @@ class TestStoppedWithinAnEpoch:
         "words",
         [
             "--decor --decor-every 2 --reprob 0.5 --aa rand-m5 --drop-path 0.2 --cutmix 0.5 --clip-grad 1",
-            "--decor --decor-every 2 --opt adamw --lr 0.002 --decor-structure full",
+            "--decor --decor-every 2 --opt adamw --lr 0.002 --decor-structure auto",
             "--decor --decor-every 1 --decor-rule dbp --decor-structure space --no-decor-preserve-function",
             "--decor --opt lookahead_sgd --sched plateau --patience-epochs 0 --lr 1e-5 --model-ema-warmup",
             "--decor --decor-every 2 --amp --amp-dtype bfloat16 --channels-last --sched step --no-sched-on-updates",
