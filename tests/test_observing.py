@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from training_runs import DECOR, TINY, history, train
 
 from timm_decor.training import charts, report, trackers
-from timm_decor.training.arm import _LossWatch
 from timm_decor.training.clock import PHASES, StepClock
 from timm_decor.training.compare import Side
 from timm_decor.training.errors import UserError
+from timm_decor.training.losswatch import LossWatch
 from timm_decor.training.observe import Series, phase_times
 from timm_decor.training.run import parse
 
@@ -84,12 +84,12 @@ class TestRecord:
         assert "refresh" not in json.loads((run / "plain" / "results.json").read_text())["ms_per_update"]
 
     def test_right_answers_of_hard_and_of_mixed_labels(self):
-        watch = _LossWatch("a", 0, Accelerator(cpu=True), interval=1)
+        watch = LossWatch(Accelerator(cpu=True), interval=1)
         output = torch.tensor([[3.0, 1, 0], [0, 2, 1], [0, 2, 1]])
         watch.see(torch.tensor(2.0), output, torch.tensor([0, 1, 2]), step=1)
-        assert watch.check() == pytest.approx((2.0, 200 / 3))
+        assert watch.figures() == pytest.approx((2.0, 200 / 3))
         watch.see(torch.tensor(4.0), output[:1], torch.tensor([[0.6, 0.4, 0]]), step=2)
-        assert watch.finish() == pytest.approx((2.5, 75.0, 4))
+        assert watch.totals() == pytest.approx((2.5, 75.0, 4))
 
     def test_training_accuracy(self, run: Path):
         rows = history(run / "decorrelated")

@@ -354,11 +354,14 @@ class TestArguments:
         words += ("--opt", "adamw", "--grad-accum-steps", 2)
         assert history(train(tmp_path / "b", *words, base=base))[0]["lr"] == pytest.approx(0.1 * 0.5)
 
-    def test_gradient_accumulation_equals_the_larger_batch(self, tmp_path: Path):
+    @pytest.mark.parametrize(("batch_size", "steps"), [(64, 2), (128, 8)], ids=["all full", "fewer batches than steps"])
+    def test_gradient_accumulation_equals_the_larger_batch(self, batch_size: int, steps: int, tmp_path: Path):
         words = ("--model", "test_vit", "--model-kwargs", "img_size=32", "--no-aug", "--epochs", 2)
-        whole = train(tmp_path / "whole", *words, "-b", 64)
-        parts = train(tmp_path / "parts", *words, "-b", 32, "--grad-accum-steps", 2)
-        assert [row["steps"] for row in history(parts)] == [row["steps"] for row in history(whole)] == [2, 4]
+        whole = train(tmp_path / "whole", *words, "-b", batch_size)
+        parts = train(tmp_path / "parts", *words, "-b", 32, "--grad-accum-steps", steps)
+        updates = 128 // batch_size
+        expected = [updates, 2 * updates]
+        assert [row["steps"] for row in history(parts)] == [row["steps"] for row in history(whole)] == expected
         a, b = weights(whole), weights(parts)
         assert all(torch.allclose(a[key], b[key], rtol=1e-3, atol=1e-5) for key in a)
 

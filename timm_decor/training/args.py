@@ -40,7 +40,11 @@ def train_parser() -> Parser:
         metavar="NAME",
         help="submodules not to train, as in conv1 bn1 layer1; their BatchNorm keeps its statistics",
     )
-    group.add_argument("--resume", metavar="PATH", help="run folder (or its resume.pt) to go on with, in place")
+    group.add_argument(
+        "--resume",
+        metavar="PATH",
+        help="run folder (or its resume.pt) to go on with, in place; auto: that of --experiment, if it holds a run",
+    )
     group.add_argument("--drop", type=share, default=0.0, metavar="PCT", help="dropout rate")
     group.add_argument("--drop-path", type=share, metavar="PCT", help="drop path rate")
     group.add_argument("--drop-block", type=share, metavar="PCT", help="drop block rate, for models that have it")
@@ -48,6 +52,7 @@ def train_parser() -> Parser:
     group.add_argument("--bn-eps", type=positive, metavar="X", help="of every BatchNorm; default: the model's")
     group.add_argument("--head-init-scale", type=amount, metavar="X", help="multiply the head's weight and bias")
     group.add_argument("--head-init-bias", type=float, metavar="X", help="set the head's bias")
+    group.add_argument("--sync-bn", action=_SWITCH, default=False, help="BatchNorm over the images of all processes")
     group.add_argument("--grad-checkpointing", action=_SWITCH, default=False, help="trade compute for memory")
     _add_decor_arguments(parser)
     _add_optimizer_arguments(parser)
@@ -264,6 +269,13 @@ def _add_run_arguments(parser: Parser) -> None:
     group.add_argument("--log-interval", type=count, default=50, metavar="N", help="batches between progress figures")
     group.add_argument("--val-interval", type=count, default=1, metavar="N", help="epochs between evaluations")
     group.add_argument("--checkpoint-hist", type=index, default=10, metavar="N", help="best checkpoints to keep")
+    group.add_argument(
+        "--recovery-interval",
+        type=index,
+        default=0,
+        metavar="N",
+        help="updates between checkpoints within an epoch; 0: at its end only",
+    )
     group.add_argument("--output", default="output", metavar="DIR", help="folder of runs")
     group.add_argument("--experiment", metavar="NAME", help="this run's folder there; default: time-model-size")
     group.add_argument(

@@ -17,6 +17,7 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from timm.data import resolve_data_config
+from timm.layers import convert_sync_batchnorm
 from timm.models import get_arch_pretrained_cfgs, is_model, list_models, load_state_dict, split_model_name_tag
 from torch import nn
 
@@ -157,6 +158,27 @@ def freeze(model: nn.Module, names: list[str]) -> None:
             module.eval()
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("--freeze leaves nothing to train")
+
+
+def synchronized(model: nn.Module, frozen: list[str], device: torch.device, processes: int) -> nn.Module:
+    """The model with BatchNorm over the images of all processes, under the same keys; on one process as it is.
+
+    Args:
+        model: its BatchNorm layers are replaced.
+        frozen: the names that `freeze` was given; what is frozen there stays so.
+        device: that it will train on.
+        processes: how many train together.
+
+    Raises:
+        UserError: torch cannot do it on that device.
+    """
+    if processes == 1:
+        return model
+    if device.type == "cpu":
+        raise UserError("--sync-bn needs GPUs: torch has no synchronised BatchNorm for the CPU")
+    model = convert_sync_batchnorm(model)
+    freeze(model, frozen)
+    return model
 
 
 @functools.cache

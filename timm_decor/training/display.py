@@ -21,6 +21,7 @@ class Display:
         accelerator: only its main process shows anything.
         interval: batches between two lines, and between two calls of `log`.
         log: takes figures by name, and the number of updates so far, for trackers.
+        done: batches that were done before, in a resumed epoch.
     """
 
     def __init__(
@@ -31,14 +32,16 @@ class Display:
         accelerator: Accelerator,
         interval: int,
         log: Callable[[dict[str, float], int], None],
+        done: int = 0,
     ) -> None:
         self._title, self._batches, self._images = title, batches, images
         self._accelerator, self._interval, self._log = accelerator, interval, log
         self._on_terminal = sys.stderr.isatty()
         self._start = time.perf_counter()
-        self._done = 0
+        self._done, self._before = done, done
         self._bar: Any = tqdm(
             total=batches * images,
+            initial=done * images,
             desc=title,
             unit="img",
             leave=False,
@@ -65,7 +68,7 @@ class Display:
         self._bar.update(self._images)
         if looked is None or self._done % self._interval:
             return
-        rate = self._done * self._images / (time.perf_counter() - self._start)
+        rate = (self._done - self._before) * self._images / (time.perf_counter() - self._start)
         logged = {"train/loss": looked[0], "train/top1": looked[1], "train/lr": lr, "train/images_per_s": rate}
         if correlation is not None:
             logged |= {"train/correlation_before": correlation[0], "train/correlation_after": correlation[1]}

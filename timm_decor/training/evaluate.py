@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Metrics:
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    loader: DataLoader[Any],
+    loader: Iterable[Any],
     accelerator: Accelerator,
     channels_last: bool = False,
     seen: list[Tensor] | None = None,

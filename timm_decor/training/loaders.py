@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from timm_decor.training.errors import UserError, first_line
 from timm_decor.training.runtime import available_cpus, mixed_seed, seed_everything
 from timm_decor.training.sources import Source, read
+from timm_decor.training.stopping import spare_worker
 
 
 class Batches(Dataset[Any]):
@@ -231,6 +232,7 @@ def _loader(
         persistent_workers=workers > 0,
         pin_memory=args.pin_mem,
         collate_fn=_as_is,
+        worker_init_fn=spare_worker,
     )
     return accelerator.prepare_data_loader(loader)
 

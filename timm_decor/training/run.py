@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator
 from timm.models import safe_model_name
 from torch import nn
@@ -22,18 +23,22 @@ from torch.utils.data import DataLoader
 from timm_decor.reporting import AttachReport, ConversionReport
 from timm_decor.training import build, compare, report, trackers
 from timm_decor.training.args import as_recipe, decor_config, train_parser
-from timm_decor.training.arm import Arm, NonFiniteLoss
+from timm_decor.training.arm import Arm
+from timm_decor.training.checkpoints import Keeper, load_states
 from timm_decor.training.datasets import open_source
 from timm_decor.training.distill import make_distillation
 from timm_decor.training.errors import UserError, first_line
-from timm_decor.training.folder import ARGS_FILE, RESUME_FILE, RunFolder, holds_run, read_resume
+from timm_decor.training.folder import ARGS_FILE, RESUME_FILE, RunFolder, holds_run
 from timm_decor.training.loaders import eval_loader, train_loader
+from timm_decor.training.losswatch import NonFiniteLoss
 from timm_decor.training.optim import learning_rate
 from timm_decor.training.plot import save_picture
 from timm_decor.training.privacy import published, published_command, refuse_secrets, without_paths
 from timm_decor.training.runtime import machine, make_accelerator, seed_everything, versions
+from timm_decor.training.stopping import StopRequest
 
 SIDES = ("decorrelated", "plain")  # folders of a comparison
+AUTO = "auto"  # --resume: the run in --experiment's folder, if there is one
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -45,7 +50,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = train_parser()
     args = parser.parse(argv)
     recipe = args.config
-    if args.resume and not recipe:
+    if args.resume not in (None, AUTO) and not recipe:
         path = Path(args.resume)
         recipe = (path if path.is_dir() else path.parent) / ARGS_FILE
         if not recipe.is_file():
@@ -77,6 +82,8 @@ def main(argv: Sequence[str]) -> None:
     train_source, eval_source = open_source(args, args.train_split, mode), open_source(args, args.val_split, mode)
     seed_everything(args.seed)
     model = build.create(args, args.num_classes or train_source.num_classes, channels)
+    if args.sync_bn:
+        model = build.synchronized(model, args.freeze, accelerator.device, accelerator.num_processes)
     classes = build.class_count(model)
     if args.eval_metric == "top5" and classes <= 5:
         raise UserError(f"--eval-metric top5 means nothing with {classes} classes")
@@ -90,7 +97,7 @@ def main(argv: Sequence[str]) -> None:
     folders = _arm_folders(args, folder, arms, accelerator.is_main_process)
     metadata = _metadata(args, model, data_config, classes)
     if args.resume:
-        _load_states(args, arms, folders)
+        _load_states(args, arms, folder, folders)
     accelerator.print(
         f"{args.model}: {len(train_source)} training and {len(eval_source)} evaluation images, "
         f"{data_config['input_size']}, on {accelerator.num_processes} x {accelerator.device.type}"
@@ -104,7 +111,11 @@ def main(argv: Sequence[str]) -> None:
     trackers.start(accelerator, args, folder.path, SIDES if args.compare else ())
     for arm, side in zip(arms, SIDES if args.compare else ("",), strict=True):
         arm.log, arm.distillation = partial(trackers.log, accelerator, side), distillation
-    _take_turns(arms, folders, metadata)
+    with StopRequest(accelerator.num_processes, tells=accelerator.is_main_process) as stop:
+        keepers = [
+            Keeper(arm, at, metadata, args.recovery_interval, stop) for arm, at in zip(arms, folders, strict=True)
+        ]
+        _take_turns(keepers)
 
     context = {"config": published(args), "versions": versions(), "machine": machine(accelerator)}
     seen = []
@@ -128,15 +139,22 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _open_folder(args: argparse.Namespace, accelerator: Accelerator) -> RunFolder:
-    if args.resume:
+    if args.resume not in (None, AUTO):
         path = Path(args.resume)
         return RunFolder(path if path.is_dir() else path.parent, accelerator.is_main_process)
     size = args.img_size or (args.input_size[-1] if args.input_size else "")
     name = "-".join(filter(None, (time.strftime("%Y%m%d-%H%M%S"), safe_model_name(args.model), str(size))))
     path = Path(args.output) / (args.experiment or name)
-    if not args.experiment:
+    here, sides = [path], [path / side for side in SIDES]
+    if args.resume == AUTO:
+        if not args.experiment:
+            raise UserError("--resume auto goes on with the run of --experiment NAME, which is missing")
+        if any(holds_run(folder) for folder in (here if args.compare else sides)):
+            kind = "a single model" if args.compare else "--compare"
+            raise UserError(f"{path} holds a run of {kind}: go on with it as such, or take another --experiment")
+    elif not args.experiment:
         return RunFolder.fresh(path, accelerator.is_main_process)
-    if any(holds_run(folder) for folder in (path, *(path / side for side in SIDES))):
+    elif any(holds_run(folder) for folder in (*here, *sides)):
         raise UserError(f"{path} holds a run already: go on with it by --resume {path}, or take another --experiment")
     return RunFolder(path, accelerator.is_main_process)
 
@@ -172,14 +190,26 @@ def _arm_folders(args: argparse.Namespace, folder: RunFolder, arms: list[Arm], w
     return [RunFolder(folder.path / side, writes) for side, _ in zip(SIDES, arms, strict=True)]
 
 
-def _load_states(args: argparse.Namespace, arms: list[Arm], folders: list[RunFolder]) -> None:
-    paths = [folder.path for folder in folders] if args.compare else [Path(args.resume)]
-    pairs = list(zip(arms, paths, strict=True))
-    if args.compare:
-        # an arm that was interrupted in its first epoch has no state and starts again; one of them must have one
-        pairs = [(arm, path) for arm, path in pairs if (path / RESUME_FILE).is_file()] or pairs
-    for arm, path in pairs:
-        arm.load_state(read_resume(path), str(path))
+def _load_states(args: argparse.Namespace, arms: list[Arm], folder: RunFolder, folders: list[RunFolder]) -> None:
+    paths = [Path(args.resume)] if args.resume != AUTO and not args.compare else [at.path for at in folders]
+    if load_states(paths, arms, folders):
+        arms[0].accelerator.print("; ".join(f"{arm.name} goes on after update {arm.steps}" for arm in arms))
+        if args.resume == AUTO:
+            _tell_changes(args, folder, arms[0].accelerator)
+    elif args.resume != AUTO:
+        raise UserError(f"nothing to resume: {paths[0] / RESUME_FILE} does not exist")
+
+
+def _tell_changes(args: argparse.Namespace, folder: RunFolder, accelerator: Accelerator) -> None:
+    """Say which arguments are not those that the run began with: it was to be the same command."""
+    try:
+        before = yaml.safe_load((folder.path / ARGS_FILE).read_text(encoding="utf-8"))
+        now = yaml.safe_load(yaml.safe_dump(as_recipe(args)))
+        changed = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
+    except (OSError, yaml.YAMLError, TypeError):
+        return  # it is only to be told
+    if changed:
+        accelerator.print(f"other arguments than before: {', '.join(changed)}")
 
 
 def _conversion_lines(report: ConversionReport) -> list[str]:
@@ -219,41 +249,29 @@ def _warm_up(arms: list[Arm], input_size: tuple[int, int, int], batch_size: int)
     loss.backward()
 
 
-def _take_turns(arms: list[Arm], folders: list[RunFolder], metadata: dict[str, str]) -> None:
+def _take_turns(keepers: list[Keeper]) -> None:
     """Train all arms, an epoch each in turn, another one first each time: whatever slows the machine slows them all.
 
     Raises:
         NonFiniteLoss: the only arm diverged. One of two stops, which its `failure` says, and the other goes on.
+        Stopped: a signal asked for it.
     """
-    pairs = list(zip(arms, folders, strict=True))
-    for epoch in range(max(arm.epochs for arm in arms)):
-        for arm, folder in pairs if epoch % 2 == 0 else reversed(pairs):
+    for epoch in range(max(keeper.arm.epochs for keeper in keepers)):
+        for keeper in keepers if epoch % 2 == 0 else reversed(keepers):
+            arm = keeper.arm
             if arm.epoch != epoch or epoch >= arm.epochs:  # resumed further on, with fewer epochs, or failed
                 continue
+            keeper.pause()
             try:
                 row = arm.run_epoch()
             except NonFiniteLoss as error:
-                if len(arms) == 1:
+                if len(keepers) == 1:
                     raise
                 arm.failure = str(error)  # not the error, whose traceback would keep the loader's iterator
                 arm.accelerator.print(arm.failure)
                 continue
-            _save(arm, folder, metadata)
+            keeper.save()
             arm.accelerator.print(_epoch_line(arm, row))
-
-
-def _save(arm: Arm, folder: RunFolder, metadata: dict[str, str]) -> None:
-    row, best, column = arm.history[-1], arm.best, arm.metric_column
-    metadata = metadata | {"epoch": str(row["epoch"]), "metric": column, "value": str(row.get(column))}
-    folder.write_weights("last", arm.model.state_dict(), metadata)
-    if arm.ema:
-        folder.write_weights(f"last{build.EMA_SUFFIX}", arm.ema.module.state_dict(), metadata)
-    if best is row:
-        folder.link_weights("last", "best")
-    folder.link_weights("last", f"checkpoint-{row['epoch']}")
-    folder.keep_epochs({row["epoch"] for row in arm.ranked[: arm.args.checkpoint_hist]})
-    folder.write_resume(arm.state())
-    folder.write_summary(arm.history)
 
 
 def _epoch_line(arm: Arm, row: dict[str, Any]) -> str:
