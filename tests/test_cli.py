@@ -166,7 +166,7 @@ class TestParser:
             "opt_eps opt_betas layer_decay interpolation momentum weight_decay decay_milestones decay_epochs "
             "decay_rate warmup_lr warmup_epochs warmup_prefix cooldown_epochs min_lr patience_epochs lr_noise "
             "lr_noise_pct lr_noise_std lr_cycle_mul lr_cycle_decay lr_cycle_limit lr_k_decay "
-            "sched_on_updates crop_pct mean std"
+            "sched_on_updates crop_pct mean std layer_decay_min_scale layer_decay_no_opt_scale"
         )
         for action in train_parser()._actions:
             read = f"args.{action.dest}" in code or f'"{action.dest}"' in code

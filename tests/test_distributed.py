@@ -1,15 +1,26 @@
 """Two processes with half a batch each take the step of one process with the whole batch."""
 
+import os
+import shlex
+import signal
+import time
+
 import pytest
+import timm
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from processes import context, start_group
 from test_attach import batch, net
+from test_kill_and_resume import final, same
 from torch.nn.parallel import DistributedDataParallel
+from training_runs import DECOR, TINY, history, reset_accelerate
 
 import timm_decor
 from timm_decor import DecorConfig
+from timm_decor.training.build import freeze, synchronized
+from timm_decor.training.errors import UserError
+from timm_decor.training.runtime import make_accelerator
 
 STEPS = 10
 
@@ -62,8 +73,125 @@ def worker(rank, world_size, store, results, structure, opt):
     "structure,opt", [("kronecker", "sgd"), ("kronecker", "adamw"), ("full", "sgd"), ("auto", "adamw")]
 )
 def test_two_processes_equal_one(tmp_path, structure, opt):
-    mp.spawn(worker, args=(2, tmp_path / "store", tmp_path, structure, opt), nprocs=2)
+    arguments = (2, tmp_path / "store", tmp_path, structure, opt)
+    workers = [context().Process(target=worker, args=(rank, *arguments)) for rank in range(2)]
+    for process in workers:
+        process.start()
+    for process in workers:
+        process.join()
+        assert process.exitcode == 0
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert torch.equal(first, second)
     if structure != "auto":  # which chooses by a process's share of the rows
         torch.testing.assert_close(first, train(0, 1, structure, opt), rtol=1e-9, atol=1e-11)
+
+
+class TestTrainingLoop:
+    """train.py on two processes."""
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            "--opt sgd --lr 0.05 --grad-accum-steps 2",
+            "--opt adamw --lr 0.002 --clip-grad 1 --decor-structure full",
+            "--opt sgd --lr 0.05 --decor-rule dbp --decor-structure space --no-decor-preserve-function",
+        ],
+    )
+    def test_two_processes_equal_one(self, words, tmp_path):
+        """Ten updates, the last of an epoch from fewer batches, with images left over that make no batch."""
+        ends = []
+        epochs = 5 if "accum" in words else 4
+        words = shlex.split(
+            f"--model test_vit --model-kwargs img_size=32 --no-aug --train-split train[:230] --epochs {epochs} "
+            f"--decor --decor-every 3 --decor-sample 1 --val-split test[:10] {words}"
+        )
+        for size, batch_size in ((1, 64), (2, 32)):
+            run = tmp_path / str(size)
+            command = [*TINY, *words, "-b", str(batch_size), "--output", str(tmp_path), "--experiment", run.name]
+            group = start_group(command, tmp_path / "log", tmp_path / f"ends{size}", size, float64=True)
+            for process in group:
+                process.join()
+                assert process.exitcode == 0, (tmp_path / "log").read_text()
+            ends += [torch.load(tmp_path / f"ends{size}" / f"{rank}.pt") for rank in range(size)]
+            assert history(run)[-1]["steps"] >= 10
+        whole, first, second = ends
+        assert same(first, second)
+        refreshes = [layer["refreshes"] for layer in first[1]["timm_decor"]["layers"].values()]
+        assert min(refreshes) >= 4
+        for a, b in zip(tensors(whole), tensors(first), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+    def test_stopped_killed_and_resumed(self, tmp_path):
+        """A signal to one of them stops both after the same update; killed ones go on; all end with the same."""
+        words = shlex.split(
+            "--epochs 6 --train-split train[:224] --model-ema --model-ema-decay 0.9 --drop 0.2 --mixup 0.4 "
+            "--val-interval 3 --resume auto"
+        )
+
+        def group(name, *more):
+            command = [*TINY, *DECOR, *words, *more, "--output", str(tmp_path), "--experiment", name]
+            return start_group(command, tmp_path / f"{name}.log", tmp_path / f"ends-{name}", 2)
+
+        def joined(processes):
+            for process in processes:
+                process.join()
+            return [process.exitcode for process in processes]
+
+        assert joined(group("whole")) == [0, 0], (tmp_path / "whole.log").read_text()
+        parts, log = tmp_path / "parts", tmp_path / "parts.log"
+        processes = group("parts", "--recovery-interval", "2")
+        while not (parts / "resume.pt").exists():
+            time.sleep(0.01)
+        os.kill(processes[1].pid, signal.SIGTERM)
+        assert joined(processes) == [143, 143], log.read_text()
+        assert log.read_text().count(" stopped by SIGTERM after update ") == 1
+        before = (parts / "resume.pt").stat().st_mtime_ns
+        processes = group("parts", "--recovery-interval", "1")
+        while (parts / "resume.pt").stat().st_mtime_ns == before and processes[0].exitcode is None:
+            time.sleep(0.01)
+        for process in processes:
+            process.kill()
+        assert joined(processes) == [-9, -9]
+        assert joined(group("parts")) == [0, 0], log.read_text()
+        assert log.read_text().count(" goes on after update ") == 2
+        assert same(final(parts), final(tmp_path / "whole"))
+        ends = [torch.load(tmp_path / "ends-parts" / f"{rank}.pt") for rank in range(2)]
+        assert same(*ends), "weights, running statistics, R"
+        assert same(ends[0], torch.load(tmp_path / "ends-whole" / "0.pt"))
+
+
+class TestSetUp:
+    @pytest.mark.parametrize("name", ["FSDP", "DeepSpeed", "Megatron_LM"])
+    def test_what_cuts_weights_into_pieces_is_refused(self, name, monkeypatch):
+        monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
+        with pytest.raises(UserError, match=f"^accelerate is set up for {name}, which cuts weights into pieces; "):
+            make_accelerator("cpu", False, "float16")
+
+    def test_accumulation_is_what_the_arguments_say(self, monkeypatch):
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "7")
+        reset_accelerate()
+        assert make_accelerator("cpu", False, "float16", 3).gradient_accumulation_steps == 3
+        reset_accelerate()
+
+    def test_sync_bn(self):
+        model = timm.create_model("test_resnet", num_classes=10)
+        keys, cuda = list(model.state_dict()), torch.device("cuda")
+        assert synchronized(model, [], torch.device("cpu"), 1) is model, "nobody to share with"
+        with pytest.raises(UserError, match="--sync-bn needs GPUs"):
+            synchronized(model, [], torch.device("cpu"), 2)
+        freeze(model, ["layer1"])
+        model = synchronized(model, ["layer1"], cuda, 2).train()
+        norms = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)}
+        assert norms and all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms.values())
+        assert {name for name, norm in norms.items() if not norm.training} == {n for n in norms if "layer1" in n}
+        assert list(model.state_dict()) == keys
+
+
+def tensors(state):
+    """All floating-point tensors of a nested state, in order; not R's bases, which are free among equal eigenvalues."""
+    if isinstance(state, torch.Tensor):
+        return [state] if state.is_floating_point() else []
+    if isinstance(state, dict):
+        state = [value for key, value in state.items() if not str(key).endswith("_basis")]
+    items = state if isinstance(state, list | tuple) else ()
+    return [tensor for item in items for tensor in tensors(item)]

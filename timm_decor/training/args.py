@@ -13,7 +13,7 @@ from typing import Any
 
 from timm_decor.config import DecorConfig
 from timm_decor.training.errors import UserError
-from timm_decor.training.parser import KeyValues, Parser, amount, count, index, positive, share
+from timm_decor.training.parser import KeyValues, Names, Parser, amount, count, index, positive, share
 
 _SWITCH = argparse.BooleanOptionalAction
 _SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "constant", "none")
@@ -40,14 +40,25 @@ def train_parser() -> Parser:
         metavar="NAME",
         help="submodules not to train, as in conv1 bn1 layer1; their BatchNorm keeps its statistics",
     )
-    group.add_argument("--resume", metavar="PATH", help="run folder (or its resume.pt) to go on with, in place")
+    group.add_argument(
+        "--resume",
+        metavar="PATH",
+        help="run folder (or its resume.pt) to go on with, in place; auto: that of --experiment, if it holds a run",
+    )
     group.add_argument("--drop", type=share, default=0.0, metavar="PCT", help="dropout rate")
     group.add_argument("--drop-path", type=share, metavar="PCT", help="drop path rate")
+    group.add_argument("--drop-block", type=share, metavar="PCT", help="drop block rate, for models that have it")
+    group.add_argument("--bn-momentum", type=share, metavar="X", help="of every BatchNorm; default: the model's")
+    group.add_argument("--bn-eps", type=positive, metavar="X", help="of every BatchNorm; default: the model's")
+    group.add_argument("--head-init-scale", type=amount, metavar="X", help="multiply the head's weight and bias")
+    group.add_argument("--head-init-bias", type=float, metavar="X", help="set the head's bias")
+    group.add_argument("--sync-bn", action=_SWITCH, default=False, help="BatchNorm over the images of all processes")
     group.add_argument("--grad-checkpointing", action=_SWITCH, default=False, help="trade compute for memory")
     _add_decor_arguments(parser)
     _add_optimizer_arguments(parser)
     _add_schedule_arguments(parser)
     _add_augmentation_arguments(parser)
+    _add_distillation_arguments(parser)
     _add_run_arguments(parser)
     return parser
 
@@ -58,11 +69,24 @@ def validate_parser() -> Parser:
     add_data_arguments(parser, batch_size=256)
     add_model_arguments(parser, default_model=None)
     parser.add_argument("--split", default="validation", metavar="NAME", help="falls back to val or test")
-    parser.add_argument("--checkpoint", metavar="FILE", help="safetensors, or a torch file that loads weights-only")
+    parser.add_argument(
+        "--checkpoint",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="safetensors, or a torch file that loads weights-only; several, or folders of them, give a row each",
+    )
     parser.add_argument("--pretrained", action=_SWITCH, default=False, help="timm's weights; implied by no checkpoint")
     parser.add_argument("--use-ema", action=_SWITCH, default=False, help="the checkpoint's averaged weights")
-    parser.add_argument("--results-file", metavar="FILE", help="write the result here as well")
-    parser.add_argument("--results-format", choices=("csv", "json"), default="csv", help="format of that file")
+    parser.add_argument(
+        "--test-pool", action=_SWITCH, default=False, help="pool test-time images larger than training's"
+    )
+    parser.add_argument("--results-file", metavar="FILE", help="write the rows here as well, the best first")
+    parser.add_argument(
+        "--results-format", choices=("csv", "json", "md"), help="format of that file; default: by its ending, else csv"
+    )
+    parser.add_argument("--confusion-matrix", metavar="FILE", help="write it as FILE, a csv, and as a png beside it")
+    parser.add_argument("--worst-images", metavar="FILE", help="write the images with the highest loss as one png")
     parser.add_argument("--seed", type=index, default=42, help="random seed")
     return parser
 
@@ -93,6 +117,7 @@ def add_data_arguments(parser: Parser, batch_size: int) -> None:
     group.add_argument("--in-chans", type=count, metavar="N", help="image channels: 3 (default) or 1")
     group.add_argument("--input-size", nargs=3, type=count, metavar=("C", "H", "W"), help="instead of the two above")
     group.add_argument("--crop-pct", type=amount, metavar="PCT", help="centre crop at evaluation; default: the model's")
+    group.add_argument("--crop-mode", choices=("center", "squash", "border"), help="that crop's; default: the model's")
     group.add_argument("--mean", type=float, nargs="+", help="mean pixel value; default: the model's")
     group.add_argument("--std", type=float, nargs="+", help="deviation of pixel values; default: the model's")
     group.add_argument("--interpolation", metavar="NAME", help="resize interpolation; default: the model's")
@@ -104,8 +129,10 @@ def add_model_arguments(parser: Parser, default_model: str | None) -> None:
     group.add_argument("-m", "--model", default=default_model, metavar="NAME", help="any timm model, or a decor_ one")
     group.add_argument("--num-classes", type=count, metavar="N", help="default: the data set's, else the model's")
     group.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="for the model")
+    group.add_argument("--gp", metavar="POOL", help="global pooling: fast, avg, max, avgmax; default: the model's")
     group.add_argument("--channels-last", action=_SWITCH, default=False, help="channels_last memory layout")
     group.add_argument("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="compile the model")
+    group.add_argument("--torchcompile-mode", metavar="MODE", help="torch.compile's mode")
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:N or mps; default: the best there is")
     group.add_argument("--amp", action=_SWITCH, default=False, help="automatic mixed precision")
     group.add_argument("--amp-dtype", default="float16", choices=("float16", "bfloat16"), help="AMP's dtype")
@@ -156,6 +183,8 @@ def _add_optimizer_arguments(parser: Parser) -> None:
     group.add_argument("--clip-grad", type=positive, metavar="NORM", help="clip gradients; default: no")
     group.add_argument("--clip-mode", default="norm", choices=("norm", "value", "agc"), help="how to clip")
     group.add_argument("--layer-decay", type=amount, metavar="X", help="layer-wise learning rate decay")
+    group.add_argument("--layer-decay-min-scale", type=share, default=0.0, metavar="X", help="its smallest factor")
+    group.add_argument("--layer-decay-no-opt-scale", type=share, metavar="X", help="freeze below this factor")
     group.add_argument("--opt-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="for the optimizer")
     group.add_argument("--grad-accum-steps", type=count, default=1, metavar="N", help="batches an update")
     group.add_argument("--model-ema", action=_SWITCH, default=False, help="keep a moving average of the weights")
@@ -199,6 +228,9 @@ def _add_augmentation_arguments(parser: Parser) -> None:
     group.add_argument("--hflip", type=share, default=0.5, help="chance of a horizontal flip")
     group.add_argument("--vflip", type=share, default=0.0, help="chance of a vertical flip")
     group.add_argument("--color-jitter", type=amount, default=0.4, help="strength of colour jitter")
+    group.add_argument("--color-jitter-prob", type=share, metavar="PCT", help="chance of colour jitter; default: 1")
+    group.add_argument("--grayscale-prob", type=share, metavar="PCT", help="chance of a grey image")
+    group.add_argument("--gaussian-blur-prob", type=share, metavar="PCT", help="chance of a blur")
     group.add_argument("--aa", metavar="POLICY", help="AutoAugment or RandAugment policy, as rand-m9-mstd0.5")
     group.add_argument("--reprob", type=share, default=0.0, help="chance of random erasing")
     group.add_argument("--remode", default="pixel", choices=("const", "rand", "pixel"), help="what erasing writes")
@@ -214,6 +246,21 @@ def _add_augmentation_arguments(parser: Parser) -> None:
     group.add_argument("--smoothing", type=share, default=0.1, help="label smoothing")
     group.add_argument("--bce-loss", action=_SWITCH, default=False, help="binary cross-entropy")
     group.add_argument("--bce-target-thresh", type=share, help="threshold for softened targets of --bce-loss")
+    group.add_argument("--bce-sum", action=_SWITCH, default=False, help="--bce-loss sums over classes")
+    group.add_argument("--bce-pos-weight", type=positive, metavar="X", help="weight of positives in --bce-loss")
+
+
+def _add_distillation_arguments(parser: Parser) -> None:
+    group = parser.add_argument_group("distillation")
+    group.add_argument("--kd-model-name", metavar="NAME", help="teacher, any timm model; no distillation without")
+    group.add_argument("--kd-pretrained-path", metavar="FILE", help="the teacher's weights, head included")
+    group.add_argument("--kd-distill-type", default="logit", choices=("logit", "token"), help="what learns from it")
+    group.add_argument("--kd-token-distill-type", default="soft", choices=("soft", "hard"), help="loss of token")
+    group.add_argument("--kd-temperature", type=positive, default=4.0, metavar="T", help="of both softmaxes")
+    group.add_argument("--task-loss-weight", type=amount, metavar="X", help="weight of the labels' loss; default: 1")
+    group.add_argument(
+        "--distill-loss-weight", type=amount, metavar="X", help="of the teacher's; default: 1, or 1 - the task's"
+    )
 
 
 def _add_run_arguments(parser: Parser) -> None:
@@ -222,8 +269,24 @@ def _add_run_arguments(parser: Parser) -> None:
     group.add_argument("--log-interval", type=count, default=50, metavar="N", help="batches between progress figures")
     group.add_argument("--val-interval", type=count, default=1, metavar="N", help="epochs between evaluations")
     group.add_argument("--checkpoint-hist", type=index, default=10, metavar="N", help="best checkpoints to keep")
+    group.add_argument(
+        "--recovery-interval",
+        type=index,
+        default=0,
+        metavar="N",
+        help="updates between checkpoints within an epoch; 0: at its end only",
+    )
     group.add_argument("--output", default="output", metavar="DIR", help="folder of runs")
     group.add_argument("--experiment", metavar="NAME", help="this run's folder there; default: time-model-size")
+    group.add_argument(
+        "--log-with",
+        nargs="+",
+        default=[],
+        action=Names,
+        choices=("tensorboard", "wandb", "trackio", "none"),
+        help="experiment trackers; repeatable, none takes back those before it",
+    )
+    group.add_argument("--project-name", default="timm_decor", metavar="NAME", help="the trackers' project")
     group.add_argument("--eval-metric", default="top1", choices=("top1", "top5", "loss"), help="what 'best' means")
     group = parser.add_argument_group("comparison with the plain twin")
     group.add_argument("--compare", action=_SWITCH, default=False, help="train both twins and write the comparison")

@@ -8,38 +8,31 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, skip_first_batches
 from timm.models import model_parameters
 from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import timm_decor
 from timm_decor.training.args import decor_config
 from timm_decor.training.build import check_fit, place
+from timm_decor.training.clock import StepClock
+from timm_decor.training.display import Display
 from timm_decor.training.errors import UserError
 from timm_decor.training.evaluate import Metrics, evaluate
+from timm_decor.training.losswatch import LossWatch, NonFiniteLoss
+from timm_decor.training.observe import Observer
 from timm_decor.training.optim import make_loss, make_optimizer, make_scheduler
-from timm_decor.training.runtime import mixed_seed, seed_everything
+from timm_decor.training.progress import Progress
+from timm_decor.training.runtime import mixed_seed, seed_everything, set_random_state
 
 Row = dict[str, Any]  # an epoch in summary.csv
-
-
-class NonFiniteLoss(UserError):
-    """The loss or a weight became infinite or NaN; training stops, and the checkpoints of the epochs before stay."""
-
-    def __init__(self, name: str, what: str, epoch: int, step: int) -> None:
-        kept = "the checkpoint of the epoch before is kept" if epoch > 1 else "there is no checkpoint yet"
-        super().__init__(
-            f"{name}: the {what} is not finite in epoch {epoch}, step {step}; {kept}. "
-            f"Try a lower --lr, a longer --warmup-epochs or --clip-grad"
-        )
 
 
 class Arm:
@@ -59,6 +52,10 @@ class Arm:
         epochs: how many there will be.
         handle: what `timm_decor.attach` returned, or None.
         failure: why it cannot go on, or None.
+        distillation: adds a teacher's opinion to the loss, or None.
+        observer: what its report will need.
+        log: takes figures by name and the number of updates so far, for trackers.
+        pause: called where an epoch can be left and gone on with: after an update, and before a batch of evaluation.
     """
 
     def __init__(
@@ -76,6 +73,10 @@ class Arm:
         self.accelerator = accelerator
         self.history: list[Row] = []
         self.failure: str | None = None
+        self.distillation: nn.Module | None = None
+        self.log: Callable[[Row, int], None] = lambda values, step: None
+        self.pause: Callable[[], None] = lambda: None
+        self._progress: Progress | None = None  # of the epoch that is being trained
         self._train_loader, self._eval_loader = train_loader, eval_loader
         self.model = place(model, accelerator.device, args.channels_last)
         # the average is a copy: made before anything wraps or attaches to the model
@@ -92,8 +93,10 @@ class Arm:
                 self.handle = timm_decor.attach(self.model, self._optimizer, decor_config(args))
             except ValueError as error:
                 raise UserError(f"{name}: {error}") from error
+        # R is the same on every process: one looks at it
+        self.observer = Observer(self.handle if accelerator.is_main_process else None, accelerator.device)
         if args.torchcompile:
-            self._wrapped = torch.compile(self._wrapped, backend=args.torchcompile)
+            self._wrapped = torch.compile(self._wrapped, backend=args.torchcompile, mode=args.torchcompile_mode)
         self._second_order = bool(getattr(optimizer, "is_second_order", False))
         self._loss = make_loss(args).to(accelerator.device)
         self._updates_per_epoch = -(-len(train_loader) // args.grad_accum_steps)
@@ -108,6 +111,8 @@ class Arm:
     @property
     def steps(self) -> int:
         """Optimizer updates so far."""
+        if self._progress is not None:
+            return self._progress.steps
         return self.history[-1]["steps"] if self.history else 0
 
     @property
@@ -129,93 +134,171 @@ class Arm:
         return f"{'ema' if self.ema else 'eval'}_{self.args.eval_metric}"
 
     def run_epoch(self) -> Row:
-        """Train one epoch, evaluate where one is due, and append the row to the history.
+        """Train one epoch, or the rest of it, evaluate where one is due, and append the row to the history.
 
         Raises:
             NonFiniteLoss: names epoch and step.
         """
         epoch = self.epoch
-        row = self._train(epoch)
-        if self.accelerator.num_processes > 1:  # each process has its own running statistics
-            distribute_bn(self.model, self.accelerator.num_processes, reduce=True)
-            if self.ema:
-                distribute_bn(self.ema.module, self.accelerator.num_processes, reduce=True)
+        if self._progress is None:
+            self._progress = Progress(self._loss_watch(), self.steps)
+        if self._progress.batches < len(self._train_loader):
+            self._train(epoch, self._progress)
+        row = self._training_row(epoch, self._progress)
         due = (epoch + 1) % self.args.val_interval == 0 or epoch + 1 == self.epochs
         row |= _columns("eval", self.evaluate(self.model) if due else None)
         if self.ema:
             row |= _columns("ema", self.evaluate(self.ema.module) if due else None)
-        self._check_finite(row)
+        self.check_finite(row)
         self.history.append(row)
+        self.log(row, row["steps"])
+        self._progress = None
         self._schedule(epoch + 1)
         return row
 
     def evaluate(self, model: nn.Module) -> Metrics:
         """Evaluate the model, or its average, on the evaluation split."""
-        return evaluate(model, self._eval_loader, self.accelerator, self.args.channels_last)
+        return evaluate(model, self._pausing(self._eval_loader), self.accelerator, self.args.channels_last)
 
-    def _train(self, epoch: int) -> Row:
+    def _pausing(self, loader: DataLoader[Any]) -> Iterator[Any]:
+        for batch in loader:
+            self.pause()
+            yield batch
+
+    def _train(self, epoch: int, progress: Progress) -> None:
+        """Train the epoch's batches from `progress.batches` on."""
         accelerator, args = self.accelerator, self.args
-        seed_everything(mixed_seed(args.seed, epoch, accelerator.process_index))
-        self._train_loader.set_epoch(epoch)  # type: ignore[attr-defined]
-        # Accelerate's loader passes this on by itself, but not on several processes
-        self._train_loader.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
         self.model.train()
-        steps = self.steps
-        watch = _LossWatch(self.name, epoch, accelerator, args.log_interval)
-        bar = tqdm(
-            total=len(self._train_loader),
-            desc=f"{self.name} {epoch + 1}/{self.epochs}",
-            leave=False,
-            disable=not (accelerator.is_main_process and sys.stderr.isatty()),
+        batches = len(self._train_loader)
+        observer, trained = self.observer, self.history[-1]["seconds"] if self.history else 0.0
+        display = Display(
+            f"{self.name} {epoch + 1}/{self.epochs}",
+            batches,
+            args.batch_size * accelerator.num_processes,
+            accelerator,
+            args.log_interval,
+            self.log,
+            done=progress.batches,
         )
-        start = time.perf_counter()
-        for images, labels in self._train_loader:
+        clock = StepClock(accelerator.device, self._updates_per_epoch, self.handle)
+        observer.begin_epoch()
+        start, looking = time.perf_counter() - progress.seconds, observer.spent
+        for images, labels in clock.batches(self._batches(epoch, progress)):
             if args.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             with accelerator.accumulate(self._wrapped):
-                loss = self._loss(self._wrapped(images), labels)
-                watch.see(loss.detach(), len(images), steps + 1)
-                accelerator.backward(loss, create_graph=self._second_order)
+                output = self._wrapped(images)
+                logits = output[0] if isinstance(output, tuple) else output  # of a model with a distillation head
+                loss = self._loss(logits, labels)
+                if self.distillation is not None:
+                    loss = self.distillation(loss, output, images)
+                progress.losses.see(loss.detach(), logits.detach(), labels, progress.steps + 1)
+                clock.lap("forward")
+                accelerator.backward(loss * self._weight(progress.batches), create_graph=self._second_order)
                 if args.clip_grad is not None and accelerator.sync_gradients:
                     self._clip()
+                clock.lap("backward")
                 self._optimizer.step()
                 self._optimizer.zero_grad()
+                clock.lap("optimizer")
+            progress.batches += 1
             if accelerator.sync_gradients:
-                steps += 1
+                if clock.refreshes:
+                    done = progress.steps / (self._updates_per_epoch * self.epochs)
+                    observer.look(trained + time.perf_counter() - start, done)
+                progress.steps += 1
                 if self.ema:
-                    self.ema.update(self.model, step=steps)
-                lr = self._lr()
+                    self.ema.update(self.model, step=progress.steps)
+                progress.lr = self._lr()
                 if self._scheduler is not None:
-                    self._scheduler.step_update(steps)
-            if watch.due:
-                bar.set_postfix(loss=f"{watch.check():.3f}", lr=f"{self._lr():.2g}", refresh=False)
-            bar.update()
-        bar.close()
+                    self._scheduler.step_update(progress.steps)
+            looked = None
+            if progress.losses.due:
+                self._check_loss(progress)
+                looked = progress.losses.figures()
+                observer.point(progress.steps, looked[0], progress.lr or self._lr())
+            display.update(looked, progress.lr or self._lr(), observer.correlation, progress.steps)
+            if accelerator.sync_gradients and progress.batches < batches:
+                progress.seconds = time.perf_counter() - start - (observer.spent - looking)
+                self.pause()
+            if accelerator.sync_gradients:
+                clock.updated()
+        display.close()
+        observer.end_epoch(clock.watched)
         if hasattr(self._optimizer.optimizer, "sync_lookahead"):
             self._optimizer.optimizer.sync_lookahead()
-        train_loss, images_seen = watch.finish()
-        seconds = time.perf_counter() - start
+        self._check_loss(progress)
+        if accelerator.num_processes > 1:  # each process has its own running statistics
+            distribute_bn(self.model, accelerator.num_processes, reduce=True)
+            if self.ema:
+                distribute_bn(self.ema.module, accelerator.num_processes, reduce=True)
+        progress.seconds = time.perf_counter() - start - (observer.spent - looking)
+
+    def _batches(self, epoch: int, progress: Progress) -> Iterator[Any]:
+        """The epoch's batches that are still to come, with random numbers as they follow on those before."""
+        self._train_loader.set_epoch(epoch)  # type: ignore[attr-defined]
+        # Accelerate's loader passes this on by itself, but not on several processes
+        self._train_loader.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
+        loader = self._train_loader
+        if progress.batches:
+            loader = skip_first_batches(loader, progress.batches)
+            loader.set_epoch(epoch)  # type: ignore[attr-defined]  # it counts epochs on its own
+        for number, batch in enumerate(loader):
+            # not earlier: a loader draws a number when it starts its workers, which it does once in a process
+            if progress.random is not None:
+                set_random_state(progress.random, self.accelerator.device)
+                progress.random = None
+            elif number == 0:
+                seed_everything(mixed_seed(self.args.seed, epoch, self.accelerator.process_index))
+            yield batch
+
+    def _weight(self, batch: int) -> float:
+        """Weight of a batch's loss, which Accelerate divides by --grad-accum-steps whatever an update's batches are."""
+        steps, batches = self.args.grad_accum_steps, len(self._train_loader)
+        left_over = batches % steps
+        return float(steps / left_over) if left_over and batch >= batches - left_over else 1.0
+
+    def _training_row(self, epoch: int, progress: Progress) -> Row:
+        train_loss, train_top1, images_seen = progress.losses.totals()
         return {
             "epoch": epoch + 1,
             "train_loss": train_loss,
-            "lr": lr,
-            "steps": steps,
-            "epoch_seconds": seconds,
-            "seconds": seconds + (self.history[-1]["seconds"] if self.history else 0.0),
-            "images_per_s": images_seen / seconds,
+            "train_top1": train_top1,
+            "lr": progress.lr,
+            "steps": progress.steps,
+            "epoch_seconds": progress.seconds,
+            "seconds": progress.seconds + (self.history[-1]["seconds"] if self.history else 0.0),
+            "images_per_s": images_seen / progress.seconds,
         }
 
-    def _check_finite(self, row: Row) -> None:
-        """Refuse an epoch that must not replace the last good checkpoint: its last step is behind no training loss."""
+    def _loss_watch(self) -> LossWatch:
+        return LossWatch(self.accelerator, self.args.log_interval)
+
+    def _check_loss(self, progress: Progress) -> None:
+        step = progress.losses.first_bad_step()
+        if step is not None:
+            raise NonFiniteLoss(self.name, "loss", self.epoch + 1, step)
+
+    def check_finite(self, row: Row | None = None) -> None:
+        """Refuse a state that must not replace the last good checkpoint. Collective.
+
+        Args:
+            row: with the evaluation's losses, where there was one: the last update is behind no training loss.
+
+        Raises:
+            NonFiniteLoss: a loss or a weight is not finite.
+        """
+        if self._progress is not None:
+            self._check_loss(self._progress)
+        row = row or {}
         found = [f"{kind} loss" for kind in ("eval", "ema") if not math.isfinite(row.get(f"{kind}_loss", 0.0))]
-        for model in (self.model, self.ema.module if self.ema else None):
-            weights = model.state_dict() if model is not None else {}
-            named = [(name, value) for name, value in weights.items() if value.is_floating_point()]
+        for model in self._models:
+            named = [(name, value) for name, value in model.state_dict().items() if value.is_floating_point()]
             if named and not bool(torch.stack([value.isfinite().all() for _, value in named]).all()):
                 found.append(next(f"weight {name}" for name, value in named if not value.isfinite().all()))
         anywhere = self.accelerator.gather(torch.tensor([bool(found)], device=self.accelerator.device))
         if bool(anywhere.any()):  # on all processes together, or the others would wait for this one
-            raise NonFiniteLoss(self.name, (found or ["state of another process"])[-1], row["epoch"], row["steps"])
+            raise NonFiniteLoss(self.name, (found or ["state of another process"])[-1], self.epoch + 1, self.steps)
 
     def _clip(self) -> None:
         self.accelerator.unscale_gradients()
@@ -235,7 +318,7 @@ class Arm:
         self._scheduler.step_update(self.history[epoch - 1]["steps"] if epoch else 0)
 
     def state(self) -> dict[str, Any]:
-        """All that is needed to go on, in tensors and plain Python types."""
+        """All that is needed to go on, in tensors and plain Python types. Collective."""
         scaler = self.accelerator.scaler
         return {
             "arch": self.args.model,
@@ -245,23 +328,34 @@ class Arm:
             "state_dict_ema": self.ema.module.state_dict() if self.ema else None,
             "optimizer": self._optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
+            "observed": self.observer.state(),
+            "progress": self._progress and self._progress.state(self.accelerator, self._models, self._plan),
         }
 
     def load_state(self, state: dict[str, Any], path: str) -> None:
         """Go on from what `state` returned.
 
         Raises:
-            UserError: the state is of another model or optimizer.
+            UserError: the state is of another model or optimizer, or of the middle of an epoch of other batches.
         """
         check_fit(self.model, state["state_dict"], path)
         self.model.load_state_dict(state["state_dict"])
         if self.ema:
             self.ema.module.load_state_dict(state["state_dict_ema"] or state["state_dict"])
         self.history = list(state["history"])
+        self.observer.load(state.get("observed"))
         # A schedule is a function of updates and of the metrics so far: replaying those restores it. Before the
         # optimizer's state, because plateau's schedule multiplies the learning rates that it finds.
         for epoch in range(self.epoch + 1):
             self._schedule(epoch)
+        if state.get("progress"):
+            self._progress = Progress(self._loss_watch(), 0)
+            try:
+                self._progress.load(state["progress"], self.accelerator, self._models, self._plan)
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from error
+            if self._scheduler is not None:
+                self._scheduler.step_update(self.steps)
         try:
             self._optimizer.load_state_dict(state["optimizer"])
         except (ValueError, KeyError, RuntimeError) as error:
@@ -269,48 +363,20 @@ class Arm:
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
-
-class _LossWatch:
-    """Adds up an epoch's loss and notices when it stops being finite, without making a GPU wait at every step."""
-
-    def __init__(self, name: str, epoch: int, accelerator: Accelerator, interval: int) -> None:
-        self._name, self._epoch, self._accelerator = name, epoch, accelerator
-        looking_is_free = accelerator.device.type == "cpu" and accelerator.num_processes == 1
-        self._interval = 1 if looking_is_free else interval
-        self._sums = torch.zeros(2, device=accelerator.device)
-        self._bad = torch.zeros((), dtype=torch.int64, device=accelerator.device)  # first bad step, or 0
-        self._last = self._sums[0]
-        self._seen = 0
-
-    def see(self, loss: Tensor, images: int, step: int) -> None:
-        """Count a batch's mean loss."""
-        self._sums += torch.stack((loss.float() * images, loss.new_tensor(images, dtype=torch.float32)))
-        self._bad = torch.where((self._bad == 0) & ~torch.isfinite(loss), step, self._bad)
-        self._last = loss
-        self._seen += 1
+    @property
+    def _models(self) -> list[nn.Module]:
+        return [self.model, *([self.ema.module] if self.ema else [])]
 
     @property
-    def due(self) -> bool:
-        """Whether it is time to look."""
-        return self._seen % self._interval == 0
-
-    def check(self) -> float:
-        """The last batch's loss.
-
-        Raises:
-            NonFiniteLoss: one of the batches so far had a loss that is not finite.
-        """
-        first = self._accelerator.gather(self._bad[None])
-        if bool(first.any()):
-            step = int(first[first > 0].min())
-            raise NonFiniteLoss(self._name, "loss", self._epoch + 1, step)
-        return float(self._last)
-
-    def finish(self) -> tuple[float, float]:
-        """The epoch's mean loss and number of images, over all processes; raises what `check` raises."""
-        self.check()
-        total, images = self._accelerator.reduce(self._sums, reduction="sum").tolist()
-        return total / images, images
+    def _plan(self) -> dict[str, int]:
+        """What decides which batches an epoch has, by the names of the arguments."""
+        return {
+            "processes": self.accelerator.num_processes,
+            "batch-size": self.args.batch_size,
+            "grad-accum-steps": self.args.grad_accum_steps,
+            "seed": self.args.seed,
+            "batches": len(self._train_loader),
+        }
 
 
 def _columns(prefix: str, metrics: Metrics | None) -> Row:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
+import os
+import pickle
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,14 +17,22 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from timm.data import resolve_data_config
+from timm.layers import convert_sync_batchnorm
 from timm.models import get_arch_pretrained_cfgs, is_model, list_models, load_state_dict, split_model_name_tag
 from torch import nn
 
 import timm_decor
 from timm_decor.models import PREFIX, plain_name
+from timm_decor.training.adjust import init_head, set_batch_norm
 from timm_decor.training.args import changed_decor_flags, decor_config
-from timm_decor.training.errors import UserError, first_line, near
+from timm_decor.training.errors import UserError, first_line, load_failure, near
 
+# What timm raises on arguments that it cannot follow.
+CREATION_ERRORS = (
+    *(RuntimeError, ValueError, TypeError, KeyError, OSError, AttributeError, AssertionError),
+    pickle.UnpicklingError,
+)
+_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load reads it at every call
 EMA_SUFFIX = "-ema"  # last.safetensors has its averaged weights in last-ema.safetensors
 
 
@@ -67,7 +79,12 @@ def create(args: argparse.Namespace, num_classes: int | None, in_chans: int) -> 
             submodule to freeze.
     """
     check_model_name(args.model)
-    kwargs = {"drop_rate": getattr(args, "drop", None) or None, "drop_path_rate": getattr(args, "drop_path", None)}
+    kwargs = {
+        "drop_rate": getattr(args, "drop", None) or None,
+        "drop_path_rate": getattr(args, "drop_path", None),
+        "drop_block_rate": getattr(args, "drop_block", None),
+        "global_pool": args.gp,
+    }
     path = getattr(args, "pretrained_path", None)
     weights = _read_weights(path) if path else {}
     if path:
@@ -75,18 +92,19 @@ def create(args: argparse.Namespace, num_classes: int | None, in_chans: int) -> 
         # num_classes: as in timm's train.py, it asks for a new head even where the number of classes is the same
         kwargs["pretrained_cfg_overlay"] = {"state_dict": weights, "num_classes": -1}
     try:
-        model = timm.create_model(
-            args.model,
-            pretrained=args.pretrained or bool(path),
-            num_classes=num_classes,
-            in_chans=in_chans,
-            **kwargs,
-            **args.model_kwargs,
-        )
+        with weights_only():
+            model = timm.create_model(
+                args.model,
+                pretrained=args.pretrained or bool(path),
+                num_classes=num_classes,
+                in_chans=in_chans,
+                **kwargs,
+                **args.model_kwargs,
+            )
         if getattr(args, "decor", False):
             model = timm_decor.decorrelate(model, decor_config(args))
-    except (RuntimeError, ValueError, TypeError, KeyError, OSError, AttributeError, AssertionError) as error:
-        raise UserError(f"cannot create {args.model}: {_reason(error)}") from error
+    except CREATION_ERRORS as error:
+        raise UserError(f"cannot create {args.model}: {reason(error)}") from error
     if path:
         cast(Any, model).pretrained_cfg.pop("state_dict", None)
         _check_adapted(model, weights, path)
@@ -94,8 +112,24 @@ def create(args: argparse.Namespace, num_classes: int | None, in_chans: int) -> 
         cast(Any, model).set_grad_checkpointing(True)
     if getattr(args, "initial_checkpoint", None):
         load_weights(model, args.initial_checkpoint)
+    set_batch_norm(model, getattr(args, "bn_momentum", None), getattr(args, "bn_eps", None))
+    init_head(model, getattr(args, "head_init_scale", None), getattr(args, "head_init_bias", None))
     freeze(model, getattr(args, "freeze", []))
     return model
+
+
+@contextlib.contextmanager
+def weights_only() -> Iterator[None]:
+    """No pickle that calls anything loads in here, whatever timm asks for: not all of its versions are careful."""
+    before = os.environ.get(_WEIGHTS_ONLY)
+    os.environ[_WEIGHTS_ONLY] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_WEIGHTS_ONLY]
+        else:
+            os.environ[_WEIGHTS_ONLY] = before
 
 
 def freeze(model: nn.Module, names: list[str]) -> None:
@@ -124,6 +158,27 @@ def freeze(model: nn.Module, names: list[str]) -> None:
             module.eval()
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("--freeze leaves nothing to train")
+
+
+def synchronized(model: nn.Module, frozen: list[str], device: torch.device, processes: int) -> nn.Module:
+    """The model with BatchNorm over the images of all processes, under the same keys; on one process as it is.
+
+    Args:
+        model: its BatchNorm layers are replaced.
+        frozen: the names that `freeze` was given; what is frozen there stays so.
+        device: that it will train on.
+        processes: how many train together.
+
+    Raises:
+        UserError: torch cannot do it on that device.
+    """
+    if processes == 1:
+        return model
+    if device.type == "cpu":
+        raise UserError("--sync-bn needs GPUs: torch has no synchronised BatchNorm for the CPU")
+    model = convert_sync_batchnorm(model)
+    freeze(model, frozen)
+    return model
 
 
 @functools.cache
@@ -231,7 +286,7 @@ def _read_weights(path: str, use_ema: bool | None = None) -> Any:
     except UserError:
         raise
     except Exception as error:  # on arbitrary bytes the weights-only unpickler raises whatever it stumbles over
-        raise UserError(f"{path} is not a checkpoint: {first_line(error)}") from error
+        raise UserError(f"{path} is not a checkpoint: {load_failure(error)}") from error
 
 
 def _check_adapted(model: nn.Module, weights: Any, path: str) -> None:
@@ -260,8 +315,10 @@ def _check_tensors(weights: Any, path: str) -> None:
         raise UserError(f"{path} is not a checkpoint: it holds no tensors")
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The first line of an error; its second as well where torch announces it with a colon."""
+    if "weights_only" in str(error):
+        return load_failure(error)
     lines = [line.strip() for line in str(error).strip().splitlines()]
     return f"{lines[0]} {lines[1]}" if len(lines) > 1 and lines[0].endswith(":") else first_line(error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -94,15 +95,24 @@ _ROWS: tuple[tuple[str, str, str, float | None], ...] = (
 )
 
 
+def figures(sides: Sequence[Side]) -> list[tuple[str, list[str]]]:
+    """The figures of one side or two as text: a label, and a cell a side. One side compares with nothing."""
+    summaries = [summary(side, other) for side, other in zip(sides, reversed(sides), strict=True)]
+    rows = []
+    for label, key, form, factor in _ROWS:
+        if len(sides) == 1 and key.startswith("reach_"):
+            continue
+        cells = ["-" if f[key] is None else form.format(f[key] * factor if factor else f[key]) for f in summaries]
+        rows.append((label, cells))
+    if any(side.failure for side in sides):
+        rows.append(("outcome", [side.outcome for side in sides]))
+    return rows
+
+
 def markdown(sides: tuple[Side, Side]) -> str:
     """The comparison as a markdown table, a column a side."""
-    figures = [summary(sides[0], sides[1]), summary(sides[1], sides[0])]
     lines = [f"| | {sides[0].name} | {sides[1].name} |", "|---|---|---|"]
-    for label, key, form, factor in _ROWS:
-        cells = ["-" if f[key] is None else form.format(f[key] * factor if factor else f[key]) for f in figures]
-        lines.append(f"| {label} | {cells[0]} | {cells[1]} |")
-    if any(side.failure for side in sides):
-        lines.append(f"| outcome | {sides[0].outcome} | {sides[1].outcome} |")
+    lines += [f"| {label} | {' | '.join(cells)} |" for label, cells in figures(sides)]
     return "\n".join(lines) + "\n"
 
 

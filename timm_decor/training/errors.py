@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
     """Bad input: one line that names the thing, the value and what would work. The command line exits with code 2."""
+
+
+class Stopped(Exception):
+    """A signal stopped the run, whose state is saved. The command line exits with 128 + the signal's number.
+
+    Args:
+        signum: the signal.
+        message: one line for the person who sent it; empty on all processes but one.
+    """
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.signum = signum
 
 
 def near(name: str, known: Iterable[str], count: int = 3) -> str:
@@ -23,6 +37,17 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def load_failure(error: BaseException) -> str:
+    """Why a file of weights did not load; a pickle that wanted to call something is told by what it wanted to call."""
+    chain: BaseException | None = error
+    while chain is not None:
+        wanted = re.search(r"(?:GLOBAL|globals:|class) ([A-Za-z_]\w*(?:\.\w+)+)", str(chain))
+        if wanted:
+            return f"it would call {wanted[1]} as it loads, which is refused"
+        chain = chain.__cause__
+    return first_line(error).split(". ")[0]
+
+
 def message(error: UserError) -> str:
     """The error's own line.
 
@@ -34,12 +59,16 @@ def message(error: UserError) -> str:
 
 
 def exit_code(prog: str, main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
-    """Run a command line: 0 when it returned, 2 and one line on stderr for a `UserError`, 130 for an interrupt."""
+    """Run a command line: 0 when it returned, 2 and one line on stderr for a `UserError`, 128 + n for signal n."""
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         print(f"{prog}: error: {message(error)}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        if str(stopped):
+            print(f"{prog}: {stopped}", file=sys.stderr)
+        return 128 + stopped.signum
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130

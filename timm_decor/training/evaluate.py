@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,21 @@ class Metrics:
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    loader: DataLoader[Any],
+    loader: Iterable[Any],
     accelerator: Accelerator,
     channels_last: bool = False,
+    seen: list[Tensor] | None = None,
 ) -> Metrics:
-    """Evaluate a model, in evaluation mode, on all images of a prepared loader; each image counts once."""
+    """Evaluate a model, in evaluation mode, on all images of a prepared loader; each image counts once.
+
+    Args:
+        model: gives logits (N, classes).
+        loader: images in the order of their source.
+        accelerator: what prepared the loader.
+        channels_last: memory layout of the images.
+        seen: takes a tensor (N, 4) a batch, on the CPU: label, predicted label, loss and confidence of each image, in
+            the source's order.
+    """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device="cpu" if accelerator.device.type == "mps" else accelerator.device)
     classes = 0
@@ -50,9 +60,18 @@ def evaluate(
         output = output.float()
         classes = output.shape[1]
         losses = functional.cross_entropy(output, labels, reduction="none")
-        ranked = output.topk(min(5, classes), dim=1).indices == labels[:, None]
+        top = output.topk(min(5, classes), dim=1).indices
+        ranked = top == labels[:, None]
         # on several processes the last batch is padded; gather_for_metrics drops the padding
         losses, ranked = accelerator.gather_for_metrics((losses, ranked))
+        if seen is not None:
+            rows = (
+                labels,
+                top[:, 0],
+                functional.cross_entropy(output, labels, reduction="none"),
+                output.softmax(1).amax(1),
+            )
+            seen.append(accelerator.gather_for_metrics(torch.stack([row.float() for row in rows], dim=1)).cpu())
         batch = torch.stack((losses.sum(), ranked[:, 0].sum(), ranked.any(1).sum(), losses.new_tensor(len(losses))))
         sums += batch.to(sums)
     loss, top1, top5, images_seen = sums.tolist()

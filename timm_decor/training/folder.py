@@ -1,13 +1,19 @@
-"""The output folder of a run. Every file is written under a temporary name and renamed, so none is ever half there."""
+"""The output folder of a run.
+
+Every file is written under a temporary name, brought to the disk and renamed, so none is ever half there. resume.pt
+has one generation before it, for the day on which the disk itself spoils the newest.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import itertools
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,9 +26,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from timm_decor.training.build import EMA_SUFFIX
-from timm_decor.training.errors import UserError, first_line
+from timm_decor.training.errors import UserError, first_line, load_failure
 
 RESUME_FILE = "resume.pt"
+PREVIOUS_FILE = "resume-previous.pt"
+DAMAGED_FILE = "resume-damaged.pt"
 ARGS_FILE = "args.yaml"
 SUMMARY_FILE = "summary.csv"
 
@@ -119,21 +127,71 @@ class RunFolder:
                 file.unlink()
 
     def write_resume(self, state: Mapping[str, Any]) -> None:
-        """resume.pt: all that training needs to go on, in one file, so that its parts always belong together."""
-        self._write(RESUME_FILE, lambda file: torch.save(dict(state), file))
+        """resume.pt: all that training needs to go on, in one file, so that its parts always belong together.
 
-    def _write(self, name: str, write: Callable[[Path], Any]) -> None:
+        The one that was there becomes resume-previous.pt.
+        """
+
+        def write(path: Path) -> None:
+            with open(path, "wb") as file:  # not torch's own, which hides the system's reason when a write fails
+                torch.save(dict(state), file)
+
+        self._write(RESUME_FILE, write, keep=PREVIOUS_FILE)
+
+    def set_aside_damaged(self) -> None:
+        """Rename a resume.pt that cannot be used, or the next write would make it the previous one."""
+        if self._writes and (self.path / RESUME_FILE).is_file():
+            os.replace(self.path / RESUME_FILE, self.path / DAMAGED_FILE)
+
+    def remove_unfinished(self) -> None:
+        """Remove what a killed run left half-written."""
+        if self._writes:
+            for file in self.path.glob(_unfinished("*")):
+                file.unlink(missing_ok=True)
+
+    def _write(self, name: str, write: Callable[[Path], Any], keep: str | None = None) -> None:
         if not self._writes:
             return
         target = self.path / name
-        unfinished = target.with_name(f".{name}.unfinished")
+        unfinished = self.path / _unfinished(name)
         try:
             unfinished.unlink(missing_ok=True)
             write(unfinished)
+            _to_disk(unfinished)
+            if keep and target.is_file():
+                self._write(keep, partial(_link, target))
             os.replace(unfinished, target)
+            unfinished.unlink(missing_ok=True)  # renaming does nothing where both are names of one file already
+            with contextlib.suppress(OSError):  # not every file system has it for folders
+                _to_disk(self.path)
         except (OSError, RuntimeError, SafetensorError) as error:
             # a full disk is a RuntimeError from torch.save and a SafetensorError, which is neither, from save_file
-            raise UserError(f"cannot write {target}: {first_line(error)}") from error
+            with contextlib.suppress(OSError):
+                unfinished.unlink(missing_ok=True)
+            raise UserError(f"cannot write {target}: {_reason(error)}") from error
+
+
+def _unfinished(name: str) -> str:
+    return f".{name}.unfinished"
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file's bytes (of a folder: its names) would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: BaseException) -> str:
+    """The system's reason, which torch.save buries under its own complaint."""
+    below: BaseException | None = error
+    while below is not None:
+        if isinstance(below, OSError) and below.strerror:
+            return below.strerror
+        below = below.__cause__ or below.__context__
+    return first_line(error)
 
 
 def _link(source: Path, target: Path) -> None:
@@ -145,25 +203,51 @@ def _link(source: Path, target: Path) -> None:
 
 def holds_run(path: Path) -> bool:
     """Whether a run has left its files in this folder."""
-    return any((path / name).is_file() for name in (RESUME_FILE, SUMMARY_FILE))
+    return any((path / name).is_file() for name in (RESUME_FILE, PREVIOUS_FILE, SUMMARY_FILE))
 
 
-def read_resume(path: Path) -> dict[str, Any]:
-    """What `write_resume` wrote.
+def find_resume(folder: Path) -> tuple[Path | None, str]:
+    """The newest usable resume file of a run folder.
 
-    Args:
-        path: the file, or the run folder that holds it.
+    Returns:
+        The file, None where there is none; and what is wrong with a newer one, empty where nothing is.
 
     Raises:
-        UserError: there is none, or it is something else.
+        UserError: there is one, but none that can be used.
     """
-    file = path / RESUME_FILE if path.is_dir() else path
+    wrong = []
+    for file in (folder / RESUME_FILE, folder / PREVIOUS_FILE):
+        if file.is_file():
+            try:
+                read_resume(file)
+            except UserError as error:
+                wrong.append(str(error))
+            else:
+                return file, "; ".join(wrong)
+    if wrong:
+        raise UserError("; ".join(wrong))
+    return None, ""
+
+
+def read_resume(file: Path) -> dict[str, Any]:
+    """What `write_resume` wrote.
+
+    Raises:
+        UserError: there is no such file, it is damaged, or it is something else.
+    """
     if not file.is_file():
         raise UserError(f"nothing to resume: {file} does not exist")
     try:
+        # torch writes a checksum of each record, as zip files have them, but does not look at it when it reads
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise UserError(f"cannot resume from {file}: it is damaged ({damaged} does not match its checksum)")
         state = torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # on arbitrary bytes the weights-only unpickler raises whatever it stumbles over
-        raise UserError(f"cannot resume from {file}: {first_line(error)}") from error
+        raise UserError(f"cannot resume from {file}: it is damaged or no checkpoint ({load_failure(error)})") from error
     if not isinstance(state, dict) or not {"state_dict", "optimizer", "history"} <= state.keys():
         raise UserError(f"cannot resume from {file}: it is no {RESUME_FILE} of train.py")
     return state

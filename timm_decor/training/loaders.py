@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from timm_decor.training.errors import UserError, first_line
 from timm_decor.training.runtime import available_cpus, mixed_seed, seed_everything
 from timm_decor.training.sources import Source, read
+from timm_decor.training.stopping import spare_worker
 
 
 class Batches(Dataset[Any]):
@@ -145,6 +146,9 @@ def train_loader(
             hflip=args.hflip,
             vflip=args.vflip,
             color_jitter=args.color_jitter or None,
+            color_jitter_prob=args.color_jitter_prob,
+            grayscale_prob=args.grayscale_prob or 0.0,
+            gaussian_blur_prob=args.gaussian_blur_prob or 0.0,
             auto_augment=args.aa,
             interpolation=data_config["interpolation"] if args.no_aug else args.train_interpolation,
             mean=data_config["mean"],
@@ -228,6 +232,7 @@ def _loader(
         persistent_workers=workers > 0,
         pin_memory=args.pin_mem,
         collate_fn=_as_is,
+        worker_init_fn=spare_worker,
     )
     return accelerator.prepare_data_loader(loader)
 

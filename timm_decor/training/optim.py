@@ -65,7 +65,12 @@ def make_loss(args: argparse.Namespace) -> nn.Module:
     """The training loss: mixup brings soft labels, which are already smoothed."""
     soft = mixes(args)
     if args.bce_loss:
-        return BinaryCrossEntropy(0.0 if soft else args.smoothing, target_threshold=args.bce_target_thresh)
+        return BinaryCrossEntropy(
+            0.0 if soft else args.smoothing,
+            target_threshold=args.bce_target_thresh,
+            sum_classes=args.bce_sum,
+            pos_weight=args.bce_pos_weight,
+        )
     if soft:
         return SoftTargetCrossEntropy()
     if args.smoothing:

@@ -106,6 +106,16 @@ class KeyValues(argparse.Action):
         setattr(namespace, self.dest, result)
 
 
+class Names(argparse.Action):
+    """Adds to the names given before, so that the argument can be repeated; `none` takes those back."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        names = list(getattr(namespace, self.dest))
+        for name in values:
+            names = [] if name == "none" else [*names, name] if name not in names else names
+        setattr(namespace, self.dest, names)
+
+
 def count(text: str) -> int:
     """A whole number, 1 or more."""
     return _at_least(int(text), 1)

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 from timm_decor.training.compare import Side
-from timm_decor.training.errors import UserError
 
 _COLOURS = ("#d1495b", "#30638e")  # decorrelated, plain: told apart in print and by the colour-blind
 _MARKERS = ("o", "s")
-
-
-def check_available() -> None:
-    """Refuse to begin what could not be drawn in the end.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
-    if find_spec("matplotlib") is None:
-        raise UserError("--compare draws with matplotlib, which is not installed: pip install 'timm-decor[plots]'")
 
 
 def save_picture(sides: tuple[Side, Side], path: Path, title: str) -> None:

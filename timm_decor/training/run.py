@@ -9,47 +9,56 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator
 from timm.models import safe_model_name
 from torch import nn
 from torch.utils.data import DataLoader
 
 from timm_decor.reporting import AttachReport, ConversionReport
-from timm_decor.training import build, compare
+from timm_decor.training import build, compare, report, trackers
 from timm_decor.training.args import as_recipe, decor_config, train_parser
-from timm_decor.training.arm import Arm, NonFiniteLoss
+from timm_decor.training.arm import Arm
+from timm_decor.training.checkpoints import Keeper, load_states
 from timm_decor.training.datasets import open_source
+from timm_decor.training.distill import make_distillation
 from timm_decor.training.errors import UserError, first_line
-from timm_decor.training.folder import ARGS_FILE, RESUME_FILE, RunFolder, holds_run, read_resume
+from timm_decor.training.folder import ARGS_FILE, RESUME_FILE, RunFolder, holds_run
 from timm_decor.training.loaders import eval_loader, train_loader
+from timm_decor.training.losswatch import NonFiniteLoss
 from timm_decor.training.optim import learning_rate
-from timm_decor.training.plot import check_available, save_picture
+from timm_decor.training.plot import save_picture
+from timm_decor.training.privacy import published, published_command, refuse_secrets, without_paths
 from timm_decor.training.runtime import machine, make_accelerator, seed_everything, versions
+from timm_decor.training.stopping import StopRequest
 
-# Arguments that name places on somebody's machine: kept out of the result files, which are made to be published.
-_PRIVATE = ("data_dir", "output", "experiment", "initial_checkpoint", "pretrained_path", "class_map")
 SIDES = ("decorrelated", "plain")  # folders of a comparison
+AUTO = "auto"  # --resume: the run in --experiment's folder, if there is one
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """train.py's arguments, a recipe's (-c, or the args.yaml of the run to --resume) below the command line's.
 
     Raises:
-        UserError: an argument or a recipe's key is unknown or refused.
+        UserError: an argument or a recipe's key is unknown or refused, or a value is a secret.
     """
     parser = train_parser()
     args = parser.parse(argv)
     recipe = args.config
-    if args.resume and not recipe:
+    if args.resume not in (None, AUTO) and not recipe:
         path = Path(args.resume)
         recipe = (path if path.is_dir() else path.parent) / ARGS_FILE
         if not recipe.is_file():
             raise UserError(f"nothing to resume: {recipe} does not exist")
-    return parser.parse([*parser.recipe_words(str(recipe)), *argv]) if recipe else args
+    if recipe:
+        args = parser.parse([*parser.recipe_words(str(recipe)), *argv])
+    refuse_secrets(args)
+    return args
 
 
 def main(argv: Sequence[str]) -> None:
@@ -63,8 +72,7 @@ def main(argv: Sequence[str]) -> None:
     build.check_model_name(args.model)
     if args.compare and not decorrelated:
         raise UserError(f"--compare needs a decorrelated model: use --model decor_{args.model}, or --decor")
-    if args.compare:
-        check_available()
+    trackers.check_available(args.log_with)
     decor_config(args)  # refuse a bad knob before the data are read
     accelerator = make_accelerator(args.device, args.amp, args.amp_dtype, args.grad_accum_steps)
     folder = _open_folder(args, accelerator)
@@ -74,6 +82,8 @@ def main(argv: Sequence[str]) -> None:
     train_source, eval_source = open_source(args, args.train_split, mode), open_source(args, args.val_split, mode)
     seed_everything(args.seed)
     model = build.create(args, args.num_classes or train_source.num_classes, channels)
+    if args.sync_bn:
+        model = build.synchronized(model, args.freeze, accelerator.device, accelerator.num_processes)
     classes = build.class_count(model)
     if args.eval_metric == "top5" and classes <= 5:
         raise UserError(f"--eval-metric top5 means nothing with {classes} classes")
@@ -82,11 +92,12 @@ def main(argv: Sequence[str]) -> None:
         train_loader(args, train_source, data_config, classes, accelerator),
         eval_loader(args, eval_source, data_config, classes, accelerator),
     )
+    distillation = make_distillation(args, model, data_config, accelerator)
     arms = _make_arms(args, model, accelerator, loaders, decorrelated)
     folders = _arm_folders(args, folder, arms, accelerator.is_main_process)
-    metadata = _metadata(args, data_config, classes)
+    metadata = _metadata(args, model, data_config, classes)
     if args.resume:
-        _load_states(args, arms, folders)
+        _load_states(args, arms, folder, folders)
     accelerator.print(
         f"{args.model}: {len(train_source)} training and {len(eval_source)} evaluation images, "
         f"{data_config['input_size']}, on {accelerator.num_processes} x {accelerator.device.type}"
@@ -97,19 +108,30 @@ def main(argv: Sequence[str]) -> None:
     if args.compare:
         _warm_up(arms, data_config["input_size"], args.batch_size)
     folder.write_args(as_recipe(args))  # not earlier: a resume that is refused leaves the run's own arguments alone
-    _take_turns(arms, folders, metadata)
+    trackers.start(accelerator, args, folder.path, SIDES if args.compare else ())
+    for arm, side in zip(arms, SIDES if args.compare else ("",), strict=True):
+        arm.log, arm.distillation = partial(trackers.log, accelerator, side), distillation
+    with StopRequest(accelerator.num_processes, tells=accelerator.is_main_process) as stop:
+        keepers = [
+            Keeper(arm, at, metadata, args.recovery_interval, stop) for arm, at in zip(arms, folders, strict=True)
+        ]
+        _take_turns(keepers)
 
-    context = {
-        "config": {key: value for key, value in as_recipe(args).items() if key not in _PRIVATE},
-        "versions": versions(),
-        "machine": machine(accelerator),
-    }
+    context = {"config": published(args), "versions": versions(), "machine": machine(accelerator)}
+    seen = []
     for arm, arm_folder in zip(arms, folders, strict=True):
-        report = _report(arm)
-        arm_folder.write_json("results.json", _results(arm, report, context))
-        accelerator.print(_last_words(arm, report, arm_folder))
-    if args.compare and accelerator.is_main_process:
-        _write_comparison(args, arms, folder, context)
+        final = _report(arm)
+        arm_folder.write_json("results.json", _results(arm, final, context))
+        accelerator.print(_last_words(arm, final, arm_folder))
+        layers = tuple(row.name for row in final.rows) if final else ()
+        seen.append(report.Seen(_side(arm), arm.observer.record(final), layers))
+    title = f"{' and '.join(arm.name for arm in arms)} on {args.dataset or Path(args.data_dir or 'digits').name}"
+    if accelerator.is_main_process:
+        if args.compare:
+            _write_comparison(arms, folder, context, f"{title}, {args.opt}")
+        command = published_command("train.py", argv)
+        folder.write_text("report.html", report.render(seen, title, command, context))
+        print(f"report: {folder.path / 'report.html'}")
     accelerator.end_training()
     failures = [arm.failure for arm in arms if arm.failure]
     if failures:
@@ -117,15 +139,22 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _open_folder(args: argparse.Namespace, accelerator: Accelerator) -> RunFolder:
-    if args.resume:
+    if args.resume not in (None, AUTO):
         path = Path(args.resume)
         return RunFolder(path if path.is_dir() else path.parent, accelerator.is_main_process)
     size = args.img_size or (args.input_size[-1] if args.input_size else "")
     name = "-".join(filter(None, (time.strftime("%Y%m%d-%H%M%S"), safe_model_name(args.model), str(size))))
     path = Path(args.output) / (args.experiment or name)
-    if not args.experiment:
+    here, sides = [path], [path / side for side in SIDES]
+    if args.resume == AUTO:
+        if not args.experiment:
+            raise UserError("--resume auto goes on with the run of --experiment NAME, which is missing")
+        if any(holds_run(folder) for folder in (here if args.compare else sides)):
+            kind = "a single model" if args.compare else "--compare"
+            raise UserError(f"{path} holds a run of {kind}: go on with it as such, or take another --experiment")
+    elif not args.experiment:
         return RunFolder.fresh(path, accelerator.is_main_process)
-    if any(holds_run(folder) for folder in (path, *(path / side for side in SIDES))):
+    elif any(holds_run(folder) for folder in (*here, *sides)):
         raise UserError(f"{path} holds a run already: go on with it by --resume {path}, or take another --experiment")
     return RunFolder(path, accelerator.is_main_process)
 
@@ -147,10 +176,11 @@ def _make_arms(
     # copied before the first arm wraps and moves the model
     twin_model = build.plain_twin(model) if args.compare else None
     name = args.model if args.model != twin.model or not decorrelated else f"decorrelated {args.model}"
+    name = without_paths(name)
     arms = [Arm(name, model, mine, accelerator, *loaders, decorrelated=decorrelated)]
     if twin_model is not None:
         own = make_accelerator(args.device, args.amp, args.amp_dtype, args.grad_accum_steps)
-        arms.append(Arm(twin.model, twin_model, twin, own, *loaders, decorrelated=False))
+        arms.append(Arm(without_paths(twin.model), twin_model, twin, own, *loaders, decorrelated=False))
     return arms
 
 
@@ -160,14 +190,26 @@ def _arm_folders(args: argparse.Namespace, folder: RunFolder, arms: list[Arm], w
     return [RunFolder(folder.path / side, writes) for side, _ in zip(SIDES, arms, strict=True)]
 
 
-def _load_states(args: argparse.Namespace, arms: list[Arm], folders: list[RunFolder]) -> None:
-    paths = [folder.path for folder in folders] if args.compare else [Path(args.resume)]
-    pairs = list(zip(arms, paths, strict=True))
-    if args.compare:
-        # an arm that was interrupted in its first epoch has no state and starts again; one of them must have one
-        pairs = [(arm, path) for arm, path in pairs if (path / RESUME_FILE).is_file()] or pairs
-    for arm, path in pairs:
-        arm.load_state(read_resume(path), str(path))
+def _load_states(args: argparse.Namespace, arms: list[Arm], folder: RunFolder, folders: list[RunFolder]) -> None:
+    paths = [Path(args.resume)] if args.resume != AUTO and not args.compare else [at.path for at in folders]
+    if load_states(paths, arms, folders):
+        arms[0].accelerator.print("; ".join(f"{arm.name} goes on after update {arm.steps}" for arm in arms))
+        if args.resume == AUTO:
+            _tell_changes(args, folder, arms[0].accelerator)
+    elif args.resume != AUTO:
+        raise UserError(f"nothing to resume: {paths[0] / RESUME_FILE} does not exist")
+
+
+def _tell_changes(args: argparse.Namespace, folder: RunFolder, accelerator: Accelerator) -> None:
+    """Say which arguments are not those that the run began with: it was to be the same command."""
+    try:
+        before = yaml.safe_load((folder.path / ARGS_FILE).read_text(encoding="utf-8"))
+        now = yaml.safe_load(yaml.safe_dump(as_recipe(args)))
+        changed = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
+    except (OSError, yaml.YAMLError, TypeError):
+        return  # it is only to be told
+    if changed:
+        accelerator.print(f"other arguments than before: {', '.join(changed)}")
 
 
 def _conversion_lines(report: ConversionReport) -> list[str]:
@@ -184,10 +226,13 @@ def _conversion_lines(report: ConversionReport) -> list[str]:
     return [report.summary(), *lines]
 
 
-def _metadata(args: argparse.Namespace, data_config: dict[str, Any], classes: int) -> dict[str, str]:
+def _metadata(args: argparse.Namespace, model: nn.Module, data_config: dict[str, Any], classes: int) -> dict[str, str]:
     """What a checkpoint says of itself, so that validate.py needs no further arguments."""
+    architecture = build.architecture(args.model)
+    if architecture.startswith("local-dir:"):  # a place on this machine, and no name that another one knows
+        architecture = str(model.pretrained_cfg["architecture"])  # type: ignore[index]
     return {
-        "architecture": build.architecture(args.model),
+        "architecture": architecture,
         "num_classes": str(classes),
         "data_config": json.dumps(data_config),
         "model_kwargs": json.dumps(args.model_kwargs),
@@ -204,41 +249,29 @@ def _warm_up(arms: list[Arm], input_size: tuple[int, int, int], batch_size: int)
     loss.backward()
 
 
-def _take_turns(arms: list[Arm], folders: list[RunFolder], metadata: dict[str, str]) -> None:
+def _take_turns(keepers: list[Keeper]) -> None:
     """Train all arms, an epoch each in turn, another one first each time: whatever slows the machine slows them all.
 
     Raises:
         NonFiniteLoss: the only arm diverged. One of two stops, which its `failure` says, and the other goes on.
+        Stopped: a signal asked for it.
     """
-    pairs = list(zip(arms, folders, strict=True))
-    for epoch in range(max(arm.epochs for arm in arms)):
-        for arm, folder in pairs if epoch % 2 == 0 else reversed(pairs):
+    for epoch in range(max(keeper.arm.epochs for keeper in keepers)):
+        for keeper in keepers if epoch % 2 == 0 else reversed(keepers):
+            arm = keeper.arm
             if arm.epoch != epoch or epoch >= arm.epochs:  # resumed further on, with fewer epochs, or failed
                 continue
+            keeper.pause()
             try:
                 row = arm.run_epoch()
             except NonFiniteLoss as error:
-                if len(arms) == 1:
+                if len(keepers) == 1:
                     raise
                 arm.failure = str(error)  # not the error, whose traceback would keep the loader's iterator
                 arm.accelerator.print(arm.failure)
                 continue
-            _save(arm, folder, metadata)
+            keeper.save()
             arm.accelerator.print(_epoch_line(arm, row))
-
-
-def _save(arm: Arm, folder: RunFolder, metadata: dict[str, str]) -> None:
-    row, best, column = arm.history[-1], arm.best, arm.metric_column
-    metadata = metadata | {"epoch": str(row["epoch"]), "metric": column, "value": str(row.get(column))}
-    folder.write_weights("last", arm.model.state_dict(), metadata)
-    if arm.ema:
-        folder.write_weights(f"last{build.EMA_SUFFIX}", arm.ema.module.state_dict(), metadata)
-    if best is row:
-        folder.link_weights("last", "best")
-    folder.link_weights("last", f"checkpoint-{row['epoch']}")
-    folder.keep_epochs({row["epoch"] for row in arm.ranked[: arm.args.checkpoint_hist]})
-    folder.write_resume(arm.state())
-    folder.write_summary(arm.history)
 
 
 def _epoch_line(arm: Arm, row: dict[str, Any]) -> str:
@@ -246,6 +279,12 @@ def _epoch_line(arm: Arm, row: dict[str, Any]) -> str:
     return (
         f"{arm.name} epoch {row['epoch']}/{arm.epochs}: training loss {row['train_loss']:.4f}{scores}, "
         f"lr {row['lr']:.4g}, {row['epoch_seconds']:.1f} s ({row['images_per_s']:.0f} images/s)"
+    )
+
+
+def _side(arm: Arm) -> compare.Side:
+    return compare.Side(
+        arm.name, without_paths(arm.args.model), arm.args.opt, arm.args.lr, arm.epochs, arm.history, arm.failure
     )
 
 
@@ -265,9 +304,9 @@ def _correlation(report: AttachReport | None) -> tuple[float, float] | None:
 
 
 def _results(arm: Arm, report: AttachReport | None, context: dict[str, Any]) -> dict[str, Any]:
-    correlation = _correlation(report)
+    correlation, observed = _correlation(report), arm.observer.record()
     return {
-        "model": arm.args.model,
+        "model": without_paths(arm.args.model),
         "decorrelated": arm.handle is not None,
         "lr": arm.args.lr,
         "epochs": arm.epochs,
@@ -275,10 +314,13 @@ def _results(arm: Arm, report: AttachReport | None, context: dict[str, Any]) -> 
         "final": arm.history[-1] if arm.history else None,
         "best": arm.best,
         "mean_correlation": dict(zip(("before", "after"), correlation, strict=True)) if correlation else None,
+        "ms_per_update": observed["ms_per_update"],
+        "peak_memory_bytes": observed["peak_memory_bytes"],
         "refreshes": sum(row.refreshes for row in report.rows) if report else None,
         "skips": sum(row.skips for row in report.rows) if report else None,
         "layers": [
             {"name": row.name, "dim": row.dim, "refreshes": row.refreshes, "skips": row.skips}
+            | {"correlation_before": row.correlation_before, "correlation_after": row.correlation_after}
             for row in (report.rows if report else ())
         ],
         **context,
@@ -297,16 +339,11 @@ def _last_words(arm: Arm, report: AttachReport | None, folder: RunFolder) -> str
     return f"{text}; {folder.path}"
 
 
-def _write_comparison(args: argparse.Namespace, arms: list[Arm], folder: RunFolder, context: dict[str, Any]) -> None:
-    mine, twin = (
-        compare.Side(arm.name, arm.args.model, arm.args.opt, arm.args.lr, arm.epochs, arm.history, arm.failure)
-        for arm in arms
-    )
-    sides = (mine, twin)
+def _write_comparison(arms: list[Arm], folder: RunFolder, context: dict[str, Any], title: str) -> None:
+    sides = (_side(arms[0]), _side(arms[1]))
     if not all(side.evaluated for side in sides):
         return  # one diverged before there was anything to compare
     table, words = compare.markdown(sides), compare.verdict(sides)
-    title = f"{mine.name} and {twin.name} on {args.dataset or Path(args.data_dir or 'digits').name}, {args.opt}"
     folder.write_json("compare.json", compare.as_json(sides, context))
     folder.write_text("compare.md", f"# {title}\n\n{table}\n{words}\n\n![accuracy and loss](compare.png)\n")
     picture = folder.path / "compare.png"

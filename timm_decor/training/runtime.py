@@ -13,7 +13,12 @@ import numpy as np
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    parse_flag_from_env,
+)
 
 from timm_decor.training.errors import UserError, first_line
 from timm_decor.version import __version__
@@ -33,8 +38,9 @@ def make_accelerator(device: str | None, amp: bool, amp_dtype: str, grad_accum_s
         grad_accum_steps: batches an optimizer step.
 
     Raises:
-        UserError: the device is not there, or cannot do that precision.
+        UserError: the device is not there, or cannot do that precision, or Accelerate is set up to share a model out.
     """
+    _refuse_sharing_out()
     _check_device(device)
     precision = {"float16": "fp16", "bfloat16": "bf16"}[amp_dtype] if amp else "no"
     on_cpu = device == "cpu" or (device is None and not _has_accelerator())
@@ -44,11 +50,24 @@ def make_accelerator(device: str | None, amp: bool, amp_dtype: str, grad_accum_s
         return Accelerator(
             cpu=device == "cpu",
             mixed_precision=precision,
-            gradient_accumulation_steps=grad_accum_steps,
+            # as a plugin, because a plain number gives way to a variable of the environment
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=grad_accum_steps),
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+            # each process keeps the running statistics of its own images, and they are averaged at the epoch's end:
+            # DDP would throw away all but the first process's, and send them at every step
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
     except ValueError as error:
         raise UserError(f"--device {device or 'default'}: {first_line(error)}") from error
+
+
+def _refuse_sharing_out() -> None:
+    for name in ("FSDP", "DeepSpeed", "Megatron_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}"):
+            raise UserError(
+                f"accelerate is set up for {name}, which cuts weights into pieces; decorrelation needs them whole on "
+                f"every process: launch with --multi_gpu, or take {name} out of `accelerate config`"
+            )
 
 
 def _has_accelerator() -> bool:
@@ -84,6 +103,33 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The state of every random number generator, in tensors and plain Python types."""
+    kind, keys, *rest = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
+        "cpu": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["device"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        state["device"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Go on with the random numbers that followed when `random_state` was called."""
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["cpu"])
+    if "device" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["device"], device)
+    elif "device" in state and device.type == "mps":
+        torch.mps.set_rng_state(state["device"])
 
 
 def versions() -> dict[str, str]:

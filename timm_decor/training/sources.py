@@ -23,9 +23,11 @@ class Source(Protocol):
 
     Attributes:
         num_classes: number of classes, or None where the source does not know.
+        class_names: the classes' names by label, or empty where the source does not know.
     """
 
     num_classes: int | None
+    class_names: list[str]
 
     def __len__(self) -> int: ...
 
@@ -94,6 +96,7 @@ class Digits:
     """scikit-learn's 1 797 handwritten digits, 8 x 8, split 80/20 in each class, always the same way."""
 
     num_classes: int | None = 10
+    class_names = [str(digit) for digit in range(10)]
 
     def __init__(self, split: str, mode: str) -> None:
         from sklearn.datasets import load_digits
@@ -166,8 +169,8 @@ class Parquet:
         self._mode = mode
         if not np.issubdtype(labels.dtype, np.integer):  # nulls turn the column into floats
             raise UserError(f"{self.where(int(np.flatnonzero(np.isnan(labels))[0]))}: no label")
-        names = _class_names(root, table.schema.metadata or {}, label)
-        self.num_classes: int | None = len(names) if names else int(labels.max()) + 1
+        self.class_names = _class_names(root, table.schema.metadata or {}, label)
+        self.num_classes: int | None = len(self.class_names) or int(labels.max()) + 1
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -231,8 +234,10 @@ class TimmDataset:
         self._name = name
         self._mode = mode
         self._last: tuple[int, Any, Any] | None = None
-        classes = getattr(dataset, "classes", None) or getattr(self._reader, "class_to_idx", None)
-        self.num_classes: int | None = len(classes) if classes else None
+        classes = getattr(dataset, "classes", None) or getattr(self._reader, "class_to_idx", None) or {}
+        self.num_classes: int | None = len(classes) or None
+        by_label = sorted(classes, key=lambda name: classes[name]) if isinstance(classes, dict) else classes
+        self.class_names = [str(name) for name in by_label]
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -270,7 +275,7 @@ class Cached:
     """A source with every image decoded once, as uint8 pixels in memory."""
 
     def __init__(self, source: Source) -> None:
-        self.num_classes = source.num_classes
+        self.num_classes, self.class_names = source.num_classes, source.class_names
         self._source = source
         self._items = []
         for index in range(len(source)):

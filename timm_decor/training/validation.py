@@ -1,8 +1,9 @@
-"""validate.py: evaluates a checkpoint or timm's pretrained weights."""
+"""validate.py: evaluates checkpoints, or timm's pretrained weights."""
 
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import io
 import json
@@ -12,70 +13,188 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from timm.layers import TestTimePoolHead
+from torch import nn
 
 from timm_decor.training import build
 from timm_decor.training.args import validate_parser
 from timm_decor.training.datasets import open_source
-from timm_decor.training.errors import UserError
+from timm_decor.training.errors import UserError, message
 from timm_decor.training.evaluate import evaluate
-from timm_decor.training.folder import RunFolder
+from timm_decor.training.folder import RESUME_FILE, RunFolder
 from timm_decor.training.loaders import eval_loader
+from timm_decor.training.mistakes import confusion, write_confusion, write_worst
 from timm_decor.training.runtime import make_accelerator, seed_everything
+from timm_decor.training.sources import Source
+
+Row = dict[str, Any]
+_ENDINGS = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Evaluate, print the result as JSON on stdout and write it to --results-file.
+    """Evaluate, print the result as JSON on stdout (a list for several checkpoints) and write what was asked for.
 
     Raises:
-        UserError: anything that the person who called can put right, in one line.
+        UserError: anything that the person who called can put right, in one line. Of several checkpoints, those that
+            can be evaluated are, before that.
     """
     args = validate_parser().parse(argv)
     if args.checkpoint and args.pretrained:
         raise UserError("--checkpoint and --pretrained exclude each other")
     if args.use_ema and not args.checkpoint:
         raise UserError("--use-ema needs --checkpoint")
+    checkpoints = find_checkpoints(args.checkpoint)
+    several = len(checkpoints) > 1
+    if several and (args.confusion_matrix or args.worst_images):
+        raise UserError("--confusion-matrix and --worst-images are for one checkpoint, not several")
+    accelerator = make_accelerator(args.device, args.amp, args.amp_dtype)
+    for file in (args.results_file, args.confusion_matrix, args.worst_images):
+        if file:
+            RunFolder(Path(file).parent, accelerator.is_main_process)
+
+    rows, failures = [], []
+    for name, checkpoint in checkpoints:
+        one = copy.copy(args)
+        one.checkpoint = checkpoint
+        try:
+            row = _evaluate(one, accelerator)
+        except UserError as error:
+            if not several:
+                raise
+            failures.append(name)
+            _say(accelerator, f"{name} is left out: {message(error)}")
+            continue
+        rows.append({"checkpoint": name, **row} if several else row)
+        if several:
+            _say(accelerator, f"{name}: top-1 {row['top1']:.2f} %, loss {row['loss']:.4f}")
+    rows.sort(key=lambda row: -row["top1"])
+    if accelerator.is_main_process and rows:
+        print(json.dumps(rows if several else rows[0], indent=4))
+        if args.results_file:
+            file = Path(args.results_file)
+            form = args.results_format or {".json": "json", ".md": "md"}.get(file.suffix, "csv")
+            RunFolder(file.parent).write_text(file.name, _formatted(rows, form, several))
+    accelerator.end_training()
+    if failures:
+        raise UserError(f"{len(failures)} of {len(checkpoints)} checkpoints could not be evaluated: {failures[0]}, ...")
+
+
+def find_checkpoints(paths: Sequence[str]) -> list[tuple[str, str | None]]:
+    """The files that --checkpoint stands for: (name for the results, path).
+
+    In folders and below them: everything that ends like a checkpoint, but neither the averaged weights beside their
+    own (--use-ema takes those) nor the states to resume from, and a file with two names (best, last) only once.
+
+    Raises:
+        UserError: a folder without checkpoints.
+    """
+    if not paths:
+        return [("", None)]
+    found: list[tuple[str, str | None]] = []
+    for text in paths:
+        path = Path(text)
+        if not path.is_dir():
+            found.append((path.name, text))
+            continue
+        inside = [
+            file
+            for file in sorted(path.rglob("*"))
+            if file.name.endswith(_ENDINGS) and file.is_file() and file.name != RESUME_FILE
+            if not file.stem.endswith(build.EMA_SUFFIX)
+        ]
+        if not inside:
+            raise UserError(f"{text} holds no checkpoints: files that end in {', '.join(_ENDINGS)}")
+        once: dict[tuple[int, int], Path] = {}
+        for file in inside:
+            status = file.stat()
+            once.setdefault((status.st_dev, status.st_ino) if status.st_ino else (0, len(once)), file)
+        found += [(str(file.relative_to(path)), str(file)) for file in once.values()]
+    return found
+
+
+def _evaluate(args: argparse.Namespace, accelerator: Accelerator) -> Row:
+    """One checkpoint's row; `args.checkpoint` is its path, or None for timm's weights."""
     ignored = _fill_from_checkpoint(args)
     if not args.model:
         raise UserError("--model is needed: the checkpoint does not say what it is")
     args.pretrained = not args.checkpoint
-    accelerator = make_accelerator(args.device, args.amp, args.amp_dtype)
-    results_folder = RunFolder(Path(args.results_file).parent) if args.results_file else None
-
     channels = build.input_channels(args)
     source = open_source(args, args.split, "RGB" if channels == 3 else "L")
     seed_everything(args.seed)
     model = build.create(args, args.num_classes or (source.num_classes if args.checkpoint else None), channels)
     if args.checkpoint:
         build.load_weights(model, args.checkpoint, args.use_ema)
-    if ignored and accelerator.is_main_process:  # not before the weights fit: a refusal stays one line
-        print(f"validate.py: {ignored}", file=sys.stderr)
+    if ignored:  # not before the weights fit: a refusal stays one line
+        _say(accelerator, ignored)
     data_config = build.data_config(args, model, channels)
-    loader = eval_loader(args, source, data_config, build.class_count(model), accelerator)
+    classes = build.class_count(model)
+    parameters = sum(p.numel() for p in model.parameters())
+    loader = eval_loader(args, source, data_config, classes, accelerator)
+    if args.test_pool:
+        model = pooled_over_windows(model, args.trained_size, data_config["input_size"])
     build.place(model, accelerator.device, args.channels_last)
-    runnable = torch.compile(model, backend=args.torchcompile) if args.torchcompile else model
-    metrics = evaluate(runnable, loader, accelerator, args.channels_last)  # type: ignore[arg-type]
-
-    result: dict[str, Any] = {
-        "model": args.model,
-        "top1": round(metrics.top1, 4),
-        "top1_err": round(100 - metrics.top1, 4),
-    }
+    runnable: Any = model
+    if args.torchcompile:
+        runnable = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
+    seen: list[torch.Tensor] | None = [] if args.confusion_matrix or args.worst_images else None
+    metrics = evaluate(runnable, loader, accelerator, args.channels_last, seen)
+    if seen and accelerator.is_main_process:
+        _write_mistakes(args, source, torch.cat(seen).numpy(), classes)
+    row: Row = {"model": args.model, "top1": round(metrics.top1, 4), "top1_err": round(100 - metrics.top1, 4)}
     if metrics.top5 is not None:
-        result |= {"top5": round(metrics.top5, 4), "top5_err": round(100 - metrics.top5, 4)}
-    result |= {
+        row |= {"top5": round(metrics.top5, 4), "top5_err": round(100 - metrics.top5, 4)}
+    return row | {
         "loss": round(metrics.loss, 6),
         "images": metrics.images,
         "images_per_s": round(metrics.images / metrics.seconds, 1),
-        "param_count": round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
+        "param_count": round(parameters / 1e6, 2),
         "img_size": data_config["input_size"][-1],
         "crop_pct": data_config["crop_pct"],
         "interpolation": data_config["interpolation"],
     }
-    if accelerator.is_main_process:
-        print(json.dumps(result, indent=4))
-        if results_folder:
-            results_folder.write_text(Path(args.results_file).name, _formatted(result, args.results_format))
-    accelerator.end_training()
+
+
+def _write_mistakes(args: argparse.Namespace, source: Source, seen: Any, classes: int) -> None:
+    names = list(source.class_names)[:classes]
+    names += [str(label) for label in range(len(names), classes)]
+    if args.confusion_matrix:
+        write_confusion(confusion(seen, classes), names, Path(args.confusion_matrix))
+    if args.worst_images:
+        write_worst(source, seen, names, Path(args.worst_images))
+
+
+def pooled_over_windows(
+    model: nn.Module, trained: tuple[int, int, int] | None, size: tuple[int, int, int]
+) -> TestTimePoolHead:
+    """timm's pooling for images larger than those of training: averages over windows of training's size, then both.
+
+    Args:
+        model: with its weights.
+        trained: (C, H, W) of training; None for what timm says of the pretrained weights.
+        size: of the images to come.
+
+    Raises:
+        UserError: the images are not larger, or the model's head does more than pool and classify.
+    """
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    before = tuple(trained or cfg.get("input_size") or size)
+    if size[-1] <= before[-1] or size[-2] <= before[-2]:
+        raise UserError(f"--test-pool is for images larger than training's {before[-1]} px: give --img-size")
+    name = type(model).__name__
+    refusal = UserError(f"--test-pool: {name} does more with its last feature map than to pool and classify it")
+    model.eval()
+    example = torch.rand(1, *before, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        try:
+            expected, features = model(example), model.forward_features(example)  # type: ignore[operator]
+            pooled = TestTimePoolHead(model, original_pool=features.shape[-2:])
+            same = features.dim() == 4 and torch.allclose(pooled(example), expected, rtol=1e-3, atol=1e-4)
+        except (RuntimeError, AttributeError, TypeError) as error:
+            raise refusal from error
+    if not same:  # such as a norm behind the pooling, which timm's wrapper would leave out
+        raise refusal
+    return pooled
 
 
 def _fill_from_checkpoint(args: argparse.Namespace) -> str | None:
@@ -84,6 +203,7 @@ def _fill_from_checkpoint(args: argparse.Namespace) -> str | None:
     Returns:
         What to say where the checkpoint is of another model, so that nothing was taken; None otherwise.
     """
+    args.trained_size = None
     metadata = build.safetensors_metadata(args.checkpoint or "")
     args.model = args.model or metadata.get("architecture")
     if "data_config" not in metadata:
@@ -94,21 +214,32 @@ def _fill_from_checkpoint(args: argparse.Namespace) -> str | None:
     args.num_classes = args.num_classes or int(metadata["num_classes"])
     args.model_kwargs = args.model_kwargs or json.loads(metadata["model_kwargs"])
     saved = json.loads(metadata["data_config"])
+    args.trained_size = saved["input_size"]
     if args.img_size is None and args.input_size is None:
         args.input_size = [args.in_chans or saved["input_size"][0], *saved["input_size"][1:]]
     elif args.img_size is not None and args.in_chans is None:
         args.in_chans = saved["input_size"][0]
-    for name in ("mean", "std", "crop_pct", "interpolation"):
+    for name in ("mean", "std", "crop_pct", "crop_mode", "interpolation"):
         if getattr(args, name) is None:
-            setattr(args, name, saved[name])
+            setattr(args, name, saved.get(name))
     return None
 
 
-def _formatted(result: dict[str, Any], results_format: str) -> str:
-    if results_format == "json":
-        return json.dumps(result, indent=4) + "\n"
+def _formatted(rows: list[Row], form: str, several: bool) -> str:
+    if form == "json":
+        return json.dumps(rows if several else rows[0], indent=4) + "\n"
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    if form == "md":
+        lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+        lines += [f"| {' | '.join(str(row.get(name, '')) for name in names)} |" for row in rows]
+        return "\n".join(lines) + "\n"
     text = io.StringIO()
-    writer = csv.DictWriter(text, result.keys(), lineterminator="\n")
+    writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
-    writer.writerow(result)
+    writer.writerows(rows)
     return text.getvalue()
+
+
+def _say(accelerator: Accelerator, text: str) -> None:
+    if accelerator.is_main_process:
+        print(f"validate.py: {text}", file=sys.stderr)

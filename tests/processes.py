@@ -1,0 +1,208 @@
+"""train.py in real processes that share one import of torch: they start in a tenth of the time, and can be killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def context() -> Any:
+    """A multiprocessing context whose processes are forks of one that has imported train.py."""
+    forkserver = multiprocessing.get_context("forkserver")
+    # Python before 3.12 does not hand sys.path on to what is preloaded
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    forkserver.set_forkserver_preload(["processes", "timm_decor.training.run", "sklearn.datasets"])
+    return forkserver
+
+
+def start(words: list[str], log: Path, prepare: Callable[..., None] | None = None, *args: Any) -> Any:
+    """Start train.py.
+
+    Args:
+        words: its arguments.
+        log: a file for what it prints, appended to.
+        prepare: called in the new process first, with args; a function of a module, so that it can be sent.
+
+    Returns:
+        The multiprocessing process; its exit code is that of the command line.
+    """
+    process = context().Process(target=_run, args=(words, str(log), prepare, args))
+    process.start()
+    return process
+
+
+def _run(words: list[str], log: str, prepare: Callable[..., None] | None, args: tuple[Any, ...]) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    sys.__stderr__ = sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    # A foreground program's, whatever the one that runs the tests has: one started in the background ignores Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    multiprocessing.set_start_method("fork", force=True)  # of its DataLoader workers, as ever on Linux
+    import torch
+
+    from timm_decor.training.errors import exit_code
+    from timm_decor.training.run import main
+
+    torch.set_num_threads(1)
+    if prepare is not None:
+        prepare(*args)
+    sys.exit(exit_code("train.py", main, words))
+
+
+def die_at_event(number: int) -> None:
+    """Let this process be killed at its `number`-th step of writing a file: half-written, unsynced, not yet renamed."""
+    import io
+    import random
+
+    import torch
+
+    events = 0
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal events
+            events += 1
+            if events == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    save = torch.save
+
+    def half_saved(state: Any, file: Any) -> None:
+        nonlocal events
+        events += 1
+        if events == number:
+            buffer = io.BytesIO()
+            save(state, buffer)
+            file.write(buffer.getvalue()[: random.randrange(len(buffer.getvalue()))])
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(state, file)
+
+    torch.save = half_saved
+    for name in ("replace", "fsync", "link", "unlink", "open"):
+        setattr(os, name, counted(getattr(os, name)))
+
+
+def join_group(rank: int, world_size: int, port: int) -> None:
+    """Be one of several processes, as `accelerate launch` and torchrun would start them."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+
+
+def own_group() -> None:
+    """Lead a process group, so that a signal to it reaches this process and its workers and nobody else."""
+    os.setsid()
+
+
+def slow_update(marker: str) -> None:
+    """Let the second update take a minute, and leave a file when it begins."""
+    import time
+
+    from timm_decor.training.arm import Arm
+
+    clip = Arm._lr
+
+    def slow(self: Arm) -> float:
+        if self.steps == 2:
+            Path(marker).touch()
+            time.sleep(60)
+        return clip(self)
+
+    Arm._lr = slow  # type: ignore[method-assign]
+
+
+def limit_file_size(size: int) -> None:
+    """Let no file grow beyond so many bytes, as on a disk that is full."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def on_small_disk(words: list[str], folder: str, size: int, rescued: str, log: str) -> None:
+    """Run train.py where `folder` is a disk of `size` bytes, and copy what is in the end there to `rescued`.
+
+    Exits with 77 where this user may not mount.
+    """
+    import ctypes
+    import shutil
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    new_mounts, private = 0x00020000, 0x40000
+    os.makedirs(folder)
+    if (
+        libc.unshare(new_mounts)
+        or libc.mount(b"none", b"/", None, 0x4000 | private, None)
+        or libc.mount(b"none", folder.encode(), b"tmpfs", 0, f"size={size}".encode())
+    ):
+        sys.exit(77)
+    try:
+        _run(words, log, None, ())
+    finally:
+        shutil.copytree(folder, rescued)
+
+
+def in_float64() -> None:
+    """Let models be made, and batches come, in float64."""
+    import torch
+
+    from timm_decor.training.loaders import Batches
+
+    torch.set_default_dtype(torch.float64)
+    getitems = Batches.__getitems__
+
+    def doubled(self: Batches, indices: list[int]) -> Any:
+        images, labels = getitems(self, indices)
+        return images.double(), labels
+
+    Batches.__getitems__ = doubled  # type: ignore[method-assign]
+
+
+def keep_own_end(file: str) -> None:
+    """Write this process's weights and optimizer state, R included, at the end of each epoch."""
+    import torch
+
+    from timm_decor.training.checkpoints import Keeper
+
+    save = Keeper.save
+
+    def saved(self: Keeper) -> None:
+        torch.save([self.arm.model.state_dict(), self.arm._optimizer.state_dict()], file)
+        save(self)
+
+    Keeper.save = saved  # type: ignore[method-assign]
+
+
+def one_of(rank: int, world_size: int, port: int, file: str, float64: bool) -> None:
+    """The above in one."""
+    if world_size > 1:
+        join_group(rank, world_size, port)
+    if float64:
+        in_float64()
+    keep_own_end(file)
+
+
+def start_group(words: list[str], log: Path, ends: Path, world_size: int, float64: bool = False) -> list[Any]:
+    """Start train.py in `world_size` processes that train together; they leave `<rank>.pt` in `ends`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ends.mkdir(exist_ok=True)
+    return [
+        start(words, log, one_of, rank, world_size, port, str(ends / f"{rank}.pt"), float64)
+        for rank in range(world_size)
+    ]

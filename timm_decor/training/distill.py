@@ -1,0 +1,139 @@
+"""Knowledge distillation from a timm model, with timm's arguments and its losses.
+
+timm has classes for this (`timm.task`) since 1.0.24, but they own student and loss; the sums here are the same
+(tests/test_distillation.py), work with every timm that we do, and renormalise images by --mean and --std.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import timm
+import torch
+from accelerate import Accelerator
+from timm.models import get_pretrained_cfg
+from torch import Tensor, nn
+from torch.nn import functional
+
+from timm_decor.training import build
+from timm_decor.training.errors import UserError, first_line
+
+
+class Distillation(nn.Module):
+    """Adds a teacher's opinion to the loss.
+
+    loss = task_weight * task_loss + distill_weight * distill_loss. Without either weight both are 1; with only the
+    task's, the other is 1 - it; with only the other, the task's is 1 (timm's rule).
+
+    Args:
+        teacher: evaluated as it is; must give logits of the student's classes.
+        args: train.py's.
+        data_config: by which the student's images were normalised: mean, std, input_size.
+        accelerator: its device and precision are used.
+
+    Raises:
+        UserError: the teacher does not take such images.
+    """
+
+    def __init__(
+        self, teacher: nn.Module, args: argparse.Namespace, data_config: dict[str, Any], accelerator: Accelerator
+    ) -> None:
+        super().__init__()
+        self.teacher = build.place(teacher.eval().requires_grad_(False), accelerator.device, args.channels_last)
+        self._autocast = accelerator.autocast
+        self._by_token, self._hard = args.kd_distill_type == "token", args.kd_token_distill_type == "hard"
+        self._temperature = args.kd_temperature
+        task, distill = args.task_loss_weight, args.distill_loss_weight
+        self.task_weight = 1.0 if task is None else task
+        self.distill_weight = distill if distill is not None else 1.0 if task is None else 1.0 - task
+        theirs = _seen_by(teacher, args.kd_pretrained_path, data_config)
+        factor, offset = _renormalisation(data_config, theirs)
+        self._factor, self._offset = factor.to(accelerator.device), offset.to(accelerator.device)
+        self._check(data_config["input_size"], accelerator.device)
+
+    def forward(self, task_loss: Tensor, output: Tensor | tuple[Tensor, ...], images: Tensor) -> Tensor:
+        """The whole loss.
+
+        Args:
+            task_loss: of the labels.
+            output: the student's logits (N, classes), or with --kd-distill-type token the pair (head, distillation
+                head).
+            images: as the student saw them, (N, C, H, W).
+        """
+        student = output[1] if self._by_token else output
+        with torch.no_grad(), self._autocast():
+            teacher = self.teacher(images * self._factor + self._offset)
+        assert isinstance(student, Tensor)
+        if self._by_token and self._hard:
+            distill_loss = functional.cross_entropy(student, teacher.argmax(1))
+        else:
+            t = self._temperature
+            ours, theirs = functional.log_softmax(student / t, 1), functional.log_softmax(teacher / t, 1)
+            distill_loss = functional.kl_div(ours, theirs, reduction="batchmean", log_target=True) * t**2
+        return self.task_weight * task_loss + self.distill_weight * distill_loss
+
+    @torch.no_grad()
+    def _check(self, input_size: tuple[int, ...], device: torch.device) -> None:
+        try:
+            with self._autocast():
+                self.teacher(torch.zeros(1, *input_size, device=device))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise UserError(f"--kd-model-name: it does not take images of {input_size}: {first_line(error)}") from error
+
+
+def make_distillation(
+    args: argparse.Namespace, student: nn.Module, data_config: dict[str, Any], accelerator: Accelerator
+) -> Distillation | None:
+    """The distillation that the arguments ask for, or None; prepares the student for --kd-distill-type token.
+
+    Raises:
+        UserError: an unknown teacher, weights that do not load, other classes than the student's, a student without
+            a distillation head, or images that the teacher does not take.
+    """
+    if not args.kd_model_name:
+        if args.kd_pretrained_path:
+            raise UserError("--kd-pretrained-path needs --kd-model-name")
+        return None
+    if args.kd_distill_type == "token":
+        if not hasattr(student, "set_distilled_training"):
+            raise UserError(f"--kd-distill-type token: {args.model} has no distillation head; deit_*_distilled_* have")
+        student.set_distilled_training(True)  # type: ignore[operator]
+    return Distillation(_teacher(args, build.class_count(student), data_config), args, data_config, accelerator)
+
+
+def _teacher(args: argparse.Namespace, classes: int, data_config: dict[str, Any]) -> nn.Module:
+    name, path = args.kd_model_name, args.kd_pretrained_path
+    build.check_model_name(name)
+    own = getattr(get_pretrained_cfg(name, allow_unregistered=True), "num_classes", classes)
+    if not path and own != classes:  # timm would give it a new head, and it would teach noise
+        raise UserError(
+            f"teacher {name} knows {own} classes, not these {classes}: --kd-pretrained-path takes one that does"
+        )
+    try:
+        with build.weights_only():
+            teacher = timm.create_model(
+                name, pretrained=not path, num_classes=classes, in_chans=data_config["input_size"][0]
+            )
+    except build.CREATION_ERRORS as error:
+        raise UserError(f"cannot create teacher {name}: {build.reason(error)}") from error
+    if path:
+        build.load_weights(teacher, path)
+    return teacher
+
+
+def _renormalisation(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Factor and offset, (1, C, 1, 1), from one normalisation of images to another."""
+    mean, std = torch.tensor(ours["mean"]), torch.tensor(ours["std"])
+    their_mean, their_std = torch.tensor(theirs["mean"]), torch.tensor(theirs["std"])
+    return (std / their_std).view(1, -1, 1, 1), ((mean - their_mean) / their_std).view(1, -1, 1, 1)
+
+
+def _seen_by(teacher: nn.Module, path: str | None, data_config: dict[str, Any]) -> dict[str, Any]:
+    """Mean and std of the teacher's images: its checkpoint's where that says so, timm's, or else the student's."""
+    saved = build.safetensors_metadata(path or "").get("data_config")
+    for known in (json.loads(saved) if saved else {}, getattr(teacher, "pretrained_cfg", {}), data_config):
+        if len(known.get("mean") or ()) == len(known.get("std") or ()) == data_config["input_size"][0]:
+            return known
+    return data_config

@@ -1,0 +1,83 @@
+"""What a model gets wrong: the confusion matrix, and the images with the highest loss as one picture."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from timm_decor.training.sources import Source
+
+_PICTURES = 36
+_MOST_NUMBERS = 20  # classes up to which each cell of the matrix shows its count
+_MOST_NAMES = 50  # classes up to which the axes name them
+
+
+def confusion(seen: Any, classes: int) -> Any:
+    """Counts, (classes, classes): row is the label, column what was predicted.
+
+    Args:
+        seen: (N, 4), as `evaluate` collects it.
+        classes: of the model.
+    """
+    counts = np.zeros((classes, classes), dtype=np.int64)
+    np.add.at(counts, (seen[:, 0].astype(int), seen[:, 1].astype(int)), 1)
+    return counts
+
+
+def write_confusion(counts: Any, names: Sequence[str], path: Path) -> None:
+    """The matrix as a CSV file, and beside it as a picture that shows the share of each row."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["label", *(f"predicted {name}" for name in names)])
+        writer.writerows([name, *row] for name, row in zip(names, counts.tolist(), strict=True))
+
+    size = min(14.0, max(4.5, 1.8 + 0.42 * len(names)))
+    figure = _figure(size, 0.88 * size)
+    axes = figure.add_subplot()
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    figure.colorbar(image, ax=axes, fraction=0.045, pad=0.02, label="share of the label's images")
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("label")
+    if len(names) <= _MOST_NAMES:
+        axes.set_xticks(range(len(names)), list(names), rotation=90, fontsize=8)
+        axes.set_yticks(range(len(names)), list(names), fontsize=8)
+    if len(names) <= _MOST_NUMBERS:
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=7, color=colour)
+    right, total = int(np.trace(counts)), int(counts.sum())
+    axes.set_title(f"{right} of {total} images right ({100 * right / total:.2f} %)", fontsize=10)
+    figure.savefig(path.with_suffix(".png"), dpi=130, format="png")
+
+
+def write_worst(source: Source, seen: Any, names: Sequence[str], path: Path) -> None:
+    """The images with the highest loss, as the data set has them, each with its label and what was predicted."""
+    worst = np.argsort(-seen[:, 2], kind="stable")[:_PICTURES]
+    columns = min(6, len(worst))
+    rows = -(-len(worst) // columns)
+    figure = _figure(1.75 * columns, 2.05 * rows + 0.4)
+    figure.suptitle("highest loss first: label, then what was predicted", fontsize=10)
+    for place, index in enumerate(worst):
+        label, predicted, loss, confidence = seen[index]
+        axes = figure.add_subplot(rows, columns, place + 1)
+        axes.imshow(np.asarray(source.image(int(index))), cmap="gray", interpolation="nearest")
+        axes.set_axis_off()
+        wrong = int(label) != int(predicted)
+        text = f"{_short(names[int(label)])}\n{_short(names[int(predicted)])} {100 * confidence:.0f} %, loss {loss:.1f}"
+        axes.set_title(text, fontsize=7.5, color="#b02a3c" if wrong else "black")
+    figure.savefig(path, dpi=130, format="png")
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 18 else name[:17] + "…"
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")

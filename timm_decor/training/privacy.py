@@ -1,0 +1,109 @@
+"""What may leave the machine: settings, commands and messages without its paths, and no secrets anywhere."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from timm_decor.training.errors import UserError
+
+# Arguments that name places on somebody's machine: kept out of files that are made to be published.
+PRIVATE = (
+    "data_dir",
+    "output",
+    "experiment",
+    "initial_checkpoint",
+    "pretrained_path",
+    "kd_pretrained_path",
+    "class_map",
+    "config",
+    "resume",
+)
+
+_PATH = re.compile(
+    r"""file:///[^\s'"]+              # a file URL
+      | (?<![\w./~])/(?!/)[^\s'"]+    # an absolute path, but no part of https://host/path
+      | (?<!\w)~/[^\s'"]+             # below a home folder
+      | (?<!\w)[A-Za-z]:\\[^\s'"]+    # a drive
+    """,
+    re.VERBOSE,
+)
+_SECRET = re.compile(
+    r"""\b(?: hf_[A-Za-z0-9]{20,} | sk-[\w-]{20,} | gh[opsu]_[A-Za-z0-9]{20,} | github_pat_\w{20,}
+      | wandb_v\d_\w{20,} | AKIA[0-9A-Z]{16} | xox[bp]-[\w-]{10,} )
+      | ://[^/\s:@]+:[^/\s@]+@        # a password in a URL
+    """,
+    re.VERBOSE,
+)
+_SECRET_NAME = re.compile(r"(?:^|_)(?:api_?key|token|secret|password)$", re.IGNORECASE)
+
+
+def without_paths(text: str) -> str:
+    """Text in which each path of this machine is cut to its last part: `/home/me/data` becomes `.../data`."""
+    return _PATH.sub(lambda match: ".../" + re.split(r"[/\\]", match[0].rstrip("/\\"))[-1], text)
+
+
+def published(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that say how a run was trained, without those that say where."""
+    return {key: _cleaned(value) for key, value in vars(args).items() if key not in PRIVATE}
+
+
+def published_command(prog: str, argv: Sequence[str]) -> str:
+    """A command line to show to others: paths of this machine are `PATH`, a recipe keeps its name."""
+    words, take = [prog], ""
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        name = flag.lstrip("-").replace("-", "_") if flag.startswith("-") else ""
+        if take and not name:
+            words.append(_place(take, word))
+            take = ""
+        elif name in PRIVATE or flag == "-c":
+            take = "" if equals else name
+            words.append(f"{flag}={_place(name, value)}" if equals else flag)
+        else:
+            take = ""
+            words.append(without_paths(word))
+    return " ".join(shlex.quote(word) for word in words)
+
+
+def refuse_secrets(args: argparse.Namespace) -> None:
+    """Refuse an argument that holds what looks like a token, before it is written anywhere.
+
+    Raises:
+        UserError: names the argument, not the secret.
+    """
+    known = {value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= 16}
+    for key, value in vars(args).items():
+        if _holds_secret(value, known):
+            raise UserError(
+                f"--{key.replace('_', '-')} holds what looks like a password or token: others can read command lines "
+                f"and args.yaml; give it by the environment (HF_TOKEN, WANDB_API_KEY)"
+            )
+
+
+def _holds_secret(value: Any, known: set[str]) -> bool:
+    if isinstance(value, Mapping):
+        named = any(_SECRET_NAME.search(str(key)) and item for key, item in value.items())
+        return named or any(_holds_secret(item, known) for item in value.values())
+    if isinstance(value, list | tuple):
+        return any(_holds_secret(item, known) for item in value)
+    return isinstance(value, str) and (bool(_SECRET.search(value)) or any(secret in value for secret in known))
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, str):
+        return without_paths(value)
+    if isinstance(value, Mapping):
+        return {key: _cleaned(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_cleaned(item) for item in value]
+    return value
+
+
+def _place(name: str, value: str) -> str:
+    is_recipe = name in ("c", "config")
+    return without_paths(value) if is_recipe and not value.startswith("..") else "PATH"

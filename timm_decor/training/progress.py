@@ -1,0 +1,87 @@
+"""How far an epoch has come, and how that is saved so that the epoch goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from timm_decor.training.errors import UserError
+from timm_decor.training.losswatch import LossWatch
+from timm_decor.training.runtime import random_state
+
+
+@dataclass
+class Progress:
+    """How far an epoch has come.
+
+    Attributes:
+        losses: its loss so far.
+        steps: optimizer updates of the whole run.
+        batches: of this process.
+        lr: learning rate of the last update.
+        seconds: spent in training, at the last update.
+        random: after `load`, the random numbers to go on with when the first batch is there.
+    """
+
+    losses: LossWatch
+    steps: int
+    batches: int = 0
+    lr: float = 0.0
+    seconds: float = 0.0
+    random: dict[str, Any] | None = None
+
+    def state(self, accelerator: Accelerator, models: Sequence[nn.Module], plan: dict[str, int]) -> dict[str, Any]:
+        """What `load` reads, in tensors and plain Python types. Collective: every process has its own part of it.
+
+        Args:
+            accelerator: of the arm.
+            models: those with running statistics: the model and its average.
+            plan: what decides which batches the epoch has, by the names of the arguments.
+        """
+        own = {
+            # not there yet if this very epoch was resumed and has not begun to go on
+            "random": self.random or random_state(accelerator.device),
+            "losses": self.losses.state_dict(),
+            "statistics": [_running_statistics(model) for model in models],
+        }
+        return {
+            "steps": self.steps,
+            "batches": self.batches,
+            "lr": self.lr,
+            "seconds": self.seconds,
+            "plan": plan,
+            "processes": gather_object([own]),
+        }
+
+    def load(
+        self, saved: dict[str, Any], accelerator: Accelerator, models: Sequence[nn.Module], plan: dict[str, int]
+    ) -> None:
+        """Take over what `state` gave; arguments as there.
+
+        Raises:
+            UserError: the epoch has other batches now.
+        """
+        other = [f"{name} {saved['plan'][name]} (here {value})" for name, value in plan.items()
+                 if saved["plan"][name] != value]  # fmt: skip
+        if other:
+            raise UserError(
+                f"its last checkpoint is of the middle of an epoch, with {', '.join(other)}: "
+                f"that can change only between epochs"
+            )
+        own = saved["processes"][accelerator.process_index]
+        for model, statistics in zip(models, own["statistics"], strict=False):  # an average may have come or gone
+            model.load_state_dict(statistics, strict=False)
+        self.losses.load_state_dict(own["losses"])
+        self.random = own["random"]
+        self.steps, self.batches = saved["steps"], saved["batches"]
+        self.lr, self.seconds = saved["lr"], saved["seconds"]
+
+
+def _running_statistics(model: nn.Module) -> dict[str, Any]:
+    """BatchNorm's, which every process has of its own images while an epoch lasts."""
+    return {name: value.cpu() for name, value in model.state_dict().items() if "running_" in name}
