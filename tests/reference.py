@@ -95,24 +95,30 @@ class ExplicitLayer(nn.Module):
     def crgd_step(self, rows, r):
         """From centred rows: decorrelate, then give each entry its variance back."""
         z = rows @ r.T
-        step = torch.zeros_like(r)
+        move = torch.zeros_like(r)
         for i in range(len(r)):
             for j in range(len(r)):
                 if i != j:
-                    step[i] += (z[:, i] * z[:, j]).mean() * r[j]
-        r = r - self.config.decor_lr * step
+                    move[i, j] = (z[:, i] * z[:, j]).mean()
+        r = self.moved(r, move)
         gain = (rows.square().mean(0) / (rows @ r.T).square().mean(0)).sqrt()
         return torch.diag(gain) @ r
 
     def dbp_step(self, sigma, r):
         z2 = r @ sigma @ r.T
-        step = torch.zeros_like(r)
+        move = torch.zeros_like(r)
         for i in range(len(r)):  # the paper, entry by entry
-            step[i] += self.config.kappa * (z2[i, i] - 1) * r[i]
             for j in range(len(r)):
                 if i != j:
-                    step[i] += (1 - self.config.kappa) * z2[i, j] * r[j]
-        return r - self.config.decor_lr * step
+                    move[i, j] = (1 - self.config.kappa) * z2[i, j]
+                elif z2[i, i] > 0:
+                    move[i, i] = self.config.kappa * (z2[i, i] - 1)
+        return self.moved(r, move)
+
+    def moved(self, r, move):
+        """R after a step, which is shortened where it is longer than 1."""
+        length = self.config.decor_lr * move.square().sum().sqrt()
+        return r - self.config.decor_lr / max(1.0, float(length)) * move @ r
 
     def whiten(self, sigma):
         config = self.config

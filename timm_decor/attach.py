@@ -64,10 +64,14 @@ class DecorHandle:
             mark_attached(layer, self)
         self._set_recording()
 
-    def report(self) -> AttachReport:
-        """Correlation before and after R, condition, refreshes and skips of each layer; costs up to D^3 a layer."""
+    def report(self, condition: bool = True) -> AttachReport:
+        """Correlation before and after R, its condition number, refreshes and skips of each layer.
+
+        Args:
+            condition: whether to compute the condition numbers, which costs D^3 for a dense R.
+        """
         self._recover()
-        rows = {row.name: row for group in self._groups for row in map(group.report, range(len(group.layers)))}
+        rows = {name: group.report(i, condition) for group in self._groups for i, name in enumerate(group.names)}
         return AttachReport(self.step, tuple(rows[name] for name in self.names))
 
     def detach(self) -> None:
@@ -85,7 +89,8 @@ class DecorHandle:
         _attached_optimizers.discard(self._optimizer)
 
     @property
-    def _refresh_due(self) -> bool:
+    def refresh_due(self) -> bool:
+        """Whether the next optimizer step ends with a refresh of R."""
         first = 1 if self.config.structure == "auto" else 0  # its first step is for `_choose`
         return self.step >= first and (self.step - first) % self.config.every == 0
 
@@ -95,7 +100,7 @@ class DecorHandle:
 
     def _set_recording(self) -> None:
         for group in self._groups:
-            if self._refresh_due or self._undecided:
+            if self.refresh_due or self._undecided:
                 group.start_recording()
             else:
                 group.stop_recording()
@@ -117,7 +122,7 @@ class DecorHandle:
         for group in self._groups:
             group.leave()
         try:
-            if self._refresh_due:
+            if self.refresh_due:
                 self._refresh()
         finally:  # whatever happens to R, the weight must be a kernel again
             for group in self._groups:
@@ -201,6 +206,8 @@ class DecorHandle:
             group.load_state([saved["layers"][name] for name in group.names])
         self.step, self._peak_lr = saved["step"], saved["peak_lr"]
         self._set_recording()
+        for group in self._groups:
+            group.restore_recorded([saved["layers"][name] for name in group.names])
 
     def _check_loadable(self, saved: dict[str, Any]) -> None:
         if saved.get("format") != _STATE_FORMAT:

@@ -212,6 +212,8 @@ class LayerGroup:
             "moments": self._moments_of(index),
             "kind": self._coordinates.kind,
             "coordinates": coordinates,
+            # inputs that no refresh has used yet: there are some after a step that a gradient scaler skipped
+            "recorded": layer.recorded(),
             "refreshes": self.refreshes[index],
             "skips": self.skips[index],
         }
@@ -238,7 +240,12 @@ class LayerGroup:
             for layer, entry in zip(self.layers, saved, strict=True):
                 self._coordinates.load_state(layer, entry["coordinates"])
 
-    def report(self, index: int) -> AttachedRow:
+    def restore_recorded(self, saved: list[dict[str, Any]]) -> None:
+        """Go on recording where the state was saved; recording must have started."""
+        for layer, entry in zip(self.layers, saved, strict=True):
+            layer.restore_recorded(entry["recorded"])
+
+    def report(self, index: int, condition: bool) -> AttachedRow:
         """One layer's row in the report."""
         r, before, after = selected(self.r, len(self.layers), [index]), None, None
         if self.refreshes[index]:
@@ -247,7 +254,9 @@ class LayerGroup:
             after = mean_correlation(r.output_moment(moments))
         structure = type(self.r).name
         counts = self.refreshes[index], self.skips[index]
-        return AttachedRow(self.names[index], self.shape.dim, structure, before, after, r.condition(), *counts)
+        return AttachedRow(
+            self.names[index], self.shape.dim, structure, before, after, r.condition() if condition else None, *counts
+        )
 
     @property
     def _preserve(self) -> bool:

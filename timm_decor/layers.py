@@ -62,6 +62,16 @@ class DecorMixin:
         for name in RECORDER_STATE:
             self.__dict__.pop(name, None)
 
+    def recorded(self) -> dict[str, Tensor]:
+        """The sums and "rows" so far; empty where there are none. `restore_recorded` takes them back."""
+        return {**self.moments, "rows": self.rows} if self.recording and bool(self.rows) else {}
+
+    def restore_recorded(self, sums: dict[str, Tensor]) -> None:
+        """Go on from what `recorded` returned."""
+        if self.recording and sums:
+            here = {name: value.to(self.weight.device, copy=True) for name, value in sums.items()}
+            self.rows, self.moments = here.pop("rows"), here
+
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the layer (EMA, a saved model) is attached to nothing and must not go on recording.
         return {name: value for name, value in self.__dict__.items() if name not in RECORDER_STATE}

@@ -88,7 +88,7 @@ class AttachedRow:
         correlation_before: mean absolute correlation between different entries of the layer's input x (of 1024 of
             them, where it has more).
         correlation_after: the same for z = R x; both from the statistics that R was last refreshed with, None before.
-        condition: condition number of R.
+        condition: condition number of R; None where it was not asked for.
         refreshes: refreshes of R so far.
         skips: refreshes that were due but left R alone, because the statistics could not be used.
     """
@@ -98,7 +98,7 @@ class AttachedRow:
     structure: str
     correlation_before: float | None
     correlation_after: float | None
-    condition: float
+    condition: float | None
     refreshes: int
     skips: int
 
@@ -124,7 +124,7 @@ class AttachReport:
 
         cells = [
             (r.name, r.dim, r.structure, number(r.correlation_before), number(r.correlation_after))
-            + (f"{r.condition:.3g}", r.refreshes, r.skips)
+            + ("-" if r.condition is None else f"{r.condition:.3g}", r.refreshes, r.skips)
             for r in self.rows
         ]
         header = ("layer", "D", "structure", "correlation before", "after", "condition of R", "refreshes", "skips")

@@ -50,6 +50,9 @@ def dbp(r: Tensor, sigma: Tensor, kappa: float, decor_lr: float) -> Tensor:
     With z = R x: C = <z z^T> without its diagonal, V = diag(<z_i^2> - 1),
     R <- R - decor_lr ((1 - kappa) C + kappa V) R.
 
+    Two things the paper leaves to the choice of decor_lr are made safe here: a step that could overshoot is shortened
+    (see `_stable`), and an entry that never fires keeps its row of R, which would grow for ever.
+
     Args:
         r: R, (g, D, D).
         sigma: <x x^T>, (g, D, D).
@@ -62,8 +65,10 @@ def dbp(r: Tensor, sigma: Tensor, kappa: float, decor_lr: float) -> Tensor:
     zz = r @ sigma @ r.mT
     variance = zz.diagonal(dim1=-2, dim2=-1)
     correlation = zz - torch.diag_embed(variance)
-    # V multiplies from the left: it scales the rows of R.
-    return r - decor_lr * ((1 - kappa) * (correlation @ r) + kappa * (variance - 1)[..., None] * r)
+    excess = torch.where(variance > 0, variance - 1, 0.0)
+    # Both multiply from the left: V scales the rows of R.
+    step = (1 - kappa) * correlation + torch.diag_embed(kappa * excess)
+    return r - _stable(decor_lr, step) * (step @ r)
 
 
 def crgd(r: Tensor, sigma: Tensor, mean: Tensor, decor_lr: float) -> Tensor:
@@ -88,12 +93,21 @@ def crgd(r: Tensor, sigma: Tensor, mean: Tensor, decor_lr: float) -> Tensor:
     """
     centred = sigma - mean.mT @ mean
     zz = r @ centred @ r.mT
-    r = r - decor_lr * ((zz - torch.diag_embed(zz.diagonal(dim1=-2, dim2=-1))) @ r)
+    correlation = zz - torch.diag_embed(zz.diagonal(dim1=-2, dim2=-1))
+    r = r - _stable(decor_lr, correlation) * (correlation @ r)
     before = centred.diagonal(dim1=-2, dim2=-1)
     after = torch.einsum("gij,gjk,gik->gi", r, centred, r)
     varies = (before > 0) & (after > 0)
     gain = torch.where(varies, before / torch.where(varies, after, 1.0), 1.0).sqrt()
     return gain[..., None] * r
+
+
+def _stable(decor_lr: float, step: Tensor) -> Tensor:
+    """decor_lr, (g, 1, 1), or less where R <- R - decor_lr step R could diverge.
+
+    That is where decor_lr times an eigenvalue of the symmetric `step` exceeds 2, of which the Frobenius norm knows.
+    """
+    return decor_lr / (decor_lr * torch.linalg.matrix_norm(step)).clamp_min(1)[..., None, None]
 
 
 def whiten(sigma: Tensor, damping: float, strength: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -75,4 +75,4 @@ class StepClock:
             self._last = time.perf_counter()
 
     def _refresh_is_due(self) -> bool:
-        return self._handle is not None and self._handle._refresh_due
+        return self._handle is not None and self._handle.refresh_due
