@@ -104,24 +104,24 @@ def join_group(rank: int, world_size: int, port: int) -> None:
     }  # fmt: skip
 
 
-def own_group() -> None:
-    """Lead a process group, so that a signal to it reaches this process and its workers and nobody else."""
-    os.setsid()
+def slow_update(marker: str, seconds: float) -> None:
+    """Let the second update take its time, and leave a file when it begins.
 
-
-def slow_update(marker: str) -> None:
-    """Let the second update take a minute, and leave a file when it begins."""
+    The process leads a group, so that a signal to that reaches its workers and nobody else.
+    """
     import time
+
+    os.setsid()
 
     from timm_decor.training.arm import Arm
 
-    clip = Arm._lr
+    lr = Arm._lr
 
     def slow(self: Arm) -> float:
         if self.steps == 2:
             Path(marker).touch()
-            time.sleep(60)
-        return clip(self)
+            time.sleep(seconds)
+        return lr(self)
 
     Arm._lr = slow  # type: ignore[method-assign]
 

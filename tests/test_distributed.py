@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from processes import context, start_group
+from safetensors.torch import load_file
 from test_attach import batch, net
 from test_kill_and_resume import final, same
 from torch.nn.parallel import DistributedDataParallel
@@ -120,6 +121,18 @@ class TestTrainingLoop:
         assert min(refreshes) >= 4
         for a, b in zip(tensors(whole), tensors(first), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+    def test_running_statistics_are_of_the_images_of_both(self, tmp_path):
+        """Where nothing moves, the mean that the first BatchNorm has seen is that of the whole batches."""
+        means = []
+        for size, batch_size in ((1, 64), (2, 32)):
+            words = ["--no-aug", "--lr", "0", "--epochs", "1", "-b", str(batch_size)]
+            command = [*TINY, *words, "--output", str(tmp_path), "--experiment", str(size)]
+            for process in start_group(command, tmp_path / "log", tmp_path / f"ends{size}", size):
+                process.join()
+                assert process.exitcode == 0, (tmp_path / "log").read_text()
+            means.append(load_file(tmp_path / str(size) / "last.safetensors")["conv1.1.running_mean"])
+        torch.testing.assert_close(*means)
 
     def test_stopped_killed_and_resumed(self, tmp_path):
         """A signal to one of them stops both after the same update; killed ones go on; all end with the same."""

@@ -311,8 +311,8 @@ class TestCheckpoints:
     ):
         report = DecorHandle.report
 
-        def skipped(self: DecorHandle) -> AttachReport:
-            done = report(self)
+        def skipped(self: DecorHandle, **options: bool) -> AttachReport:
+            done = report(self, **options)
             return dataclasses.replace(done, rows=(dataclasses.replace(done.rows[0], skips=1), *done.rows[1:]))
 
         monkeypatch.setattr(DecorHandle, "report", skipped)
@@ -325,7 +325,7 @@ class TestCheckpoints:
         assert f"; 1 of {results['refreshes'] + 1} refreshes of R skipped; " in out
 
     def test_results_do_not_need_a_report(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        def fails(self: DecorHandle) -> AttachReport:
+        def fails(self: DecorHandle, **options: bool) -> AttachReport:
             raise torch.linalg.LinAlgError("did not converge")
 
         monkeypatch.setattr(DecorHandle, "report", fails)

@@ -17,6 +17,7 @@ from accelerate import Accelerator, skip_first_batches
 from timm.models import model_parameters
 from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import timm_decor
@@ -87,6 +88,11 @@ class Arm:
         )
         optimizer = make_optimizer(args, self.model)
         self._wrapped, self._optimizer = accelerator.prepare(self.model, optimizer)
+        if isinstance(self._wrapped, DistributedDataParallel):
+            # Each process keeps the running statistics of its own images, and they are averaged at the epoch's end:
+            # DDP would throw away all but the first process's, and send them at every step. Its argument of this name
+            # is deprecated, the attribute is not.
+            self._wrapped.broadcast_buffers = False
         self.handle = None
         if decorrelated:
             try:

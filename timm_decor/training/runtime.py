@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DataLoaderConfiguration,
-    DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     parse_flag_from_env,
 )
@@ -53,9 +52,6 @@ def make_accelerator(device: str | None, amp: bool, amp_dtype: str, grad_accum_s
             # as a plugin, because a plain number gives way to a variable of the environment
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=grad_accum_steps),
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
-            # each process keeps the running statistics of its own images, and they are averaged at the epoch's end:
-            # DDP would throw away all but the first process's, and send them at every step
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
     except ValueError as error:
         raise UserError(f"--device {device or 'default'}: {first_line(error)}") from error
