@@ -31,6 +31,7 @@ from timm_decor.training.errors import UserError, first_line, load_failure
 RESUME_FILE = "resume.pt"
 PREVIOUS_FILE = "resume-previous.pt"
 DAMAGED_FILE = "resume-damaged.pt"
+RESUME_FILES = (RESUME_FILE, PREVIOUS_FILE, DAMAGED_FILE)
 ARGS_FILE = "args.yaml"
 SUMMARY_FILE = "summary.csv"
 

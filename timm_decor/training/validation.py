@@ -22,7 +22,7 @@ from timm_decor.training.args import validate_parser
 from timm_decor.training.datasets import open_source
 from timm_decor.training.errors import UserError, message
 from timm_decor.training.evaluate import evaluate
-from timm_decor.training.folder import RESUME_FILE, RunFolder
+from timm_decor.training.folder import RESUME_FILES, RunFolder
 from timm_decor.training.loaders import eval_loader
 from timm_decor.training.mistakes import confusion, write_confusion, write_worst
 from timm_decor.training.runtime import make_accelerator, seed_everything
@@ -100,7 +100,7 @@ def find_checkpoints(paths: Sequence[str]) -> list[tuple[str, str | None]]:
         inside = [
             file
             for file in sorted(path.rglob("*"))
-            if file.name.endswith(_ENDINGS) and file.is_file() and file.name != RESUME_FILE
+            if file.name.endswith(_ENDINGS) and file.is_file() and file.name not in RESUME_FILES
             if not file.stem.endswith(build.EMA_SUFFIX)
         ]
         if not inside:
