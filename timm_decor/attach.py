@@ -16,6 +16,7 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from timm_decor.convert import any_attached, decor_layers, mark_attached, reconv
 from timm_decor.coordinates import refuse_anchored
 from timm_decor.group import LayerGroup, grouped
 from timm_decor.layers import DecorLayer
+from timm_decor.portable import read_r, write_r
 from timm_decor.reporting import AttachReport
 from timm_decor.shape import Pace
 from timm_decor.sharing import averaged_moments, refreshed, rows_a_process
@@ -87,6 +89,28 @@ class DecorHandle:
             layer.stop_recording()
             mark_attached(layer, None)
         _attached_optimizers.discard(self._optimizer)
+
+    def save_r(self, path: str | Path) -> None:
+        """Write R and the second moments behind it to a safetensors file; see `load_r`."""
+        self._recover()
+        write_r(self._state(), path)
+
+    def load_r(self, path: str | Path) -> None:
+        """Begin with the R of another run of these layers, instead of the identity.
+
+        Args:
+            path: a file that `save_r` wrote, or the decor.safetensors of a published model.
+
+        Raises:
+            ValueError: steps were made already, the file cannot be read, or it is of another rule, structure or model.
+        """
+        if self.step:
+            raise ValueError(f"R can be loaded before the first step only, not after {self.step}")
+        saved = read_r(path)
+        self._check_fits(saved)
+        for group in self._groups:
+            group.load_r([saved["layers"][name] for name in group.names])
+        self._set_recording()
 
     @property
     def refresh_due(self) -> bool:
@@ -183,15 +207,18 @@ class DecorHandle:
 
     def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         self._recover()
+        state_dict[STATE_KEY] = self._state()
+        return state_dict
+
+    def _state(self) -> dict[str, Any]:
         states = {name: group.state(i) for group in self._groups for i, name in enumerate(group.names)}
-        state_dict[STATE_KEY] = {
+        return {
             "format": _STATE_FORMAT,
             "config": self.config.to_json(),
             "step": self.step,
             "peak_lr": self._peak_lr,
             "layers": {name: states[name] for name in self.names},
         }
-        return state_dict
 
     def _load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         saved = state_dict.get(STATE_KEY)
@@ -212,23 +239,31 @@ class DecorHandle:
     def _check_loadable(self, saved: dict[str, Any]) -> None:
         if saved.get("format") != _STATE_FORMAT:
             raise ValueError(f"decorrelation state format {saved.get('format')!r}; can read {_STATE_FORMAT}")
+        self._check_fits(saved)
+        kind = self._groups[0].kind
+        for name, layer in self._layers:
+            entry, shape = saved["layers"][name], list(layer.weight.shape)
+            if entry["shape"] != shape:
+                raise ValueError(f"the optimizer state has shape {entry['shape']} for layer {name}, not {shape}")
+            if entry["kind"] != kind:
+                raise ValueError(f"the optimizer state is not that of a {type(self._optimizer).__name__}")
+
+    def _check_fits(self, saved: dict[str, Any]) -> None:
+        """Refuse the R of another rule, structure or model; a head of other classes has the same inputs."""
         theirs = DecorConfig.from_json(saved["config"])
         for name in ("rule", "structure"):
             has, wanted = getattr(theirs, name), getattr(self.config, name)
             if has != wanted:
                 raise ValueError(
-                    f"the optimizer state is of {name} {has!r}, this run uses {wanted!r}; "
-                    f"attach with the saved config, or start without the optimizer state"
+                    f"the saved R is of {name} {has!r}, this run uses {wanted!r}; "
+                    f"attach with the saved config, or start without that R"
                 )
-        kind = self._groups[0].kind
         for name, layer in self._layers:
             entry = saved["layers"].get(name)
             shape = list(layer.weight.shape)
-            if entry is None or entry["shape"] != shape:
+            if entry is None or entry["shape"][1:] != shape[1:]:
                 has = "nothing" if entry is None else f"shape {entry['shape']}"
-                raise ValueError(f"the optimizer state has {has} for layer {name}, which has shape {shape}")
-            if entry["kind"] != kind:
-                raise ValueError(f"the optimizer state is not that of a {type(self._optimizer).__name__}")
+                raise ValueError(f"the saved R has {has} for layer {name}, which has shape {shape}")
 
 
 def _split(flags: Tensor, groups: Sequence[LayerGroup]) -> Iterator[list[list[bool]]]:

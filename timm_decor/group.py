@@ -225,6 +225,13 @@ class LayerGroup:
 
     def load_state(self, saved: list[dict[str, Any]]) -> None:
         """Take over what `state` gave of each layer, on the weights' device."""
+        self.load_r(saved)
+        with torch.no_grad():
+            for layer, entry in zip(self.layers, saved, strict=True):
+                self._coordinates.load_state(layer, entry["coordinates"])
+
+    def load_r(self, saved: list[dict[str, Any]]) -> None:
+        """Take over R and its statistics alone; before the first step, when the coordinates hold nothing yet."""
         device = self.layers[0].weight.device
         self.choose(dataclasses.replace(self.config, structure=saved[0]["structure"], rank=saved[0]["rank"]))
 
@@ -236,9 +243,6 @@ class LayerGroup:
         self.r = self.r.from_tensors(together("r"))
         self.moments = together("moments")
         self.refreshes, self.skips = ([entry[key] for entry in saved] for key in ("refreshes", "skips"))
-        with torch.no_grad():
-            for layer, entry in zip(self.layers, saved, strict=True):
-                self._coordinates.load_state(layer, entry["coordinates"])
 
     def restore_recorded(self, saved: list[dict[str, Any]]) -> None:
         """Go on recording where the state was saved; recording must have started."""

@@ -33,6 +33,7 @@ from torch import nn
 from timm_decor.config import DecorConfig
 from timm_decor.convert import better_plain, convert
 from timm_decor.models.families import Family
+from timm_decor.models.staged import own_cfgs, unavailable
 
 _logger = logging.getLogger(__name__)
 
@@ -104,13 +105,13 @@ def _module(family: str) -> ModuleType:
 
 
 def _twin_cfg(name: str) -> DefaultCfg:
-    """timm's pretrained configs of a model, for its twin.
+    """The pretrained configs of a model's twin: the project's own weights, and timm's.
 
-    They are read from timm's registry, where `hf_hub_id` is already written in full. (A bare `timm/` would be completed
+    timm's are read from its registry, where `hf_hub_id` is already written in full. (A bare `timm/` would be completed
     with the twin's name on registration, and no such repository exists.)
     """
-    cfgs = {split_model_name_tag(key)[1]: cfg for key, cfg in get_arch_pretrained_cfgs(name).items()}
-    # timm lists the default tag first, and DefaultCfg wants it first.
+    cfgs = {**own_cfgs(name), **{split_model_name_tag(k)[1]: cfg for k, cfg in get_arch_pretrained_cfgs(name).items()}}
+    # timm lists the default tag first, and DefaultCfg wants it first: the project's own weights, if there are any.
     return DefaultCfg(tags=deque(cfgs), cfgs=cfgs, is_pretrained=any(cfg.has_weights for cfg in cfgs.values()))
 
 
@@ -118,7 +119,8 @@ def _register_twin(
     module: ModuleType, name: str, plain: Mapping[str, str], tells_unmatched: bool = False
 ) -> Entrypoint:
     variant = PREFIX + name
-    has_cfgs = bool(get_arch_pretrained_cfgs(name))
+    tags = [split_model_name_tag(key)[1] for key in get_arch_pretrained_cfgs(name)]
+    has_cfgs, timm_default = bool(tags), next(iter(tags), None)
 
     def leave_out(layer_name: str, layer: nn.Module) -> str:
         reasons = (why for pattern, why in plain.items() if fnmatch.fnmatch(layer_name, pattern))
@@ -132,12 +134,20 @@ def _register_twin(
         **kwargs: Any,
     ) -> nn.Module:
         _check_tag(variant, pretrained_cfg)
+        if not pretrained and not pretrained_cfg and own_cfgs(name):
+            pretrained_cfg = timm_default  # a model without weights is as the plain one is: classes, size, mean and std
         if has_cfgs:
             # Resolved under the twin's name, so that `model.pretrained_cfg` names the model that was asked for.
             pretrained_cfg = resolve_pretrained_cfg(variant, pretrained_cfg, dict(pretrained_cfg_overlay or {}))  # type: ignore[arg-type]
         elif pretrained_cfg_overlay:
             kwargs["pretrained_cfg_overlay"] = pretrained_cfg_overlay
-        model = model_entrypoint(name)(pretrained=pretrained, pretrained_cfg=pretrained_cfg, **kwargs)
+        try:
+            model = model_entrypoint(name)(pretrained=pretrained, pretrained_cfg=pretrained_cfg, **kwargs)
+        except Exception as error:  # what the Hub's client and its HTTP library raise has no common base
+            tried = pretrained and unavailable(pretrained_cfg, error)
+            if tried:
+                raise RuntimeError(tried) from error
+            raise
         if isinstance(decor_config, dict):
             decor_config = DecorConfig.from_dict(decor_config)
         convert(model, decor_config or DecorConfig(), leave_out)

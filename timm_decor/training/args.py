@@ -34,6 +34,9 @@ def train_parser() -> Parser:
     group.add_argument("--pretrained-path", metavar="FILE", help="pretrained weights to use instead; gets a new head")
     group.add_argument("--initial-checkpoint", metavar="FILE", help="start from these weights, head included")
     group.add_argument(
+        "--initial-r", metavar="FILE", help="start with this R: the decor.safetensors of a published run"
+    )
+    group.add_argument(
         "--freeze",
         nargs="+",
         default=[],

@@ -97,6 +97,8 @@ class Arm:
         if decorrelated:
             try:
                 self.handle = timm_decor.attach(self.model, self._optimizer, decor_config(args))
+                if args.initial_r:
+                    self.handle.load_r(args.initial_r)
             except ValueError as error:
                 raise UserError(f"{name}: {error}") from error
         # R is the same on every process: one looks at it

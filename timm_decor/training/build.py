@@ -196,6 +196,11 @@ def class_count(model: nn.Module) -> int:
     return cast(int, model.num_classes)
 
 
+def hub_name(model: nn.Module) -> str | None:
+    """The Hub's name of the pretrained weights that a timm model was made with."""
+    return cast(Any, model).pretrained_cfg.get("hf_hub_id")  # type: ignore[no-any-return]
+
+
 def place(model: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
     """Move a model, in place, to a device and a memory layout."""
     model.to(device=device)

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
+SIDES = ("decorrelated", "plain")  # the two models' folders in that of the run
+
 
 @dataclass(frozen=True)
 class Side:

@@ -1,7 +1,8 @@
-"""The comparison's picture: accuracy and loss against steps and against seconds."""
+"""The picture of a training or a comparison: accuracy and loss against steps and against seconds."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from timm_decor.training.compare import Side
@@ -10,14 +11,13 @@ _COLOURS = ("#d1495b", "#30638e")  # decorrelated, plain: told apart in print an
 _MARKERS = ("o", "s")
 
 
-def save_picture(sides: tuple[Side, Side], path: Path, title: str) -> None:
-    """Draw both sides into a PNG file of 1500 x 1050 pixels.
+def save_picture(sides: Sequence[Side], path: Path, title: str) -> None:
+    """Draw one or two sides into a PNG file of 1500 x 1050 pixels.
 
     Args:
         sides: the decorrelated one first.
         path: the file.
         title: the figure's title.
-
     """
     import matplotlib
 
@@ -29,7 +29,7 @@ def save_picture(sides: tuple[Side, Side], path: Path, title: str) -> None:
     figure.suptitle(title, fontsize=13)
     for column, (key, unit) in enumerate((("steps", "optimizer steps"), ("seconds", "training time (s)"))):
         accuracy, loss = axes[0][column], axes[1][column]
-        for side, colour, marker in zip(sides, _COLOURS, _MARKERS, strict=True):
+        for side, colour, marker in zip(sides, _COLOURS, _MARKERS, strict=False):
             style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.8}
             rows = side.evaluated
             accuracy.plot([r[key] for r in rows], [r["eval_top1"] for r in rows], label=side.name, **style)

@@ -17,6 +17,7 @@ PRIVATE = (
     "output",
     "experiment",
     "initial_checkpoint",
+    "initial_r",
     "pretrained_path",
     "kd_pretrained_path",
     "class_map",

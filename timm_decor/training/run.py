@@ -37,7 +37,6 @@ from timm_decor.training.privacy import published, published_command, refuse_sec
 from timm_decor.training.runtime import machine, make_accelerator, seed_everything, versions
 from timm_decor.training.stopping import StopRequest
 
-SIDES = ("decorrelated", "plain")  # folders of a comparison
 AUTO = "auto"  # --resume: the run in --experiment's folder, if there is one
 
 
@@ -72,6 +71,8 @@ def main(argv: Sequence[str]) -> None:
     build.check_model_name(args.model)
     if args.compare and not decorrelated:
         raise UserError(f"--compare needs a decorrelated model: use --model decor_{args.model}, or --decor")
+    if args.initial_r and not decorrelated:
+        raise UserError(f"--initial-r does nothing for plain {args.model}: use a {build.PREFIX} model, or --decor")
     trackers.check_available(args.log_with)
     decor_config(args)  # refuse a bad knob before the data are read
     accelerator = make_accelerator(args.device, args.amp, args.amp_dtype, args.grad_accum_steps)
@@ -84,6 +85,7 @@ def main(argv: Sequence[str]) -> None:
     model = build.create(args, args.num_classes or train_source.num_classes, channels)
     if args.sync_bn:
         model = build.synchronized(model, args.freeze, accelerator.device, accelerator.num_processes)
+    base = build.hub_name(model) if args.pretrained else None
     classes = build.class_count(model)
     if args.eval_metric == "top5" and classes <= 5:
         raise UserError(f"--eval-metric top5 means nothing with {classes} classes")
@@ -95,7 +97,7 @@ def main(argv: Sequence[str]) -> None:
     distillation = make_distillation(args, model, data_config, accelerator)
     arms = _make_arms(args, model, accelerator, loaders, decorrelated)
     folders = _arm_folders(args, folder, arms, accelerator.is_main_process)
-    metadata = _metadata(args, model, data_config, classes)
+    metadata = _metadata(args, model, data_config, classes, train_source.class_names)
     if args.resume:
         _load_states(args, arms, folder, folders)
     accelerator.print(
@@ -108,8 +110,8 @@ def main(argv: Sequence[str]) -> None:
     if args.compare:
         _warm_up(arms, data_config["input_size"], args.batch_size)
     folder.write_args(as_recipe(args))  # not earlier: a resume that is refused leaves the run's own arguments alone
-    trackers.start(accelerator, args, folder.path, SIDES if args.compare else ())
-    for arm, side in zip(arms, SIDES if args.compare else ("",), strict=True):
+    trackers.start(accelerator, args, folder.path, compare.SIDES if args.compare else ())
+    for arm, side in zip(arms, compare.SIDES if args.compare else ("",), strict=True):
         arm.log, arm.distillation = partial(trackers.log, accelerator, side), distillation
     with StopRequest(accelerator.num_processes, tells=accelerator.is_main_process) as stop:
         keepers = [
@@ -121,7 +123,7 @@ def main(argv: Sequence[str]) -> None:
     seen = []
     for arm, arm_folder in zip(arms, folders, strict=True):
         final = _report(arm)
-        arm_folder.write_json("results.json", _results(arm, final, context))
+        arm_folder.write_json("results.json", _results(arm, base, final, context))
         accelerator.print(_last_words(arm, final, arm_folder))
         layers = tuple(row.name for row in final.rows) if final else ()
         seen.append(report.Seen(_side(arm), arm.observer.record(final), layers))
@@ -145,7 +147,7 @@ def _open_folder(args: argparse.Namespace, accelerator: Accelerator) -> RunFolde
     size = args.img_size or (args.input_size[-1] if args.input_size else "")
     name = "-".join(filter(None, (time.strftime("%Y%m%d-%H%M%S"), safe_model_name(args.model), str(size))))
     path = Path(args.output) / (args.experiment or name)
-    here, sides = [path], [path / side for side in SIDES]
+    here, sides = [path], [path / side for side in compare.SIDES]
     if args.resume == AUTO:
         if not args.experiment:
             raise UserError("--resume auto goes on with the run of --experiment NAME, which is missing")
@@ -187,7 +189,7 @@ def _make_arms(
 def _arm_folders(args: argparse.Namespace, folder: RunFolder, arms: list[Arm], writes: bool) -> list[RunFolder]:
     if not args.compare:
         return [folder]
-    return [RunFolder(folder.path / side, writes) for side, _ in zip(SIDES, arms, strict=True)]
+    return [RunFolder(folder.path / side, writes) for side, _ in zip(compare.SIDES, arms, strict=True)]
 
 
 def _load_states(args: argparse.Namespace, arms: list[Arm], folder: RunFolder, folders: list[RunFolder]) -> None:
@@ -226,7 +228,9 @@ def _conversion_lines(report: ConversionReport) -> list[str]:
     return [report.summary(), *lines]
 
 
-def _metadata(args: argparse.Namespace, model: nn.Module, data_config: dict[str, Any], classes: int) -> dict[str, str]:
+def _metadata(
+    args: argparse.Namespace, model: nn.Module, data_config: dict[str, Any], classes: int, label_names: list[str]
+) -> dict[str, str]:
     """What a checkpoint says of itself, so that validate.py needs no further arguments."""
     architecture = build.architecture(args.model)
     if architecture.startswith("local-dir:"):  # a place on this machine, and no name that another one knows
@@ -236,6 +240,7 @@ def _metadata(args: argparse.Namespace, model: nn.Module, data_config: dict[str,
         "num_classes": str(classes),
         "data_config": json.dumps(data_config),
         "model_kwargs": json.dumps(args.model_kwargs),
+        "label_names": json.dumps(label_names if len(label_names) == classes else []),
     }
 
 
@@ -303,11 +308,12 @@ def _correlation(report: AttachReport | None) -> tuple[float, float] | None:
     return known if known and all(map(math.isfinite, known)) else None
 
 
-def _results(arm: Arm, report: AttachReport | None, context: dict[str, Any]) -> dict[str, Any]:
+def _results(arm: Arm, base: str | None, report: AttachReport | None, context: dict[str, Any]) -> dict[str, Any]:
     correlation, observed = _correlation(report), arm.observer.record()
     return {
         "model": without_paths(arm.args.model),
         "decorrelated": arm.handle is not None,
+        "base_model": base,
         "lr": arm.args.lr,
         "epochs": arm.epochs,
         "failure": arm.failure,

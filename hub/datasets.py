@@ -1,0 +1,64 @@
+"""What a model card says of the data: its name on the Hub, its license and whom to cite. One row a data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set.
+
+    Attributes:
+        name: for people.
+        short: in a tag, as in `dbp_tin_r64`.
+        hub_id: the data set's repository on the Hub; "" where there is none to name.
+        license: a sentence on the license of the images.
+        citation: a sentence; "" where nobody is known.
+        split: what the evaluated images are, in words.
+    """
+
+    name: str
+    short: str
+    hub_id: str
+    license: str
+    citation: str = ""
+    split: str = "the evaluation split"
+
+
+# By the last part of --data-dir or --dataset, in lower case.
+DATA = {
+    "cifar10": Data(
+        "CIFAR-10",
+        "cifar10",
+        "uoft-cs/cifar10",
+        "CIFAR-10 comes without a license of its own; its images were collected from the web for research.",
+        "A. Krizhevsky: Learning Multiple Layers of Features from Tiny Images, 2009.",
+        "the 10 000 test images",
+    ),
+    "tiny-imagenet": Data(
+        "Tiny ImageNet",
+        "tin",
+        "zh-plus/tiny-imagenet",
+        "Tiny ImageNet is a part of ImageNet, whose terms allow non-commercial research and education.",
+        "Stanford CS231N: Tiny ImageNet Visual Recognition Challenge; O. Russakovsky et al.: ImageNet Large Scale "
+        "Visual Recognition Challenge, IJCV 2015.",
+        "the 10 000 validation images, which serve as the test images: those of the test set have no public labels",
+    ),
+    "digits": Data(
+        "scikit-learn's handwritten digits",
+        "digits",
+        "",
+        "The digits are part of scikit-learn (BSD 3-Clause); they come from the UCI repository, CC BY 4.0.",
+        "E. Alpaydin, C. Kaynak: Optical Recognition of Handwritten Digits, UCI, 1998.",
+        "every fifth image of a class",
+    ),
+}
+
+
+def known(name: str) -> Data:
+    """The data set of a name such as cifar10, torch/cifar10 or hfds/uoft-cs/cifar10; of an unknown one, its name."""
+    key = name.rstrip("/").rsplit("/", 1)[-1].lower().replace("_", "-")
+    short = "".join(letter for letter in key if letter.isalnum())
+    license_ = "Its license is that of its makers; this card knows nothing of it."
+    return DATA.get(key) or Data(key, short, name.removeprefix("hfds/") if name.startswith("hfds/") else "", license_)

@@ -1,0 +1,230 @@
+"""The files of a published model, written into a folder: the folder is the repository.
+
+`config.json` and `model.safetensors` are the plain model's, in timm's own layout, so that
+`timm.create_model("hf-hub:...")` needs nothing of this project. Nothing in the folder depends on the day or the place:
+the same run gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from safetensors.torch import load_file
+from timm.models import get_pretrained_cfg
+from torch import Tensor, nn
+
+from hub.trained import Trained
+from timm_decor.attach import STATE_KEY
+from timm_decor.portable import write_r
+from timm_decor.training import compare, validation
+from timm_decor.training.errors import UserError, first_line
+from timm_decor.training.folder import RunFolder, read_resume
+from timm_decor.training.plot import save_picture
+from timm_decor.training.privacy import PRIVATE, without_paths
+
+WEIGHTS, CONFIG, R_FILE, RECIPE, RESULTS, PICTURE, CARD = FILES = (
+    "model.safetensors",
+    "config.json",
+    "decor.safetensors",
+    "recipe.yaml",
+    "results.json",
+    "training.png",
+    "README.md",
+)
+_METADATA = ("architecture", "num_classes", "data_config", "model_kwargs", "label_names", "epoch")
+_NOISY = ("images_per_s",)  # what differs from one evaluation of the same weights to the next
+_HALF_TOLERANCE = 0.02  # of the outputs' standard deviation: what rounding the weights to half precision may change
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the person who publishes decides.
+
+    Attributes:
+        tag: the pretrained tag.
+        license: of the weights, as the Hub names licenses.
+        half: store the weights in half precision.
+        base_model: the Hub's name of the weights that training began with; None for a random start.
+        with_r: publish R, if the run has it.
+        data_dir: where the evaluated data are, if not where training found them.
+        evaluate: run validate.py on the files as they will be published.
+    """
+
+    tag: str
+    license: str
+    half: bool
+    base_model: str | None
+    with_r: bool
+    data_dir: str | None
+    evaluate: bool
+
+
+def write(trained: Trained, path: Path, options: Options) -> dict[str, Any]:
+    """Write all files but the card.
+
+    Args:
+        trained: the run.
+        path: an empty folder.
+        options: see there.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        UserError: the weights are not what they say, the data to evaluate on are not there, or the folder cannot be
+            written.
+    """
+    folder = RunFolder(path)
+    weights = load_file(trained.checkpoint)
+    stored = {
+        key: value.half() if options.half and value.is_floating_point() else value for key, value in weights.items()
+    }
+    folder.write_weights("model", stored, {key: trained.metadata[key] for key in _METADATA if key in trained.metadata})
+    config = timm_config(trained, options)
+    folder.write_json(CONFIG, config)
+    _check(config, weights, load_file(path / WEIGHTS), trained.checkpoint)
+    if options.with_r and trained.resume is not None:
+        state = read_resume(trained.resume)["optimizer"].get(STATE_KEY)
+        if state is not None:
+            write_r(state, path / R_FILE)
+    folder.write_text(RECIPE, recipe(trained))
+    save_picture(sides(trained), path / PICTURE, f"{trained.architecture} on {trained.data.name}")
+    results = _results(trained, options, _evaluated(trained, path / WEIGHTS, options) if options.evaluate else None)
+    folder.write_json(RESULTS, results)
+    return results
+
+
+def timm_config(trained: Trained, options: Options) -> dict[str, Any]:
+    """config.json as timm reads it. Of timm's own configuration only what belongs to the architecture is taken."""
+    twin = get_pretrained_cfg(trained.architecture)
+    data = trained.data_config
+    size = data["input_size"]
+    config: dict[str, Any] = {
+        "architecture": trained.architecture,
+        "num_classes": int(trained.metadata["num_classes"]),
+        "pretrained_cfg": {
+            "tag": options.tag,
+            "custom_load": False,
+            "input_size": size,
+            "fixed_input_size": bool(twin and twin.fixed_input_size),
+            "interpolation": data["interpolation"],
+            "crop_pct": data["crop_pct"],
+            "crop_mode": data["crop_mode"],
+            "mean": list(data["mean"]),
+            "std": list(data["std"]),
+            "num_classes": int(trained.metadata["num_classes"]),
+            "pool_size": None,
+            "first_conv": twin.first_conv if twin else None,
+            "classifier": twin.classifier if twin else None,
+            "license": options.license,
+        },
+    }
+    model_args = dict(json.loads(trained.metadata["model_kwargs"]))
+    if size[0] != 3:
+        model_args["in_chans"] = size[0]
+    if model_args:
+        config["model_args"] = model_args
+    if trained.label_names:
+        config["label_names"] = trained.label_names
+    return config
+
+
+def plain_model(config: dict[str, Any]) -> nn.Module:
+    """The model that a config.json describes, with random weights: what timm makes of it without this plugin."""
+    cfg = {**config["pretrained_cfg"], "architecture": config["architecture"]}
+    kwargs = {"num_classes": config["num_classes"], **config.get("model_args", {})}
+    if cfg["fixed_input_size"]:
+        kwargs.setdefault("img_size", tuple(cfg["input_size"][1:]))
+    return timm.create_model(config["architecture"], pretrained=False, pretrained_cfg=cfg, **kwargs)
+
+
+@torch.no_grad()
+def _check(config: dict[str, Any], weights: dict[str, Tensor], stored: dict[str, Tensor], checkpoint: Path) -> None:
+    """Refuse files of which timm would not make the trained model."""
+    try:
+        model = plain_model(config).eval()
+        x = torch.rand(2, *config["pretrained_cfg"]["input_size"], generator=torch.Generator().manual_seed(0))
+        model.load_state_dict(weights)
+        expected = model(x)
+        model.load_state_dict(stored)
+        found = model(x)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{checkpoint} does not fit timm's {config['architecture']}: {first_line(error)}") from error
+    scale = float(expected.std()) or 1.0
+    if not torch.isfinite(found).all() or float((found - expected).abs().max()) > _HALF_TOLERANCE * scale:
+        raise UserError(f"{checkpoint} changes its outputs in half precision: publish it without --half")
+
+
+def recipe(trained: Trained) -> str:
+    """recipe.yaml: train.py -c reads it; only the places of the data are missing."""
+    kept = {key: value for key, value in trained.args.items() if key not in PRIVATE and value is not None}
+    return without_paths(yaml.safe_dump(kept, sort_keys=True))
+
+
+def sides(trained: Trained) -> list[compare.Side]:
+    """The run's history and, of a comparison, its twin's: decorrelated first."""
+    if trained.comparison is not None:
+        return [
+            compare.Side(*(side[key] for key in ("name", "model", "optimizer", "lr", "epochs", "history", "failure")))
+            for side in trained.comparison["sides"]
+        ]
+    text = (trained.checkpoint.parent / "summary.csv").read_text(encoding="utf-8")
+    history = [
+        {key: float(value) for key, value in row.items() if value} | {"epoch": int(row["epoch"])}
+        for row in csv.DictReader(io.StringIO(text))
+    ]
+    results = trained.results
+    return [
+        compare.Side(results["model"], results["model"], trained.args["opt"], results["lr"], results["epochs"], history)
+    ]
+
+
+def _evaluated(trained: Trained, weights: Path, options: Options) -> dict[str, Any]:
+    """validate.py's row for the file as it will be published."""
+    args = trained.args
+    words = ["--checkpoint", str(weights), "--split", args["val_split"], "--workers", "0", "--device", "cpu"]
+    data_dir = options.data_dir or args.get("data_dir")
+    for flag, value in (("dataset", args.get("dataset")), ("data-dir", data_dir), ("class-map", args.get("class_map")),
+                        ("input-key", args.get("input_key")), ("target-key", args.get("target_key"))):  # fmt: skip
+        words += [f"--{flag}", str(value)] if value else []
+    with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
+        file = Path(place) / "results.json"
+        try:
+            validation.main([*words, "--results-file", str(file)])
+        except UserError as error:
+            raise UserError(
+                f"{error}; --data-dir says where the data are, --no-eval publishes training's numbers"
+            ) from error
+        row = json.loads(file.read_text(encoding="utf-8"))
+    return {key: value for key, value in row.items() if key not in _NOISY}
+
+
+def _results(trained: Trained, options: Options, evaluated: dict[str, Any] | None) -> dict[str, Any]:
+    results = trained.results
+    twin = (
+        next((asdict(s) for s in sides(trained) if s.model != results["model"]), None) if trained.comparison else None
+    )
+    return {
+        "architecture": trained.architecture,
+        "tag": options.tag,
+        "data": trained.data_name,
+        "split": trained.args["val_split"],
+        "epoch": int(trained.metadata["epoch"]),
+        "dtype": "float16" if options.half else "float32",
+        "evaluated": evaluated,
+        "training": {key: results[key] for key in ("model", "decorrelated", "lr", "epochs", "final", "ms_per_update")},
+        "twin": twin
+        and {"model": twin["model"], "lr": twin["lr"], "epochs": twin["epochs"], "final": twin["history"][-1]},
+        "versions": results["versions"],
+        "machine": results["machine"],
+    }

@@ -1,0 +1,75 @@
+"""The project's own weights: where they lie here, and what they are called on the Hub.
+
+A checkout keeps them in hub/staged, a wheel in timm_decor/staged: a folder a model, as it is on the Hub. Its
+config.json is the one place that says what they are (tag, classes, mean, std, size). Without the weights' file, timm
+fetches it from the Hub.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from timm.models import PretrainedCfg
+
+# The Hub's account that the weights are under; a fork names its own by the variable.
+HUB_OWNER = os.environ.get("TIMM_DECOR_HUB_OWNER", "timm-decor")
+WEIGHTS = "model.safetensors"
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_PLACES = (_PACKAGE / "staged", _PACKAGE.parent / "hub" / "staged")
+_FIELDS = {field.name for field in dataclasses.fields(PretrainedCfg)}
+
+
+def own_cfgs(architecture: str) -> dict[str, PretrainedCfg]:
+    """timm's pretrained configs of the project's own weights of a model, by tag; the default first."""
+    return {
+        config["pretrained_cfg"]["tag"]: _cfg(config, folder)
+        for folder, config in _staged()
+        if config["architecture"] == architecture
+    }
+
+
+def unavailable(cfg: str | dict[str, Any] | PretrainedCfg | None, error: Exception) -> str:
+    """What to say where the project's own weights could not be had; "" where `cfg` is not theirs, or they are here."""
+    name = getattr(cfg, "hf_hub_id", "")
+    own = next((folder for folder, config in _staged() if name == _hub_id(config)), None)
+    if own is None or (own / WEIGHTS).is_file():
+        return ""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (
+        f"the weights {own.name} are neither here ({own / WEIGHTS} does not exist) "
+        f"nor to be had from the Hub ({name}): {reason}"
+    )
+
+
+@cache
+def _staged() -> tuple[tuple[Path, dict[str, Any]], ...]:
+    folder = next((place for place in _PLACES if place.is_dir()), None)
+    files = sorted(folder.glob("*/config.json")) if folder else []
+    found = [(file.parent, json.loads(file.read_text(encoding="utf-8"))) for file in files]
+    # The first of a model's becomes its default: of two, the one that had more to learn is the better start.
+    return tuple(sorted(found, key=lambda pair: -pair[1]["num_classes"]))
+
+
+def _hub_id(config: dict[str, Any]) -> str:
+    return f"{HUB_OWNER}/{config['architecture']}.{config['pretrained_cfg']['tag']}"
+
+
+def _cfg(config: dict[str, Any], folder: Path) -> PretrainedCfg:
+    given = {key: value for key, value in config["pretrained_cfg"].items() if key in _FIELDS}
+    for key in ("input_size", "mean", "std"):
+        given[key] = tuple(given[key])
+    weights = folder / WEIGHTS
+    return PretrainedCfg(
+        **{
+            **given,
+            "label_names": tuple(config.get("label_names", ())) or None,
+            "file": str(weights) if weights.is_file() else None,
+            "hf_hub_id": _hub_id(config),
+        }
+    )
