@@ -1,4 +1,4 @@
-"""What tests/local_hub.py keeps: repositories whose commits are immutable snapshots, and the errors that the Hub names."""
+"""What the local Hub keeps: repositories whose commits are immutable snapshots. And the errors that the Hub names."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from datetime import datetime, timezone
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
+
+import yaml
 
 # What the Hub writes into a new model repository, shortened.
 GIT_ATTRIBUTES = "".join(
@@ -153,3 +155,37 @@ class Repo:
 
 def now() -> str:
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def read_card(text: str) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Metadata of a model card, with errors and warnings.
+
+    Of the Hub's schema this knows that metadata is a YAML mapping, the types of the usual fields, and what a result
+    of a model-index must name.
+    """
+    match = re.match(r"\s*---\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
+    try:
+        card = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError as error:
+        return {}, [f"YAML metadata is not valid: {error}"], []
+    if card is None:
+        return {}, [], ["empty or missing yaml metadata in repo card"]
+    if not isinstance(card, dict):
+        return {}, ["YAML metadata must be a mapping"], []
+    errors = []
+    for name in ("tags", "datasets", "metrics"):
+        if not isinstance(card.get(name, []), list) or not all(isinstance(item, str) for item in card.get(name, [])):
+            errors.append(f'"{name}" must be an array of strings')
+    for name in ("library_name", "pipeline_tag"):
+        if not isinstance(card.get(name, ""), str):
+            errors.append(f'"{name}" must be a string')
+    for i, model in enumerate(card.get("model-index") or []):
+        for j, result in enumerate(model.get("results") or []):
+            where = f"model-index[{i}].results[{j}]"
+            needed = [("task", "type"), ("dataset", "type"), ("dataset", "name")]
+            errors += [f'"{where}.{a}.{b}" is required' for a, b in needed if not (result.get(a) or {}).get(b)]
+            for k, metric in enumerate(result.get("metrics") or [{}]):
+                errors += [f'"{where}.metrics[{k}].{n}" is required' for n in ("type", "value") if n not in metric]
+        if "name" not in model:
+            errors.append(f'"model-index[{i}].name" is required')
+    return card, errors, []

@@ -11,6 +11,7 @@ the client must not send its token there.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import hub_protocol
+import hub_transfer  # noqa: F401  adds its routes
 import pytest
 from hub_repository import Answer, HubError, Repo
 
@@ -206,10 +208,8 @@ class LocalHub:
 
 
 def _hang_up(connection: socket.socket) -> None:
-    try:
+    with contextlib.suppress(OSError):  # the client was first
         connection.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass  # the client was first
 
 
 def _damaged(data: bytes, kind: int | str | None) -> bytes:
