@@ -16,10 +16,12 @@ import os
 import re
 import secrets
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,7 +54,7 @@ class Request(NamedTuple):
     path: str
     status: int | str
     user: str | None
-    headers: dict[str, str]
+    headers: Message  # looked up in any case
 
 
 @dataclass
@@ -184,18 +186,20 @@ class LocalHub:
 
         The client's waits before it tries again are noted in ``waits`` and skipped.
         """
-        from huggingface_hub import constants, file_download, hf_api
+        from huggingface_hub import file_download, hf_api
         from huggingface_hub.utils import _http
 
-        for name, value in {
+        settings = {
             "ENDPOINT": self.url,
             "HUGGINGFACE_CO_URL_TEMPLATE": self.url + "/{repo_id}/resolve/{revision}/{filename}",
             "HF_HUB_CACHE": str(cache_dir / "hub"),
             "HF_HUB_DISABLE_XET": True,
             "HF_HUB_OFFLINE": offline,
             "HF_TOKEN_PATH": str(cache_dir / "token"),
-        }.items():
-            monkeypatch.setattr(constants, name, value, raising=False)
+        }
+        for module in [m for name, m in sys.modules.items() if name.split(".")[0] == "huggingface_hub"]:
+            for name in settings.keys() & vars(module).keys():  # modules of older clients have copies of the constants
+                monkeypatch.setattr(module, name, settings[name])
         monkeypatch.setattr(hf_api.api, "endpoint", self.url)  # of the module's functions, such as create_repo
         for name in [k for k in os.environ if k.startswith(("HF_TOKEN", "HUGGING")) or "proxy" in k.lower()]:
             monkeypatch.delenv(name)
@@ -255,7 +259,7 @@ class _Handler(BaseHTTPRequestHandler):
         user, role = USERS.get(token, (None, None))
 
         def note(status: int | str) -> None:  # before the client can know, or a test would race with the log
-            self.hub.requests.append(Request(self.command, self.path, status, user, dict(self.headers)))
+            self.hub.requests.append(Request(self.command, self.path, status, user, self.headers))
 
         if kind == "drop" and self.command in ("POST", "PUT"):
             note("drop")

@@ -11,6 +11,7 @@ import urllib.request
 from pathlib import Path
 from urllib.error import HTTPError
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -32,6 +33,7 @@ from huggingface_hub.utils import (
     RevisionNotFoundError,
 )
 from local_hub import LocalHub
+from packaging.version import Version
 from timm.models import push_to_hf_hub
 
 REPO = "me/model"
@@ -51,6 +53,9 @@ def _connection_errors() -> tuple[type[Exception], ...]:
 
 
 CONNECTION_ERRORS = _connection_errors()
+needs_newer_client = pytest.mark.skipif(
+    Version(huggingface_hub.__version__) < Version("1"), reason="older clients do not do this"
+)
 
 
 @pytest.fixture
@@ -104,8 +109,9 @@ def test_tokens(hub: LocalHub) -> None:
     assert HfApi().whoami()["name"] == "me"
     who = HfApi(token=hub.reader_token).whoami()
     assert who["name"] == "me" and who["auth"]["accessToken"]["role"] == "read"
-    with pytest.raises(HfHubHTTPError) as error:
-        HfApi(token="hf_wrong").whoami()
+    HfApi().create_repo(REPO)
+    with pytest.raises(HfHubHTTPError, match="Invalid credentials") as error:
+        HfApi(token="hf_wrong").model_info(REPO)
     assert _status(error) == 401
 
 
@@ -127,18 +133,20 @@ def test_repositories_are_created_once_and_in_ones_own_namespace(hub: LocalHub) 
     assert not api.repo_exists(REPO)
 
 
-def test_a_private_repository_looks_absent_to_others(api: HfApi, hub: LocalHub, tmp_path: Path) -> None:
+def test_a_private_repository_looks_absent_to_others(
+    api: HfApi, hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     hub.repo(REPO).private = True
-    assert HfApi(token=hub.reader_token).model_info(REPO).private
-    for token in (hub.stranger_token, False):
-        with pytest.raises(RepositoryNotFoundError):
-            HfApi(token=token).model_info(REPO)
-        with pytest.raises(RepositoryNotFoundError):
-            hf_hub_download(REPO, "config.json", token=token, cache_dir=tmp_path / "other")
-    statuses = [request.status for request in hub.requests[-4:]]
-    assert statuses == [404, 404, 401, 401]
-    path = hf_hub_download(REPO, "model.safetensors", token=hub.reader_token)
-    assert Path(path).read_bytes() == WEIGHTS
+    for token, status in ((hub.stranger_token, 404), (None, 401)):
+        hub.use_in_process(monkeypatch, tmp_path / "other", token)
+        hub.requests.clear()
+        for ask in (lambda: HfApi().model_info(REPO), lambda: hf_hub_download(REPO, "model.safetensors")):
+            with pytest.raises(RepositoryNotFoundError):
+                ask()
+        assert [request.status for request in hub.requests] == [status, status]
+    hub.use_in_process(monkeypatch, tmp_path / "other", hub.reader_token)
+    assert HfApi().model_info(REPO).private
+    assert Path(hf_hub_download(REPO, "model.safetensors")).read_bytes() == WEIGHTS
 
 
 @pytest.mark.parametrize("who", ["reader_token", "stranger_token"])
@@ -166,7 +174,7 @@ def test_a_folder_arrives_as_it_was(api: HfApi, hub: LocalHub, folder: Path) -> 
         "initial commit",
     ]
     assert _seen(hub, "PUT", "/storage/") == [200]
-    assert not any("Authorization" in request.headers for request in hub.requests if "/storage/" in request.path)
+    assert {"/storage/" in r.path for r in hub.requests if "Authorization" in r.headers} == {False}
 
     assert sorted(api.list_repo_files(REPO)) == sorted([*files, ".gitattributes"])
     info = api.model_info(REPO, files_metadata=True)
@@ -316,8 +324,9 @@ def test_cards(api: HfApi, hub: LocalHub) -> None:
     card = ModelCard.load(REPO)
     assert card.data.license == "apache-2.0"
     card.data.tags = ["timm", "decorrelation"]
-    card.push_to_hub(REPO)
-    assert ModelCard.load(REPO, ignore_metadata_errors=True).data.tags == ["timm", "decorrelation"]
+    if Version(huggingface_hub.__version__) >= Version("1"):  # older clients have cards checked by huggingface.co
+        card.push_to_hub(REPO)
+        assert ModelCard.load(REPO).data.tags == ["timm", "decorrelation"]
     before = hub.repo(REPO).refs["refs/heads/main"]
     result = {"task": {"type": "image-classification"}, "dataset": {"name": "CIFAR-10"}, "metrics": []}
     incomplete = {"model-index": [{"name": "model", "results": [result]}]}
@@ -394,6 +403,7 @@ def test_a_hub_that_is_gone_is_gone_for_kept_connections_too(api: HfApi, hub: Lo
 # --- Failures ---
 
 
+@needs_newer_client
 def test_a_broken_download_goes_on_where_it_broke(api: HfApi, hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (constants, file_download):  # the client forgets an unfinished chunk, by default of 10 MiB
         monkeypatch.setattr(module, "DOWNLOAD_CHUNK_SIZE", 1024, raising=False)
@@ -444,7 +454,7 @@ def test_a_corrupt_upload_is_refused(api: HfApi, hub: LocalHub, folder: Path, ki
     assert hub.repo(REPO).files()["model.safetensors"] == WEIGHTS[::-1]
 
 
-@pytest.mark.parametrize("kind", ["drop", "lost", 500, 429])
+@pytest.mark.parametrize("kind", ["drop", "lost", 500, pytest.param(429, marks=needs_newer_client)])
 def test_an_interrupted_upload_is_tried_again(api: HfApi, hub: LocalHub, folder: Path, kind: int | str) -> None:
     (folder / "model.safetensors").write_bytes(WEIGHTS[::-1])
     hub.requests.clear()
@@ -495,9 +505,9 @@ def test_failures_count_and_carry_what_the_client_reads(api: HfApi, hub: LocalHu
     assert api.repo_exists(REPO)
     assert not api.repo_exists(REPO)
     assert api.repo_exists(REPO)
-    hub.fail("GET", "/api/whoami", 429, retry_after=30)
+    hub.fail("GET", f"/api/models/{REPO}$", 429, retry_after=30)
     with pytest.raises(HfHubHTTPError) as error:
-        api.whoami()
+        api.model_info(REPO)
     assert _status(error) == 429 and error.value.response.headers["Retry-After"] == "30"
     with pytest.raises(ValueError, match="explode"):
         hub.fail("GET", "/", "explode")
