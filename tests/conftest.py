@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from local_hub import LocalHub
 
 torch.set_num_threads(1)
 
@@ -42,3 +43,10 @@ def cifar10_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data in {folder}")
     return folder
+
+
+@pytest.fixture
+def local_hub() -> Iterator[LocalHub]:
+    """A Hugging Face Hub on loopback. ``environment`` or ``use_in_process`` turns the real client to it."""
+    with LocalHub() as hub:
+        yield hub
