@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from hub.repository import Options, sides
+from hub.repository import Options, mine, twin
 from hub.trained import Trained
 from timm_decor.config import DecorConfig
 from timm_decor.training.args import decor_config
@@ -103,16 +103,11 @@ def _rows(trained: Trained, results: dict[str, Any]) -> list[dict[str, str]]:
         return {"name": name, "top1": f"{top1:.2f}", "top5": shown, "loss": f"{loss:.4f}", "epochs": str(side.epochs),
                 "lr": f"{side.lr:g}", "ms": f"{ms:.0f}"}  # fmt: skip
 
-    rows: list[dict[str, str]] = []
-    mine = trained.results["model"]
-    for side in sides(trained):
-        if side.model == mine:
-            figures = score(results)
-            rows.insert(0, row("**this model**", figures["top1"], figures["top5"], figures["loss"], side))
-        else:
-            last = side.evaluated[-1]
-            kind = "plain twin" if trained.decorrelated else "decorrelated twin"
-            rows.append(row(f"its {kind}", last["eval_top1"], last.get("eval_top5"), last["eval_loss"], side))
+    figures, other = score(results), twin(trained)
+    rows = [row("**this model**", figures["top1"], figures["top5"], figures["loss"], mine(trained))]
+    if other is not None:
+        kind, last = "plain twin" if trained.decorrelated else "decorrelated twin", other.evaluated[-1]
+        rows.append(row(f"its {kind}", last["eval_top1"], last.get("eval_top5"), last["eval_loss"], other))
     return rows
 
 

@@ -12,7 +12,7 @@ import csv
 import io
 import json
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +97,22 @@ def write(trained: Trained, path: Path, options: Options) -> dict[str, Any]:
         state = read_resume(trained.resume)["optimizer"].get(STATE_KEY)
         if state is not None:
             write_r(state, path / R_FILE)
+    for file in path.glob("*.safetensors"):
+        _settle(file)
     folder.write_text(RECIPE, recipe(trained))
     save_picture(sides(trained), path / PICTURE, f"{trained.architecture} on {trained.data.name}")
     results = _results(trained, options, _evaluated(trained, path / WEIGHTS, options) if options.evaluate else None)
     folder.write_json(RESULTS, results)
     return results
+
+
+def _settle(file: Path) -> None:
+    """Sort the header of a safetensors file, whose library writes its metadata in another order each time."""
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
 
 
 def timm_config(trained: Trained, options: Options) -> dict[str, Any]:
@@ -171,6 +182,16 @@ def recipe(trained: Trained) -> str:
     return without_paths(yaml.safe_dump(kept, sort_keys=True))
 
 
+def twin(trained: Trained) -> compare.Side | None:
+    """The other side of a comparison."""
+    return sides(trained)[1 if trained.decorrelated else 0] if trained.comparison else None
+
+
+def mine(trained: Trained) -> compare.Side:
+    """The run's own side."""
+    return sides(trained)[0 if trained.decorrelated or not trained.comparison else 1]
+
+
 def sides(trained: Trained) -> list[compare.Side]:
     """The run's history and, of a comparison, its twin's: decorrelated first."""
     if trained.comparison is not None:
@@ -211,9 +232,7 @@ def _evaluated(trained: Trained, weights: Path, options: Options) -> dict[str, A
 
 def _results(trained: Trained, options: Options, evaluated: dict[str, Any] | None) -> dict[str, Any]:
     results = trained.results
-    twin = (
-        next((asdict(s) for s in sides(trained) if s.model != results["model"]), None) if trained.comparison else None
-    )
+    other = twin(trained)
     return {
         "architecture": trained.architecture,
         "tag": options.tag,
@@ -223,8 +242,7 @@ def _results(trained: Trained, options: Options, evaluated: dict[str, Any] | Non
         "dtype": "float16" if options.half else "float32",
         "evaluated": evaluated,
         "training": {key: results[key] for key in ("model", "decorrelated", "lr", "epochs", "final", "ms_per_update")},
-        "twin": twin
-        and {"model": twin["model"], "lr": twin["lr"], "epochs": twin["epochs"], "final": twin["history"][-1]},
+        "twin": other and {"model": other.model, "lr": other.lr, "epochs": other.epochs, "final": other.history[-1]},
         "versions": results["versions"],
         "machine": results["machine"],
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,12 +155,22 @@ def _same(file: Path, remote: RepoFile | None) -> bool:
     return bool(remote.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest())
 
 
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and those below it: the client wraps what goes wrong in an upload."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def _explained(error: Exception, target: Target, what: str) -> UserError:
     """What went wrong in one line, and what would work."""
     if isinstance(error, UserError):
         return error
     repo = target.repo_id
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    response = next(
+        (found for cause in _causes(error) if (found := getattr(cause, "response", None)) is not None), None
+    )
+    status = getattr(response, "status_code", None)
     if isinstance(error, HFValidationError):
         return UserError(f"--repo-id {repo}: {first_line(error)}")
     if isinstance(error, LocalTokenNotFoundError) or (status is None and "token" in str(error).lower()):
@@ -179,7 +189,7 @@ def _explained(error: Exception, target: Target, what: str) -> UserError:
             f"{repo} was changed by somebody else meanwhile: nothing was published; look, and publish again"
         )
     if status == 429:
-        wait = error.response.headers.get("Retry-After")  # type: ignore[attr-defined]
+        wait = response.headers.get("Retry-After")
         return UserError(f"too many requests for the Hub: try again{f' in {wait} s' if wait else ' later'}; {again}")
     if status is not None:
         return UserError(f"the Hub answered {status} to the attempt to {what} ({repo}): {again}")

@@ -20,6 +20,7 @@ from timm.models import (
     PretrainedCfg,
     get_arch_pretrained_cfgs,
     get_deprecated_models,
+    get_pretrained_cfg,
     is_model,
     list_models,
     model_entrypoint,
@@ -120,7 +121,8 @@ def _register_twin(
 ) -> Entrypoint:
     variant = PREFIX + name
     tags = [split_model_name_tag(key)[1] for key in get_arch_pretrained_cfgs(name)]
-    has_cfgs, timm_default = bool(tags), next(iter(tags), None)
+    own = own_cfgs(name)
+    has_cfgs = bool(tags or own)
 
     def leave_out(layer_name: str, layer: nn.Module) -> str:
         reasons = (why for pattern, why in plain.items() if fnmatch.fnmatch(layer_name, pattern))
@@ -134,8 +136,9 @@ def _register_twin(
         **kwargs: Any,
     ) -> nn.Module:
         _check_tag(variant, pretrained_cfg)
-        if not pretrained and not pretrained_cfg and own_cfgs(name):
-            pretrained_cfg = timm_default  # a model without weights is as the plain one is: classes, size, mean and std
+        if own and not pretrained and not pretrained_cfg:
+            # a model without weights is as the plain one is: classes, image size, mean and std
+            pretrained_cfg = get_pretrained_cfg(name) or PretrainedCfg()
         if has_cfgs:
             # Resolved under the twin's name, so that `model.pretrained_cfg` names the model that was asked for.
             pretrained_cfg = resolve_pretrained_cfg(variant, pretrained_cfg, dict(pretrained_cfg_overlay or {}))  # type: ignore[arg-type]

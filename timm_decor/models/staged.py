@@ -38,7 +38,7 @@ def unavailable(cfg: str | dict[str, Any] | PretrainedCfg | None, error: Excepti
     """What to say where the project's own weights could not be had; "" where `cfg` is not theirs, or they are here."""
     name = getattr(cfg, "hf_hub_id", "")
     own = next((folder for folder, config in _staged() if name == _hub_id(config)), None)
-    if own is None or (own / WEIGHTS).is_file():
+    if own is None or getattr(cfg, "file", None):  # somebody else's, or a file that timm was told to take
         return ""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return (

@@ -1,0 +1,275 @@
+"""Publishing: from a training run to a repository that timm loads without this project, over a Hub on loopback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from local_hub import LocalHub
+from safetensors.torch import load_file, save_file
+from training_runs import DECOR, ROOT, reset_accelerate, train
+
+from hub.publish import main
+from hub.repository import FILES
+from timm_decor.training import validation
+from timm_decor.training.errors import UserError, exit_code
+
+REPO = "me/digits"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished comparison; nothing may write into it."""
+    return train(tmp_path_factory.mktemp("runs") / "run", "--epochs", 2, *DECOR, "--compare")
+
+
+@pytest.fixture
+def hub(local_hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalHub:
+    local_hub.use_in_process(monkeypatch, tmp_path / "cache")
+    return local_hub
+
+
+def publish(path: Path, *words: str, repo: str = REPO) -> None:
+    reset_accelerate()
+    main([str(path), "--repo-id", repo, *words])
+
+
+def staged(run: Path, tmp_path: Path, *words: str) -> Path:
+    publish(run / "decorrelated", "--dry-run", str(tmp_path / "staged"), *words)
+    return tmp_path / "staged"
+
+
+def test_the_folder_is_complete_and_says_what_was_measured(run: Path, tmp_path: Path) -> None:
+    folder = staged(run, tmp_path)
+    assert {file.name for file in folder.iterdir()} == set(FILES)
+    reset_accelerate()
+    words = f"--dataset digits --split test[:70] --device cpu -j 0 --results-file {tmp_path}/row.json"
+    validation.main(["--checkpoint", str(folder / "model.safetensors"), *words.split()])
+    row = json.loads((tmp_path / "row.json").read_text())
+    card = ModelCard.load(folder / "README.md")
+    values = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert values == {"accuracy": round(row["top1"], 2), "top-5 accuracy": round(row["top5"], 2)}
+    assert (card.data.license, card.data.library_name) == ("apache-2.0", "timm")
+    results = json.loads((run / "decorrelated" / "results.json").read_text())
+    assert row["top1"] == pytest.approx(results["final"]["eval_top1"], abs=1e-3)
+    assert f"| **this model** | {row['top1']:.2f} |" in card.text
+    twin = json.loads((run / "plain" / "results.json").read_text())["final"]
+    assert f"| its plain twin | {twin['eval_top1']:.2f} |" in card.text
+    cfg = json.loads((folder / "config.json").read_text())
+    assert cfg["architecture"] == "test_resnet" and cfg["label_names"] == [str(digit) for digit in range(10)]
+    assert cfg["pretrained_cfg"]["tag"] == "dbp_digits_r32" and cfg["pretrained_cfg"]["input_size"] == [3, 32, 32]
+    assert not {"url", "hf_hub_id", "origin_url", "file"} & cfg["pretrained_cfg"].keys()  # the twin's provenance
+
+
+def test_the_same_run_gives_the_same_bytes_and_none_of_them_name_this_machine(run: Path, tmp_path: Path) -> None:
+    first, second = staged(run, tmp_path / "a"), staged(run, tmp_path / "b")
+    for name in FILES:
+        content = (first / name).read_bytes()
+        assert content == (second / name).read_bytes(), name
+        assert str(run.parent.parent).encode() not in content and str(ROOT).encode() not in content, name
+
+
+def test_recipe_repeats_the_training(run: Path, tmp_path: Path) -> None:
+    recipe = staged(run, tmp_path) / "recipe.yaml"
+    again = train(tmp_path / "again", "-c", str(recipe), base=[])
+    before, after = (load_file(folder / "decorrelated" / "last.safetensors") for folder in (run, again))
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_process_without_the_plugin_gets_the_same_outputs(run: Path, hub: LocalHub, tmp_path: Path) -> None:
+    publish(run / "decorrelated")
+    code = (
+        "import sys, timm, torch\n"
+        f"model = timm.create_model('hf-hub:{REPO}', pretrained=True).eval()\n"
+        "assert not [name for name in sys.modules if name.startswith('timm_decor')]\n"
+        "assert model.pretrained_cfg['label_names'][3] == '3' and model.num_classes == 10\n"
+        "torch.manual_seed(0)\n"
+        "torch.save(model(torch.randn(2, 3, 32, 32)).detach(), sys.argv[1])\n"
+    )
+    model = timm.create_model("decor_test_resnet", num_classes=10).eval()
+    model.load_state_dict(load_file(run / "decorrelated" / "last.safetensors"))
+    torch.manual_seed(0)
+    expected = model(torch.randn(2, 3, 32, 32)).detach()
+    for offline in (False, True):  # the second time from the cache
+        out, cache = tmp_path / f"{offline}.pt", tmp_path / "other"
+        environment = hub.environment(cache, token=None, offline=offline)
+        subprocess.run([sys.executable, "-c", code, out], check=True, cwd=tmp_path, env=environment)
+        assert torch.equal(torch.load(out, weights_only=True), expected)
+
+
+def test_publishing_twice_changes_nothing(run: Path, hub: LocalHub, capsys: pytest.CaptureFixture[str]) -> None:
+    publish(run / "decorrelated")
+    before = hub.repo(REPO).commits()
+    publish(run / "decorrelated")
+    assert hub.repo(REPO).commits() == before
+    assert "nothing was done" in capsys.readouterr().out
+
+
+def test_what_an_earlier_publication_had_more_is_removed_and_what_is_not_ours_stays(run: Path, hub: LocalHub) -> None:
+    from huggingface_hub import HfApi
+
+    publish(run / "decorrelated")
+    HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="notes.txt", repo_id=REPO)
+    publish(run / "decorrelated", "--no-r")
+    assert set(hub.repo(REPO).files()) - {".gitattributes"} == {*FILES, "notes.txt"} - {"decor.safetensors"}
+
+
+def test_pull_request_branch_and_private(run: Path, hub: LocalHub, capsys: pytest.CaptureFixture[str]) -> None:
+    publish(run / "decorrelated", "--private")
+    assert hub.repo(REPO).private
+    main_before = hub.repo(REPO).commits("main")
+    publish(run / "plain", "--revision", "plain")
+    assert json.loads(hub.repo(REPO).files("plain")["config.json"])["pretrained_cfg"]["tag"] == "bp_digits_r32"
+    assert "decor.safetensors" not in hub.repo(REPO).files("plain")
+    publish(run / "plain", "--create-pr")
+    assert hub.repo(REPO).commits("main") == main_before
+    assert "discussions" in capsys.readouterr().out
+
+
+FAILURES = [
+    ("401", ("GET", "/whoami", 401), "does not accept the token"),
+    ("403", ("POST", "/commit/", 403), "may not write"),
+    ("404", ("POST", "/preupload/", 404), "does not know"),
+    ("409", ("POST", "/commit/", 409), "somebody else"),
+    ("412", ("POST", "/commit/", 412), "somebody else"),
+    ("429", ("POST", "/commit/", 429), "too many requests"),
+    ("500", ("POST", "/commit/", 500), "answered 500"),
+    ("500 in the upload", ("PUT", "/storage/", 500), "answered 500"),
+    ("dropped upload", ("PUT", "/storage/", "drop"), "the same command tries again"),
+    ("corrupt upload", ("PUT", "/storage/", "corrupt"), "the same command tries again"),
+    ("dropped commit", ("POST", "/commit/", "drop"), "the same command tries again"),
+]
+
+
+@pytest.mark.parametrize(("failure", "words"), [f[1:] for f in FAILURES], ids=[f[0] for f in FAILURES])
+def test_a_failure_is_one_line_and_leaves_the_repository_as_it_was(
+    run: Path, hub: LocalHub, failure: tuple[str, str, int | str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish(run / "plain")
+    before = hub.repo(REPO).files(), hub.repo(REPO).commits()
+    hub.fail(*failure, times=float("inf"))
+    reset_accelerate()
+    assert exit_code("hub.publish", main, [str(run / "decorrelated"), "--repo-id", REPO, "--no-eval"]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("hub.publish: error: ") and words in line
+    assert (hub.repo(REPO).files(), hub.repo(REPO).commits()) == before
+
+
+def test_a_lost_answer_leaves_the_repository_complete(run: Path, hub: LocalHub) -> None:
+    hub.fail("POST", "/commit/", "lost", times=float("inf"))
+    with pytest.raises(UserError, match="upload"):
+        publish(run / "decorrelated", "--no-eval")
+    assert set(FILES) <= set(hub.repo(REPO).files())
+
+
+@pytest.mark.parametrize(
+    ("token", "words"), [(None, "hf auth login"), ("hf_reader", "may not write"), ("hf_x", "token")]
+)
+def test_without_the_right_to_write(
+    run: Path, local_hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, token: str | None, words: str
+) -> None:
+    local_hub.use_in_process(monkeypatch, tmp_path / "cache", token)
+    with pytest.raises(UserError, match=words) as error:
+        publish(run / "decorrelated", "--no-eval")
+    assert len(str(error.value).splitlines()) == 1 and REPO not in local_hub.repos
+    assert token is None or token not in str(error.value)
+
+
+def test_a_repository_of_another_model_is_refused(run: Path, hub: LocalHub) -> None:
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(REPO)
+    api.upload_file(path_or_fileobj=b"x", path_in_repo="pytorch_model.bin", repo_id=REPO)
+    with pytest.raises(UserError, match="holds pytorch_model.bin without a config.json"):
+        publish(run / "plain", "--no-eval")
+    api.upload_file(path_or_fileobj=b'{"architecture": "vgg11"}', path_in_repo="config.json", repo_id=REPO)
+    with pytest.raises(UserError, match="holds a vgg11, not a test_resnet"):
+        publish(run / "plain", "--no-eval")
+
+
+def test_a_folder_of_runs(run: Path, hub: LocalHub) -> None:
+    publish(run, "--no-eval", repo="me")
+    assert set(hub.repos) == {"me/test_resnet.dbp_digits_r32", "me/test_resnet.bp_digits_r32"}
+    with pytest.raises(UserError, match="holds 2 models: --repo-id OWNER alone"):
+        publish(run, "--no-eval")
+    with pytest.raises(UserError, match="say OWNER/NAME"):
+        publish(run / "plain", "--no-eval", repo="me")
+
+
+def test_half_precision(run: Path, tmp_path: Path) -> None:
+    folder = staged(run, tmp_path, "--half")
+    assert load_file(folder / "model.safetensors")["fc.weight"].dtype == torch.float16
+    assert json.loads((folder / "results.json").read_text())["dtype"] == "float16"
+    assert "half precision" in (folder / "README.md").read_text()
+
+
+def test_what_cannot_be_published(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run / "plain", copy)
+    shutil.copy(run / "args.yaml", copy)
+    with pytest.raises(UserError, match="no safetensors file"):
+        publish(copy / "resume.pt")
+    save_file({"w": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(UserError, match="does not say its architecture"):
+        publish(tmp_path / "foreign.safetensors")
+    with pytest.raises(UserError, match="no checkpoint"):
+        publish(tmp_path / "nothing")
+    results = json.loads((copy / "results.json").read_text())
+    (copy / "results.json").write_text(json.dumps({**results, "failure": "diverged in epoch 2"}))
+    with pytest.raises(UserError, match="training failed .diverged in epoch 2."):
+        publish(copy)
+    (copy / "results.json").write_text("{")
+    with pytest.raises(UserError, match="cannot read .*results.json"):
+        publish(copy)
+    (copy / "results.json").write_text(json.dumps(results))
+    args = yaml.safe_load((copy / "args.yaml").read_text())
+    (copy / "args.yaml").write_text(yaml.safe_dump({**args, "initial_checkpoint": "somewhere.pth"}))
+    with pytest.raises(UserError, match="say by --base-model what they are"):
+        publish(copy)
+    (copy / "args.yaml").write_text(yaml.safe_dump({**args, "dataset": "parquet", "data_dir": str(tmp_path / "gone")}))
+    with pytest.raises(UserError, match="--data-dir says where the data are"):
+        publish(copy)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("years")
+    with pytest.raises(UserError, match="holds thesis.tex"):
+        publish(run / "plain", "--dry-run", str(tmp_path / "full"))
+
+
+def test_weights_that_timm_would_not_make_the_model_of_are_refused(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    file = copy / "plain" / "last.safetensors"
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    weights = load_file(file)
+    del weights["fc.bias"]
+    file.unlink()
+    save_file(weights, file, metadata)
+    with pytest.raises(UserError, match="does not fit timm's test_resnet"):
+        publish(copy / "plain", "--no-eval", "--dry-run", str(tmp_path / "out"))
+
+
+def test_runs_as_a_module(run: Path, tmp_path: Path) -> None:
+    words = [
+        "-m",
+        "hub.publish",
+        str(run / "plain"),
+        "--repo-id",
+        REPO,
+        "--no-eval",
+        "--dry-run",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "model.safetensors" in done.stdout, done.stderr
