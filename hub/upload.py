@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
 from huggingface_hub.hf_api import RepoFile
@@ -167,7 +167,7 @@ def _explained(error: Exception, target: Target, what: str) -> UserError:
     if isinstance(error, UserError):
         return error
     repo = target.repo_id
-    response = next(
+    response: Any = next(
         (found for cause in _causes(error) if (found := getattr(cause, "response", None)) is not None), None
     )
     status = getattr(response, "status_code", None)
