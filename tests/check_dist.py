@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -68,9 +69,16 @@ def run(what: str, *command: str | Path, cwd: Path) -> str:
         output = done.stdout + done.stderr
         LOG.parent.mkdir(exist_ok=True)
         LOG.write_text(output, encoding="utf-8")
-        last = (output.strip().splitlines() or [f"exit code {done.returncode}"])[-1].strip()
-        raise Failure(f"{what}: {last} (all of it: {LOG.relative_to(ROOT)})")
+        raise Failure(f"{what}: {reason(output, done.returncode)} (all of it: {LOG.relative_to(ROOT)})")
     return done.stdout
+
+
+def reason(output: str, code: int) -> str:
+    """The line of a failed command's output that says most: the last that names an error, else the last of all."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or [f"exit code {code}"]
+    return next(
+        (line for line in reversed(lines) if re.match(r"(\w+\.)*\w*(error|exception)\b", line, re.I)), lines[-1]
+    )
 
 
 def require(holds: bool, message: str) -> None:
