@@ -74,11 +74,11 @@ def run(what: str, *command: str | Path, cwd: Path) -> str:
 
 
 def reason(output: str, code: int) -> str:
-    """The line of a failed command's output that says most: the last that names an error, else the last of all."""
+    """The line of a failed command's output that says most: its last exception, else its last error, else its last."""
     lines = [line.strip() for line in output.splitlines() if line.strip()] or [f"exit code {code}"]
-    return next(
-        (line for line in reversed(lines) if re.match(r"(\w+\.)*\w*(error|exception)\b", line, re.I)), lines[-1]
-    )
+    exceptions = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
+    errors = [line for line in lines if line.lower().startswith("error: ")]
+    return (exceptions or errors or lines)[-1]
 
 
 def require(holds: bool, message: str) -> None:

@@ -198,7 +198,11 @@ class TestCheckDist:
     def test_a_command_that_fails_is_one_line(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(check_dist, "ROOT", tmp_path)
         monkeypatch.setattr(check_dist, "LOG", tmp_path / "output" / "log")
-        for text, line in (("a\\nb", "b"), ("OSError: no x\\nhint: often so", "OSError: no x"), ("", "exit code 1")):
+        for text, line in (
+            ("a\\nb", "b"),
+            ("OSError: no x\\nerror: no\\nhint: often so", "OSError: no x"),
+            ("", "exit code 1"),
+        ):
             with pytest.raises(check_dist.Failure, match=rf"^twine: {line} \(all of it: output/log\)$"):
                 check_dist.run("twine", sys.executable, "-c", f"print('{text}'); raise SystemExit(1)", cwd=tmp_path)
             assert (tmp_path / "output" / "log").read_text().split("\n")[0] == text.split("\\n")[0]
