@@ -15,7 +15,6 @@ import pytest
 import yaml
 
 import timm_decor
-from timm_decor import weights
 from timm_decor.config import RULE_STRUCTURES, STRUCTURES
 from timm_decor.models import FAMILIES, PREFIX
 
@@ -138,25 +137,9 @@ def imported(file: Path) -> set[str]:
     return {name for name in names if name.split(".")[0] == "timm_decor"}
 
 
-class TestStagedWeights:
-    def test_found_in_the_package_first_then_in_the_checkout(self, tmp_path, monkeypatch) -> None:
-        package, checkout = tmp_path / "timm_decor" / "staged", tmp_path / "hub" / "staged"
-        monkeypatch.setattr(weights, "FOLDERS", (package, checkout))
-        assert weights.staged_weights() == {}
-        for folder, name in ((checkout, "a"), (package, "b")):
-            (folder / name).mkdir(parents=True)
-            (folder / "unfinished").mkdir()
-            assert weights.staged_weights() == {}, "a folder without config.json is no model"  # of this place
-            (folder / name / "config.json").touch()
-            assert weights.staged_weights() == {name: folder / name}
-
-    def test_the_checkouts_place(self) -> None:
-        assert weights.FOLDERS[1] == ROOT / "hub" / "staged", "as pyproject.toml has it"
-
-    @pytest.mark.skipif(not (ROOT / "hub" / "publish.py").exists(), reason="no publishing command yet")
-    def test_hub_is_a_package(self) -> None:
-        """Otherwise an installed package called `hub` would be imported in its place."""
-        assert (ROOT / "hub" / "__init__.py").is_file()
+def test_hub_is_a_package() -> None:
+    """Otherwise an installed package called `hub` would be imported in its place."""
+    assert (ROOT / "hub" / "__init__.py").is_file()
 
 
 class TestCheckDist:
