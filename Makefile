@@ -35,7 +35,7 @@ bench-cpu: $(STAMP) ## time to accuracy on two CPU cores (20 minutes), beside th
 readme: $(STAMP) ## fill in README's benchmark tables and draw their pictures, from benchmarks/results
 	$(PY) benchmarks/readme_tables.py
 
-dist: $(STAMP) ## build wheel and sdist, check them in a fresh environment (a minute); they lie in dist/
+dist: $(STAMP) ## build wheel and sdist, check them in a fresh environment (two minutes); they lie in dist/
 	$(PY) tests/check_dist.py
 
 lint: $(STAMP) ## ruff and mypy, changing nothing
