@@ -6,7 +6,7 @@ STAMP := $(VENV)/installed
 CODE := timm_decor hub tests benchmarks train.py validate.py
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-lowest timm-tests zoo bench-cpu readme lint format clean help
+.PHONY: demo test test-lowest timm-tests zoo bench-cpu readme dist lint format clean help
 
 demo: $(STAMP) ## train decor_resnet18 beside resnet18 on handwritten digits; print who won
 	$(PY) train.py -c recipes/digits_resnet18.yaml --compare --output output/demo
@@ -34,6 +34,9 @@ bench-cpu: $(STAMP) ## time to accuracy on two CPU cores (20 minutes), beside th
 
 readme: $(STAMP) ## fill in README's benchmark tables and draw their pictures, from benchmarks/results
 	$(PY) benchmarks/readme_tables.py
+
+dist: $(STAMP) ## build wheel and sdist, check them in a fresh environment (two minutes); they lie in dist/
+	$(PY) tests/check_dist.py
 
 lint: $(STAMP) ## ruff and mypy, changing nothing
 	$(PY) -m ruff check $(CODE)

@@ -78,7 +78,9 @@ class PatchR:
         if config.rule == "crgd":
             mean = moments["patch_mean"].reshape(len(sigma), 1, -1)
             return self._new(rules.crgd(self.matrix, sigma, mean, pace.decor_lr))
-        return self._new(*self._whiten(sigma, pace.damping, pace.strength))
+        if config.rule == "whiten":
+            return self._new(*self._whiten(sigma, pace.damping, pace.strength))
+        raise NotImplementedError(f"{type(self).__name__}.refreshed has no rule {config.rule!r}")
 
     def _new(self, matrix: Tensor, inverse: Tensor | None = None) -> PatchR:
         return type(self)(matrix, inverse)
