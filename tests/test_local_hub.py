@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from pathlib import Path
 from urllib.error import HTTPError
@@ -15,6 +16,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+from hub_repository import Commit, Repo
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -253,7 +255,13 @@ def test_a_stale_parent_is_refused(api: HfApi, hub: LocalHub) -> None:
     assert "a.txt" in hub.repo(REPO).files() and "b.txt" not in hub.repo(REPO).files()
 
 
-def test_of_commits_at_the_same_time_one_wins(api: HfApi, hub: LocalHub) -> None:
+def test_of_commits_at_the_same_time_one_wins(api: HfApi, hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*arguments: object) -> Commit:
+        time.sleep(0.02)
+        return commit_to(*arguments)
+
+    commit_to = Repo.commit
+    monkeypatch.setattr(Repo, "commit", slow)
     parent = api.model_info(REPO).sha
     start, won = threading.Barrier(6), []
 
@@ -289,10 +297,10 @@ def test_the_same_upload_again_changes_nothing(api: HfApi, hub: LocalHub, folder
     api.upload_folder(repo_id=REPO, folder_path=folder)
     assert _seen(hub, "PUT", "/storage/") == [], "large files that are there are not sent again"
     after = hub.repo(REPO).commits()
-    if _seen(hub, "POST", "/commit/"):  # clients before 0.26 commit what they are told has not changed
+    if Version(huggingface_hub.__version__) >= Version("1"):
+        assert after[0].oid == before and not _seen(hub, "POST", "/commit/")
+    else:  # commits what it is told has not changed
         assert after[0].files == after[1].files and after[1].oid == before
-    else:
-        assert after[0].oid == before
 
 
 def test_an_empty_commit_is_a_commit(api: HfApi, hub: LocalHub) -> None:
@@ -384,8 +392,9 @@ def test_other_processes(api: HfApi, hub: LocalHub, tmp_path: Path) -> None:
     assert offline.stdout.split() == [path, "None"], offline.stderr
 
 
-def test_a_snapshot_is_complete_and_then_comes_from_the_cache(api: HfApi, hub: LocalHub) -> None:
+def test_a_snapshot_is_complete_and_then_comes_from_the_cache(api: HfApi, hub: LocalHub, tmp_path: Path) -> None:
     path = Path(snapshot_download(REPO))
+    assert tmp_path in path.parents
     assert {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()} == set(hub.repo(REPO).files())
     hub.requests.clear()
     assert snapshot_download(REPO) == str(path)
@@ -424,6 +433,15 @@ def test_ranges(api: HfApi, hub: LocalHub, asked: str, status: int, expected: by
             assert (answer.status, answer.read()) == (status, expected)
     except HTTPError as error:
         assert (error.code, error.headers["Content-Range"]) == (status, f"bytes */{len(WEIGHTS)}")
+
+
+def test_large_files_need_a_signed_address(api: HfApi, hub: LocalHub) -> None:
+    address = f"{hub.storage_url}/storage/{REPO}/{hashlib.sha256(WEIGHTS).hexdigest()}?signature="
+    with urllib.request.urlopen(address + hub.signature) as answer:
+        assert answer.read() == WEIGHTS
+    with pytest.raises(HTTPError) as error:
+        urllib.request.urlopen(address + "mine")
+    assert error.value.code == 403
 
 
 def test_a_short_download_is_noticed(api: HfApi, hub: LocalHub) -> None:
