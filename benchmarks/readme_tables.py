@@ -3,7 +3,8 @@
     python benchmarks/readme_tables.py            # `make readme`
     python benchmarks/readme_tables.py --check    # changes nothing; exit code 1 where README or a picture is stale
 
-A table stands between `<!-- results: FILE -->` and `<!-- end of results -->`; FILE is in benchmarks/results.
+A table stands between `<!-- results: FILE -->` and `<!-- end of results -->`; FILE is in benchmarks/results,
+`staged` is hub/staged.
 """
 
 from __future__ import annotations
@@ -184,7 +185,35 @@ def zoo(folder: Path, draw: bool) -> str:
     return markdown_table(("", *names.values()), rows)
 
 
-MAKERS = {"time_to_accuracy": time_to_accuracy, "step_cost": step_cost, "cifar10_resnet18": compare, "zoo": zoo}
+def staged(folder: Path, draw: bool) -> str:
+    """The project's own weights, a row a repository: what results.json says of each."""
+    rows = []
+    for file in sorted(folder.glob("*/results.json")):
+        found, config = (
+            json.loads((file.parent / name).read_text(encoding="utf-8")) for name in (file.name, "config.json")
+        )
+        scores, twin, size = found["evaluated"], found["twin"], config["pretrained_cfg"]["input_size"][-1]
+        name = f"[decor_{file.parent.name}]({file.parent.relative_to(ROOT).as_posix()}/README.md)"
+        data = f"{found['data']}, {config['num_classes']} classes, {size} px"
+        hours = found["training"]["final"]["seconds"] / 3600
+        rows.append(
+            (
+                name,
+                data,
+                f"{found['training']['epochs']}, {hours:.1f} h",
+                f"{scores['top1']:.2f}",
+                f"{scores['top5']:.2f}",
+            )
+            + (f"{twin['final']['eval_top1']:.2f}" if twin else "-",)
+        )
+    header = ("weights", "data", "epochs, time", "top-1, %", "top-5, %", "plain twin's top-1, %")
+    return markdown_table(header, rows)
+
+
+MAKERS = {
+    **{"time_to_accuracy": time_to_accuracy, "step_cost": step_cost, "cifar10_resnet18": compare},
+    **{"zoo": zoo, "staged": staged},
+}
 
 
 def _image(path: Path, alt: str) -> str:
@@ -195,7 +224,7 @@ def block(name: str, draw: bool) -> str:
     """What stands between the marks of a result.
 
     Args:
-        name: the file or folder in benchmarks/results.
+        name: the file or folder in benchmarks/results; `staged` for the project's own weights.
         draw: draw its picture, too.
 
     Raises:
@@ -204,9 +233,10 @@ def block(name: str, draw: bool) -> str:
     kind = name.split("/", 1)[0]
     if kind not in MAKERS:
         raise UserError(f"<!-- results: {name} -->: not known here; a name begins with {', '.join(MAKERS)}")
-    if not (RESULTS / name).exists():
-        return f"Not measured yet: there is no `benchmarks/results/{name}`.\n"
-    return MAKERS[kind](RESULTS / name, draw) + "\n"
+    path = ROOT / "hub" / "staged" if kind == "staged" else RESULTS / name
+    if not path.exists():
+        return f"Not measured yet: there is no `{path.relative_to(ROOT).as_posix()}`.\n"
+    return MAKERS[kind](path, draw) + "\n"
 
 
 def filled(text: str, draw: bool) -> str:

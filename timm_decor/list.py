@@ -23,10 +23,14 @@ from timm_decor.models import FAMILIES, PREFIX, Family
 from timm_decor.reporting import ConversionReport
 from timm_decor.table import markdown_table, text_table
 
+# The default first. What "auto" holds is known after the first step alone: it depends on the batch.
+LISTED = sorted(
+    (structure for structure in STRUCTURES if structure != "auto"), key=lambda name: name != DecorConfig().structure
+)
 HEADER = (
     "params, M",
     "decorrelated layers",
-    *(f"{structure}, MiB" for structure in sorted(STRUCTURES, key=lambda name: name != DecorConfig().structure)),
+    *(f"{structure}, MiB" for structure in LISTED),
     "left plain",
 )
 
@@ -40,7 +44,7 @@ def model_row(name: str) -> tuple[str, ...]:
     model = _without_weights(name)
     report = reconverted(model)
     memory = []
-    for structure in sorted(STRUCTURES, key=lambda name: name != report.config.structure):
+    for structure in LISTED:
         other = _report_with(model, structure)
         if other is None:
             memory.append("-")
