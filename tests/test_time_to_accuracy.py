@@ -291,7 +291,7 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     before = out.read_text(encoding="utf-8")
     capsys.readouterr()
-    run_script("report", *common, "--json", out, "--tune-json", tune, "--seeds", 2, "--compare", out)
+    run_script(*["report", *common, "--json", out, "--tune-json", tune, "--seeds", 2, "--workers", 2, "--compare", out])
     shown = capsys.readouterr()
     assert "4 of 4 figures are within the spread" in shown.out and shown.err == ""
     assert out.read_text(encoding="utf-8") == before

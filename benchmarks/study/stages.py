@@ -51,7 +51,7 @@ class Bench:
         groups = [group for group in groups if group]
         begin = time.time_ns()
         jobs = [(list(group), f"{begin}-{number}") for number, group in enumerate(groups)]
-        if self.preset.workers == 1 or len(jobs) == 1:
+        if self.preset.workers == 1 or len(jobs) <= 1:
             for job in jobs:
                 _train_group(self, *job)
         else:
