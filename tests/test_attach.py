@@ -497,6 +497,15 @@ def test_optimizers_that_cannot_be_are_refused():
         timm_decor.attach(nn.DataParallel(model), torch.optim.SGD(model.parameters(), 0.1))
 
 
+def test_muon_is_attached_with_a_warning_and_others_without(caplog):
+    """It gains nothing (README): who decorrelates it should know."""
+    model = timm_decor.decorrelate(net())
+    timm_decor.attach(model, timm.optim.create_optimizer_v2(model, "adamw", lr=0.01)).detach()
+    assert not caplog.records
+    timm_decor.attach(model, timm.optim.create_optimizer_v2(model, "muon", lr=0.01))
+    assert "compare it with plain training" in caplog.text
+
+
 def test_state_of_another_optimizer_or_rule_is_refused():
     _, sgd, _ = attached()
     _, adamw, handle = attached(opt="adamw")

@@ -316,6 +316,8 @@ def attach(model: nn.Module, optimizer: Optimizer, config: DecorConfig | None = 
         )
     if not trained:
         raise ValueError("every decorrelated layer is frozen: nothing to attach")
+    if type(inner).__name__ == "Muon":
+        _logger.warning("decorrelated Muon ended below plain Muon in our measurements: compare it with plain training")
     return DecorHandle(inner, trained, config)
 
 

@@ -1,0 +1,82 @@
+"""The project's own weights: what is staged is what the README's table and the cards say, and it loads by name."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from training_runs import ROOT, reset_accelerate
+
+import timm_decor
+from timm_decor.training import validation
+
+STAGED = sorted((ROOT / "hub" / "staged").glob("*/config.json"))
+FOLDERS = [pytest.param(file.parent, id=file.parent.name) for file in STAGED]
+SAMPLE = 1000
+
+
+def test_there_are_some_and_the_first_is_what_pretrained_takes() -> None:
+    assert STAGED
+    model = timm.create_model("decor_resnet18", pretrained=True)
+    config = json.loads((ROOT / "hub" / "staged" / "resnet18.dbp_tin_r64" / "config.json").read_text())
+    assert model.pretrained_cfg["tag"] == "dbp_tin_r64" and model.num_classes == 200 == len(config["label_names"])
+    weights = load_file(ROOT / "hub" / "staged" / "resnet18.dbp_tin_r64" / "model.safetensors")
+    own = model.state_dict()
+    assert all(torch.equal(own[key], value.to(own[key].dtype)) for key, value in weights.items())
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_repository_is_consistent(folder: Path) -> None:
+    config, results = (json.loads((folder / name).read_text()) for name in ("config.json", "results.json"))
+    card = ModelCard.load(folder / "README.md")
+    top1 = next(result.metric_value for result in card.data.eval_results if result.metric_name == "accuracy")
+    assert top1 == round(results["evaluated"]["top1"], 2)
+    assert (
+        folder.name
+        == f"{config['architecture']}.{config['pretrained_cfg']['tag']}"
+        == f"{results['architecture']}.{results['tag']}"
+    )
+    assert len(config["label_names"]) == config["num_classes"] == config["pretrained_cfg"]["num_classes"]
+    assert yaml.safe_load((folder / "recipe.yaml").read_text())["epochs"] == results["training"]["epochs"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"hub/staged/{folder.name}/README.md" in readme
+    for file in folder.iterdir():
+        assert b"/home/" not in file.read_bytes() and b"/tmp/" not in file.read_bytes(), file
+
+
+def test_all_of_it_is_small_enough_to_keep() -> None:
+    assert sum(file.stat().st_size for config in STAGED for file in config.parent.iterdir()) < 60 * 2**20
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_published_accuracy_holds_on_a_sample(folder: Path, tmp_path: Path) -> None:
+    """validate.py by the pretrained tag, on the first images of the split that the card names."""
+    results = json.loads((folder / "results.json").read_text())
+    data = ROOT.parent / "shared" / "data" / results["data"]
+    if not data.is_dir():
+        pytest.skip(f"no data in {data}")
+    reset_accelerate()
+    file = tmp_path / "row.json"
+    words = f"--model decor_{folder.name} --pretrained --dataset parquet --split test[:{SAMPLE}] --device cpu -j 0"
+    validation.main([*words.split(), "--data-dir", str(data), "--results-file", str(file)])
+    row = json.loads(file.read_text())
+    share = results["evaluated"]["top1"] / 100
+    spread = 100 * math.sqrt(share * (1 - share) / SAMPLE)
+    assert row["images"] == SAMPLE and abs(row["top1"] - results["evaluated"]["top1"]) < 4 * spread
+
+
+def test_r_of_the_weights_goes_on() -> None:
+    files = [config.parent / "decor.safetensors" for config in STAGED]
+    for file in (file for file in files if file.is_file()):
+        model = timm.create_model(f"decor_{file.parent.name}", pretrained=True)
+        handle = timm_decor.attach(model, timm.optim.create_optimizer_v2(model, "sgd", lr=0.1))
+        handle.load_r(file)
+        correlation = handle.report(condition=False).mean_correlation()
+        assert correlation is not None and correlation[1] < 0.5 * correlation[0]
