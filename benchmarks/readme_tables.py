@@ -131,7 +131,8 @@ def step_cost(path: Path, draw: bool) -> str:
     order = ", then the authors' code" if has_peer else ""
     notes = dict.fromkeys(result["peer"] for result in record["results"] if result["peer"])
     text = (
-        f"Measured on {_machine(record)}; medians of {len(record['results'][0]['blocks'])} alternating blocks, "
+        f"Measured on {_machine(record)}; medians of {len(record['results'][0]['blocks'])} alternating blocks "
+        f"(the ratio's is that of the ratios within a block, so that a slow minute does not count), "
         f"a refresh every {record['config']['every']} steps. Memory is {kind}: plain, then decorrelated{order}."
     )
     if notes:

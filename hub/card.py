@@ -8,11 +8,11 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from hub.repository import Options, mine, twin
+from hub.repository import Options
 from hub.trained import Trained
 from timm_decor.config import DecorConfig
 from timm_decor.training.args import decor_config
-from timm_decor.version import __version__
+from timm_decor.training.compare import Side
 
 _TEMPLATE = Path(__file__).with_name("card.md.j2")
 _PAPERS = (
@@ -33,7 +33,7 @@ def render(trained: Trained, results: dict[str, Any], options: Options, repo_id:
         repo_id: owner/name on the Hub.
         with_r: whether decor.safetensors is there.
     """
-    data, epoch = trained.data, f"epoch {results['epoch']}"
+    data = trained.data
     rows = _rows(trained, results)
     card = ModelCard.from_template(
         _metadata(trained, results, options, repo_id),
@@ -42,7 +42,7 @@ def render(trained: Trained, results: dict[str, Any], options: Options, repo_id:
         what=_what(trained, options),
         rows=rows,
         top5=any(row["top5"] != "-" for row in rows),
-        how_measured=_how_measured(trained, results, epoch),
+        how_measured=_how_measured(trained, results),
         repo_id=repo_id,
         mode="L" if trained.data_config["input_size"][0] == 1 else "RGB",
         label_names=bool(trained.label_names),
@@ -51,8 +51,9 @@ def render(trained: Trained, results: dict[str, Any], options: Options, repo_id:
         decor_config=_changed_knobs(trained),
         with_r=with_r,
         how_trained=_how_trained(trained),
-        compared=trained.comparison is not None,
-        limits=_limits(trained, options),
+        command=_command(trained),
+        left_out=", ".join(trained.left_out),
+        limits=_limits(trained),
         license=options.license,
         data_license=data.license,
         citations=[*(_PAPERS if trained.decorrelated else ()), _TIMM, *([data.citation] if data.citation else [])],
@@ -61,16 +62,14 @@ def render(trained: Trained, results: dict[str, Any], options: Options, repo_id:
 
 
 def score(results: dict[str, Any]) -> dict[str, Any]:
-    """The published figures: validate.py's, or training's own where it was not run."""
-    found = results["evaluated"]
-    if found is not None:
-        return {"top1": found["top1"], "top5": found.get("top5"), "loss": found["loss"]}
-    last = results["training"]["final"]
-    return {"top1": last["eval_top1"], "top5": last.get("eval_top5"), "loss": last["eval_loss"]}
+    """The published figures: validate.py's, or training's own where it was not run. Top-1 and top-5 in %."""
+    found = results["evaluated"] or results["evaluated_in_training"]
+    return {key: found.get(key) for key in ("top1", "top5", "loss")}
 
 
 def _metadata(trained: Trained, results: dict[str, Any], options: Options, repo_id: str) -> ModelCardData:
     data, figures = trained.data, score(results)
+    whole = _usual_images(trained, results)
     metrics = {"top1": "accuracy", "top5": "top-5 accuracy"}
     return ModelCardData(
         license=options.license,
@@ -85,7 +84,7 @@ def _metadata(trained: Trained, results: dict[str, Any], options: Options, repo_
                 task_type="image-classification",
                 dataset_type=data.hub_id or data.name,
                 dataset_name=data.name,
-                dataset_split=trained.args["val_split"],
+                dataset_split=data.hub_split if whole and data.hub_split else trained.args["val_split"],
                 metric_type="accuracy",
                 metric_name=label,
                 metric_value=round(figures[key], 2),
@@ -97,78 +96,91 @@ def _metadata(trained: Trained, results: dict[str, Any], options: Options, repo_
 
 
 def _rows(trained: Trained, results: dict[str, Any]) -> list[dict[str, str]]:
-    def row(name: str, top1: float, top5: float | None, loss: float, side: Any) -> dict[str, str]:
-        shown = "-" if top5 is None else f"{top5:.2f}"
-        ms = 1000 * side.seconds_per_step
-        return {"name": name, "top1": f"{top1:.2f}", "top5": shown, "loss": f"{loss:.4f}", "epochs": str(side.epochs),
-                "lr": f"{side.lr:g}", "ms": f"{ms:.0f}"}  # fmt: skip
+    def row(name: str, scores: dict[str, Any], side: Side) -> dict[str, str]:
+        shown = {key: "-" if scores.get(key) is None else f"{scores[key]:.2f}" for key in ("top1", "top5")}
+        loss = "-" if scores.get("loss") is None else f"{scores['loss']:.4f}"
+        ms = f"{1000 * side.seconds_per_step:.0f}" if side.history else "-"
+        return {"name": name, **shown, "loss": loss, "epochs": str(side.epochs), "lr": f"{side.lr:g}", "ms": ms}
 
-    figures, other = score(results), twin(trained)
-    rows = [row("**this model**", figures["top1"], figures["top5"], figures["loss"], mine(trained))]
-    if other is not None:
-        kind, last = "plain twin" if trained.decorrelated else "decorrelated twin", other.evaluated[-1]
-        rows.append(row(f"its {kind}", last["eval_top1"], last.get("eval_top5"), last["eval_loss"], other))
+    rows = [row("**this model**", score(results), trained.side)]
+    if trained.twin is not None:
+        twin = trained.twin
+        last = twin.evaluated[-1] if twin.evaluated else {}
+        kind = "plain twin" if trained.decorrelated else "decorrelated twin"
+        failed = f" ({twin.outcome})" if twin.failure else ""
+        rows.append(row(f"its {kind}{failed}", {key: last.get(f"eval_{key}") for key in score(results)}, twin))
     return rows
 
 
 def _what(trained: Trained, options: Options) -> str:
-    how = (
-        "trained with decorrelated backpropagation (timm_decor)"
-        if trained.decorrelated
-        else "trained with plain backpropagation"
-    )
-    start = (
-        f", starting from [{options.base_model}](https://huggingface.co/{options.base_model})"
-        if options.base_model
-        else ""
-    )
-    size = trained.data_config["input_size"]
+    how = "decorrelated backpropagation (timm_decor)" if trained.decorrelated else "plain backpropagation"
+    base = options.base_model
+    start = f", starting from [{base}](https://huggingface.co/{base})" if base else ""
+    size, classes = trained.data_config["input_size"], trained.metadata["num_classes"]
     return (
-        f"timm's `{trained.architecture}`, {how} on {trained.data.name} ({trained.metadata['num_classes']} classes, "
+        f"timm's `{trained.architecture}`, trained with {how} on {trained.data.name} ({classes} classes, "
         f"{size[-2]} x {size[-1]} pixels){start}."
     )
 
 
-def _how_measured(trained: Trained, results: dict[str, Any], epoch: str) -> str:
-    images = trained.data.split
+def _usual_images(trained: Trained, results: dict[str, Any]) -> str:
+    """The data set's usual evaluation images in words, if it was all of them that were evaluated; "" otherwise."""
+    words, count = trained.data.evaluated
+    images = (results["evaluated"] or {}).get("images")
+    return words if images == count and "[" not in trained.args["val_split"] else ""
+
+
+def _how_measured(trained: Trained, results: dict[str, Any]) -> str:
+    found = results["evaluated"]
+    images = _usual_images(trained, results)
+    if not images:
+        images = f"{found['images']} images" if found else "the images"
+        images += f" of the split {trained.args['val_split']}"
     precision = ", with the weights in half precision as they are published" if results["dtype"] == "float16" else ""
-    if results["evaluated"] is not None:
+    if found is not None:
         text = f"Measured by validate.py on the published file, on {images}{precision}."
     else:
-        text = f"Measured by train.py after the last epoch, on {images}."
-    text += f" These are the weights after {epoch}: the last, not the best on these images."
-    if trained.comparison is not None:
+        text = f"Measured by train.py after epoch {trained.epoch}, on {images}."
+    kind = "averaged (EMA) weights" if trained.averaged else "weights"
+    if trained.is_last:
+        text += f" These are the {kind} after the last epoch, not the best on these images."
+    else:
+        text += f" These are the {kind} after epoch {trained.epoch} of {len(trained.side.history)}."
+    if trained.twin is not None:
         text += (
-            " The twin began with the same weights and saw the same batches; each has the learning rate that suits it."
-            " Its figures are those of its own last epoch."
+            " The twin began with the same weights and saw the same batches, with the learning rate in its row; its "
+            "figures are those of its own last epoch."
         )
     return text
 
 
 def _how_trained(trained: Trained) -> str:
-    args, machine, versions = trained.args, trained.results["machine"], trained.results["versions"]
+    args, results = trained.args, trained.results
+    machine, versions = results["machine"], results["versions"]
     where = machine["gpu"] or f"{machine['cpu']} ({machine['torch_threads']} threads)"
-    minutes = trained.results["final"]["seconds"] / 60
-    size = args["batch_size"] * args.get("grad_accum_steps", 1)
-    known = ", ".join(f"{name} {versions[name]}" for name in ("timm", "torch") if name in versions)
-    results = trained.results
+    minutes = results["final"]["seconds"] / 60
+    size = args["batch_size"] * args.get("grad_accum_steps", 1) * machine["processes"]
+    known = ", ".join(f"{name} {versions[name]}" for name in ("timm_decor", "timm", "torch"))
     return (
         f"{results['epochs']} epochs of {args['opt']}, batch {size}, peak learning rate {results['lr']:g}, weight "
-        f"decay {args['weight_decay']:g}, {args['sched']} schedule: {minutes:.0f} minutes on {where} (timm_decor "
-        f"{__version__}, {known})."
+        f"decay {args['weight_decay']:g}, {args['sched']} schedule: {minutes:.0f} minutes on {where} ({known})."
     )
 
 
-def _limits(trained: Trained, options: Options) -> list[str]:
+def _command(trained: Trained) -> str:
+    words = ["train.py", "-c", "recipe.yaml", *(["--data-dir", "FOLDER"] if trained.args.get("data_dir") else [])]
+    return " ".join(words)
+
+
+def _limits(trained: Trained) -> list[str]:
     size = trained.data_config["input_size"]
     limits = [
         f"It knows the {trained.metadata['num_classes']} classes of {trained.data.name}, in images of about "
         f"{size[-2]} x {size[-1]} pixels, and nothing of how it does elsewhere was measured.",
         "It has the biases of its data; do not let it decide about people.",
     ]
-    if not options.base_model:
-        epochs = trained.results["epochs"]
-        limits.append(f"It was trained from scratch for {epochs} epochs: far from what this architecture can do.")
+    if not trained.began_with:
+        limits.append(f"It was trained from scratch, for {trained.results['epochs']} epochs.")
     return limits
 
 

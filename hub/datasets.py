@@ -15,7 +15,8 @@ class Data:
         hub_id: the data set's repository on the Hub; "" where there is none to name.
         license: a sentence on the license of the images.
         citation: a sentence; "" where nobody is known.
-        split: what the evaluated images are, in words.
+        evaluated: the usual evaluation images, in words, and how many there are.
+        hub_split: what the Hub's repository calls them.
     """
 
     name: str
@@ -23,10 +24,11 @@ class Data:
     hub_id: str
     license: str
     citation: str = ""
-    split: str = "the evaluation split"
+    evaluated: tuple[str, int] = ("", 0)
+    hub_split: str = ""
 
 
-# By the last part of --data-dir or --dataset, in lower case.
+# By --dataset, or by the last part of --data-dir, in lower case.
 DATA = {
     "cifar10": Data(
         "CIFAR-10",
@@ -34,7 +36,8 @@ DATA = {
         "uoft-cs/cifar10",
         "CIFAR-10 comes without a license of its own; its images were collected from the web for research.",
         "A. Krizhevsky: Learning Multiple Layers of Features from Tiny Images, 2009.",
-        "the 10 000 test images",
+        ("the 10 000 test images", 10_000),
+        "test",
     ),
     "tiny-imagenet": Data(
         "Tiny ImageNet",
@@ -43,22 +46,31 @@ DATA = {
         "Tiny ImageNet is a part of ImageNet, whose terms allow non-commercial research and education.",
         "Stanford CS231N: Tiny ImageNet Visual Recognition Challenge; O. Russakovsky et al.: ImageNet Large Scale "
         "Visual Recognition Challenge, IJCV 2015.",
-        "the 10 000 validation images, which serve as the test images: those of the test set have no public labels",
-    ),
-    "digits": Data(
-        "scikit-learn's handwritten digits",
-        "digits",
-        "",
-        "The digits are part of scikit-learn (BSD 3-Clause); they come from the UCI repository, CC BY 4.0.",
-        "E. Alpaydin, C. Kaynak: Optical Recognition of Handwritten Digits, UCI, 1998.",
-        "every fifth image of a class",
+        ("the 10 000 validation images (those of the test set have no public labels)", 10_000),
+        "valid",
     ),
 }
+DIGITS = Data(
+    "scikit-learn's handwritten digits",
+    "digits",
+    "",
+    "The digits are part of scikit-learn (BSD 3-Clause); they come from the UCI repository, CC BY 4.0.",
+    "E. Alpaydin, C. Kaynak: Optical Recognition of Handwritten Digits, UCI, 1998.",
+    ("every fifth image of a class", 355),
+)
 
 
-def known(name: str) -> Data:
-    """The data set of a name such as cifar10, torch/cifar10 or hfds/uoft-cs/cifar10; of an unknown one, its name."""
-    key = name.rstrip("/").rsplit("/", 1)[-1].lower().replace("_", "-")
-    short = "".join(letter for letter in key if letter.isalnum())
+def known(name: str, is_folder: bool) -> Data:
+    """The data set of a name such as cifar10, torch/cifar10 or hfds/uoft-cs/cifar10; of an unknown one, its name.
+
+    Args:
+        name: that of --dataset, or of the folder.
+        is_folder: whether it is a folder's: one that is called digits is not scikit-learn's.
+    """
+    if name == "digits" and not is_folder:
+        return DIGITS
+    hub_id = name.removeprefix("hfds/").split(":")[0] if name.startswith("hfds/") else ""
+    key = (hub_id or name).rstrip("/").rsplit("/", 1)[-1].lower().replace("_", "-")
+    short = "".join(letter for letter in key if letter.isalnum()) or "data"
     license_ = "Its license is that of its makers; this card knows nothing of it."
-    return DATA.get(key) or Data(key, short, name.removeprefix("hfds/") if name.startswith("hfds/") else "", license_)
+    return DATA.get(key) or Data(key, short, hub_id, license_)

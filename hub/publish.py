@@ -9,6 +9,7 @@ Nothing is uploaded that is not in the folder that --dry-run writes. docs/publis
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import sys
 import tempfile
@@ -19,10 +20,12 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from hub import card, repository
 from hub.trained import Trained, find, read
-from hub.upload import Target, upload
+from hub.upload import Target, log_in, upload
 from timm_decor.training.errors import UserError, exit_code, first_line, message
 from timm_decor.training.folder import RunFolder
 from timm_decor.training.parser import Parser
+
+LICENSE = "apache-2.0"  # of weights that began at random
 
 
 def parser() -> Parser:
@@ -38,9 +41,7 @@ def parser() -> Parser:
     words.add_argument("--private", action="store_true", help="make a new repository private")
     words.add_argument("--revision", metavar="BRANCH", help="branch to commit to; it is made if need be")
     words.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
-    words.add_argument(
-        "--license", default="apache-2.0", metavar="ID", help="of the weights, as the Hub names licenses"
-    )
+    words.add_argument("--license", metavar="ID", help=f"of the weights, as the Hub names licenses; default: {LICENSE}")
     words.add_argument(
         "--base-model", metavar="ID", help="the Hub's name of the weights that training began with; none"
     )
@@ -79,18 +80,12 @@ def main(argv: Sequence[str]) -> None:
             validate_repo_id(name)
         except HFValidationError as error:
             raise UserError(f"--repo-id {name}: {first_line(error)}") from error
+    if not args.dry_run:
+        log_in(names[0])  # before the evaluation, which may take long
     failures = []
     for one, name in zip(trained, names, strict=True):
-        options = repository.Options(
-            tag=args.tag or one.tag,
-            license=args.license,
-            half=args.half,
-            base_model=(None if args.base_model == "none" else args.base_model) if args.base_model else one.base_model,
-            with_r=not args.no_r,
-            data_dir=args.data_dir,
-            evaluate=not args.no_eval,
-        )
         try:
+            options = _options(args, one)
             if args.dry_run:
                 place = Path(args.dry_run) / name.rsplit("/", 1)[-1] if several else Path(args.dry_run)
                 print(stage(one, place, name, options))
@@ -106,6 +101,26 @@ def main(argv: Sequence[str]) -> None:
             print(f"hub.publish: {name} is left out: {message(error)}", file=sys.stderr)
     if failures:
         raise UserError(f"{len(failures)} of {len(names)} models were not published: {failures[0]}, ...")
+
+
+def _options(args: argparse.Namespace, trained: Trained) -> repository.Options:
+    base_model = args.base_model or trained.base_model
+    if trained.began_with and not base_model:
+        began = " ".join(trained.began_with)
+        raise UserError(
+            f"{trained.checkpoint} began with weights ({began}): say by --base-model what they are, or none"
+        )
+    if trained.began_with and not args.license:
+        raise UserError(f"{trained.checkpoint} began with somebody's weights, whose license decides: say --license")
+    return repository.Options(
+        tag=args.tag or trained.tag,
+        license=args.license or LICENSE,
+        half=args.half,
+        base_model=None if base_model == "none" else base_model,
+        with_r=not args.no_r,
+        data_dir=args.data_dir,
+        evaluate=not args.no_eval,
+    )
 
 
 def stage(trained: Trained, folder: Path, repo_id: str, options: repository.Options) -> str:

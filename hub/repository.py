@@ -8,7 +8,6 @@ the same run gives the same bytes.
 from __future__ import annotations
 
 import contextlib
-import csv
 import io
 import json
 import tempfile
@@ -26,9 +25,9 @@ from torch import Tensor, nn
 from hub.trained import Trained
 from timm_decor.attach import STATE_KEY
 from timm_decor.portable import write_r
-from timm_decor.training import compare, validation
+from timm_decor.training import validation
 from timm_decor.training.errors import UserError, first_line
-from timm_decor.training.folder import RunFolder, read_resume
+from timm_decor.training.folder import RESUME_FILE, RunFolder, read_resume
 from timm_decor.training.plot import save_picture
 from timm_decor.training.privacy import PRIVATE, without_paths
 
@@ -44,6 +43,7 @@ WEIGHTS, CONFIG, R_FILE, RECIPE, RESULTS, PICTURE, CARD = FILES = (
 _METADATA = ("architecture", "num_classes", "data_config", "model_kwargs", "label_names", "epoch")
 _NOISY = ("images_per_s",)  # what differs from one evaluation of the same weights to the next
 _HALF_TOLERANCE = 0.02  # of the outputs' standard deviation: what rounding the weights to half precision may change
+_POINTS = 1.0  # between training's own evaluation, which may be in bfloat16, and that of the published file
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Options:
         tag: the pretrained tag.
         license: of the weights, as the Hub names licenses.
         half: store the weights in half precision.
-        base_model: the Hub's name of the weights that training began with; None for a random start.
-        with_r: publish R, if the run has it.
+        base_model: the Hub's name of the weights that training began with; None for none, or none that can be named.
+        with_r: publish R, if the run has it and it belongs to the weights.
         data_dir: where the evaluated data are, if not where training found them.
         evaluate: run validate.py on the files as they will be published.
     """
@@ -81,9 +81,11 @@ def write(trained: Trained, path: Path, options: Options) -> dict[str, Any]:
         What results.json holds.
 
     Raises:
-        UserError: the weights are not what they say, the data to evaluate on are not there, or the folder cannot be
-            written.
+        UserError: the weights are not what they say, the data to evaluate on are not there, nothing says how good the
+            weights are, or the folder cannot be written.
     """
+    if not options.evaluate and trained.evaluated is None:
+        raise UserError(f"{trained.checkpoint} was not evaluated in training: publish it without --no-eval")
     folder = RunFolder(path)
     weights = load_file(trained.checkpoint)
     stored = {
@@ -93,17 +95,29 @@ def write(trained: Trained, path: Path, options: Options) -> dict[str, Any]:
     config = timm_config(trained, options)
     folder.write_json(CONFIG, config)
     _check(config, weights, load_file(path / WEIGHTS), trained.checkpoint)
-    if options.with_r and trained.resume is not None:
-        state = read_resume(trained.resume)["optimizer"].get(STATE_KEY)
-        if state is not None:
-            write_r(state, path / R_FILE)
+    if options.with_r and trained.is_last and not trained.averaged:
+        _write_r(trained, path / R_FILE)
     for file in path.glob("*.safetensors"):
         _settle(file)
     folder.write_text(RECIPE, recipe(trained))
-    save_picture(sides(trained), path / PICTURE, f"{trained.architecture} on {trained.data.name}")
-    results = _results(trained, options, _evaluated(trained, path / WEIGHTS, options) if options.evaluate else None)
+    save_picture(trained.sides, path / PICTURE, f"{trained.architecture} on {trained.data.name}")
+    evaluated = _evaluated(trained, path / WEIGHTS, options) if options.evaluate else None
+    results = _results(trained, options, evaluated)
     folder.write_json(RESULTS, results)
     return results
+
+
+def _write_r(trained: Trained, path: Path) -> None:
+    """R at the end of the run. Not resume-previous.pt's, which belongs to other weights."""
+    file = trained.checkpoint.parent / RESUME_FILE
+    if not file.is_file():
+        return
+    try:
+        state = read_resume(file)["optimizer"].get(STATE_KEY)
+        if state is not None:
+            write_r(state, path)
+    except (UserError, KeyError, TypeError) as error:
+        raise UserError(f"no R can be had from {file} (--no-r publishes without): {first_line(error)}") from error
 
 
 def _settle(file: Path) -> None:
@@ -141,6 +155,8 @@ def timm_config(trained: Trained, options: Options) -> dict[str, Any]:
         },
     }
     model_args = dict(json.loads(trained.metadata["model_kwargs"]))
+    if trained.args.get("gp"):
+        model_args["global_pool"] = trained.args["gp"]
     if size[0] != 3:
         model_args["in_chans"] = size[0]
     if model_args:
@@ -171,53 +187,27 @@ def _check(config: dict[str, Any], weights: dict[str, Tensor], stored: dict[str,
         found = model(x)
     except (RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{checkpoint} does not fit timm's {config['architecture']}: {first_line(error)}") from error
+    if not torch.isfinite(expected).all():
+        raise UserError(f"{checkpoint} gives outputs that are not finite: there is nothing in it to publish")
     scale = float(expected.std()) or 1.0
     if not torch.isfinite(found).all() or float((found - expected).abs().max()) > _HALF_TOLERANCE * scale:
         raise UserError(f"{checkpoint} changes its outputs in half precision: publish it without --half")
 
 
 def recipe(trained: Trained) -> str:
-    """recipe.yaml: train.py -c reads it; only the places of the data are missing."""
+    """recipe.yaml: train.py -c reads it; only the places of the data, and `left_out`, are missing."""
     kept = {key: value for key, value in trained.args.items() if key not in PRIVATE and value is not None}
     return without_paths(yaml.safe_dump(kept, sort_keys=True))
-
-
-def twin(trained: Trained) -> compare.Side | None:
-    """The other side of a comparison."""
-    return sides(trained)[1 if trained.decorrelated else 0] if trained.comparison else None
-
-
-def mine(trained: Trained) -> compare.Side:
-    """The run's own side."""
-    return sides(trained)[0 if trained.decorrelated or not trained.comparison else 1]
-
-
-def sides(trained: Trained) -> list[compare.Side]:
-    """The run's history and, of a comparison, its twin's: decorrelated first."""
-    if trained.comparison is not None:
-        return [
-            compare.Side(*(side[key] for key in ("name", "model", "optimizer", "lr", "epochs", "history", "failure")))
-            for side in trained.comparison["sides"]
-        ]
-    text = (trained.checkpoint.parent / "summary.csv").read_text(encoding="utf-8")
-    history = [
-        {key: float(value) for key, value in row.items() if value} | {"epoch": int(row["epoch"])}
-        for row in csv.DictReader(io.StringIO(text))
-    ]
-    results = trained.results
-    return [
-        compare.Side(results["model"], results["model"], trained.args["opt"], results["lr"], results["epochs"], history)
-    ]
 
 
 def _evaluated(trained: Trained, weights: Path, options: Options) -> dict[str, Any]:
     """validate.py's row for the file as it will be published."""
     args = trained.args
+    given = {name: args.get(name) for name in ("dataset", "class_map", "input_key", "target_key", "gp")}
+    given["data_dir"] = options.data_dir or args.get("data_dir")
     words = ["--checkpoint", str(weights), "--split", args["val_split"], "--workers", "0", "--device", "cpu"]
-    data_dir = options.data_dir or args.get("data_dir")
-    for flag, value in (("dataset", args.get("dataset")), ("data-dir", data_dir), ("class-map", args.get("class_map")),
-                        ("input-key", args.get("input_key")), ("target-key", args.get("target_key"))):  # fmt: skip
-        words += [f"--{flag}", str(value)] if value else []
+    for name, value in given.items():
+        words += [f"--{name.replace('_', '-')}", str(value)] if value else []
     with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
         file = Path(place) / "results.json"
         try:
@@ -227,22 +217,33 @@ def _evaluated(trained: Trained, weights: Path, options: Options) -> dict[str, A
                 f"{error}; --data-dir says where the data are, --no-eval publishes training's numbers"
             ) from error
         row = json.loads(file.read_text(encoding="utf-8"))
+    before = trained.evaluated
+    off = _POINTS + 200 / row["images"]  # two images, in %
+    if before is not None and abs(row["top1"] - float(before["top1"] or 0.0)) > off:
+        raise UserError(
+            f"{trained.checkpoint}: the published file has a top-1 accuracy of {row['top1']:.2f} %, training measured "
+            f"{before['top1']:.2f} %: other data than training's, or a model that config.json does not describe"
+        )
     return {key: value for key, value in row.items() if key not in _NOISY}
 
 
 def _results(trained: Trained, options: Options, evaluated: dict[str, Any] | None) -> dict[str, Any]:
-    results = trained.results
-    other = twin(trained)
+    results, twin = trained.results, trained.twin
+    other = None
+    if twin is not None:
+        last = twin.history[-1] if twin.history else None
+        other = {"model": twin.model, "lr": twin.lr, "epochs": twin.epochs, "failure": twin.failure, "final": last}
     return {
         "architecture": trained.architecture,
         "tag": options.tag,
         "data": trained.data_name,
         "split": trained.args["val_split"],
-        "epoch": int(trained.metadata["epoch"]),
+        "epoch": trained.epoch,
         "dtype": "float16" if options.half else "float32",
         "evaluated": evaluated,
+        "evaluated_in_training": trained.evaluated,
         "training": {key: results[key] for key in ("model", "decorrelated", "lr", "epochs", "final", "ms_per_update")},
-        "twin": other and {"model": other.model, "lr": other.lr, "epochs": other.epochs, "final": other.history[-1]},
+        "twin": other,
         "versions": results["versions"],
         "machine": results["machine"],
     }

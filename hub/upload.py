@@ -5,18 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.hf_api import ModelInfo, RepoFile
 from huggingface_hub.utils import (
-    EntryNotFoundError,
     GatedRepoError,
-    HFValidationError,
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -24,8 +22,6 @@ from huggingface_hub.utils import (
 
 from hub.repository import CONFIG, FILES
 from timm_decor.training.errors import UserError, first_line
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,11 +41,22 @@ class Target:
     create_pr: bool = False
 
 
+def log_in(repo_id: str, api: HfApi | None = None) -> None:
+    """See that the Hub knows who is calling.
+
+    Raises:
+        UserError: no token, one that the Hub does not accept, or no Hub.
+    """
+    with _explained(repo_id, "ask who you are"):
+        (api or HfApi()).whoami()
+
+
 def upload(folder: Path, target: Target, api: HfApi | None = None) -> str:
     """Bring a folder's files to the Hub in one commit.
 
     Files of an earlier publication that the folder lacks are removed in the same commit; other files stay. Where
-    nothing differs nothing is done.
+    nothing differs nothing is done. The commit builds on what was looked at: a change by somebody else meanwhile is
+    refused by the Hub.
 
     Args:
         folder: what `repository.write` wrote, and the card.
@@ -60,83 +67,75 @@ def upload(folder: Path, target: Target, api: HfApi | None = None) -> str:
         A sentence on what was done, with the address.
 
     Raises:
-        UserError: no token, no right to write, a repository of another model, or a failure of the Hub or the network,
-            after which the repository is what it was.
+        UserError: no right to write, a repository of another model, a public one where a private one was asked for, or
+            a failure of the Hub or the network: the repository is then what it was or, where the answer to the commit
+            was lost, complete.
     """
     api = api or HfApi()
-
-    def tried(call: Callable[[], T], what: str) -> T:
-        try:
-            return call()
-        except Exception as error:  # the client's errors have changed their bases with its HTTP library
-            raise _explained(error, target, what) from error
-
-    tried(lambda: api.whoami(), "ask who you are")
-    exists = tried(lambda: _exists(api, target.repo_id), "look at the repository")
-    if not exists:
+    repo_id = target.repo_id
+    with _explained(repo_id, "look at the repository"):
+        found = _found(api, target)
+    if found is None:
         if target.create_pr:
-            raise UserError(f"{target.repo_id} does not exist, so there is nothing to open a pull request on")
-        tried(lambda: api.create_repo(target.repo_id, private=target.private, exist_ok=True), "create the repository")
-    remote = tried(lambda: _files(api, target), "list the repository") if exists else {}
-    if exists:
-        tried(lambda: _refuse_other(api, target, folder, remote), "read its config.json")
+            raise UserError(f"{repo_id} does not exist, so there is nothing to open a pull request on")
+        with _explained(repo_id, "create the repository"):
+            api.create_repo(repo_id, private=target.private)
+            found = _found(api, target)
+    if found is None:
+        raise UserError(f"{repo_id} was created, and the Hub does not show it: try again")
+    if target.private and found.private is False:
+        raise UserError(f"{repo_id} is public already: make it private in its settings, or publish without --private")
+    with _explained(repo_id, "list the repository"):
+        entries = api.list_repo_tree(repo_id, revision=found.sha)
+        remote = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+        _refuse_other(api, target, folder, remote, str(found.sha))
+    if target.revision and not target.create_pr:
+        with _explained(repo_id, f"make the branch {target.revision}"):
+            api.create_branch(repo_id, branch=target.revision, revision=found.sha, exist_ok=True)
     local = {file.name: file for file in sorted(folder.iterdir())}
     changed = [name for name, file in local.items() if not _same(file, remote.get(name))]
     stale = [name for name in FILES if name in remote and name not in local]
-    address = f"{api.endpoint}/{target.repo_id}"
+    address = f"{api.endpoint}/{repo_id}"
     if not changed and not stale:
         return f"{address} holds exactly this already: nothing was done"
-    if target.revision and not target.create_pr:
-        tried(lambda: api.create_branch(target.repo_id, branch=str(target.revision), exist_ok=True), "make the branch")
     operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
         *(CommitOperationAdd(name, str(local[name])) for name in changed),
         *(CommitOperationDelete(name) for name in stale),
     ]
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    done = tried(
-        lambda: api.create_commit(
-            target.repo_id,
+    with _explained(repo_id, "upload"):
+        done = api.create_commit(
+            repo_id,
             operations,
             commit_message=f"Publish {config['architecture']}.{config['pretrained_cfg']['tag']}",
-            revision=target.revision,
+            revision=target.revision if not target.create_pr else None,
             create_pr=target.create_pr,
-        ),
-        "upload",
-    )
-    return f"published {', '.join(changed)}: {done.pr_url or address}"
+            parent_commit=found.sha,
+        )
+    return f"published {', '.join(changed + stale)}: {done.pr_url or address}"
 
 
-def _exists(api: HfApi, repo_id: str) -> bool:
+def _found(api: HfApi, target: Target) -> ModelInfo | None:
+    """The repository as it is now: its branch's commit or, where there is no such branch yet, that of main."""
+    revision = None if target.create_pr else target.revision
     try:
-        api.model_info(repo_id)
+        return api.model_info(target.repo_id, revision=revision)
     except GatedRepoError:
         raise
+    except RevisionNotFoundError:
+        return api.model_info(target.repo_id)
     except RepositoryNotFoundError:
-        return False
-    return True
+        return None
 
 
-def _files(api: HfApi, target: Target) -> dict[str, RepoFile]:
-    """The repository's files by name; a branch that is not there yet will begin as main is."""
-    for revision in (target.revision, None) if target.revision else (None,):
-        with suppress(RevisionNotFoundError):
-            tree = api.list_repo_tree(target.repo_id, revision=revision)
-            return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-    return {}
-
-
-def _refuse_other(api: HfApi, target: Target, folder: Path, remote: dict[str, RepoFile]) -> None:
+def _refuse_other(api: HfApi, target: Target, folder: Path, remote: dict[str, RepoFile], sha: str) -> None:
     if CONFIG not in remote:
         others = [name for name in remote if name.endswith((".safetensors", ".bin", ".pth"))]
         if others:
             raise UserError(f"{target.repo_id} holds {others[0]} without a config.json: publish to another repository")
         return
-    revision = target.revision
     with tempfile.TemporaryDirectory() as place:
-        try:
-            file = api.hf_hub_download(target.repo_id, CONFIG, revision=revision, local_dir=place, force_download=True)
-        except (RevisionNotFoundError, EntryNotFoundError):
-            file = api.hf_hub_download(target.repo_id, CONFIG, local_dir=place, force_download=True)
+        file = api.hf_hub_download(target.repo_id, CONFIG, revision=sha, local_dir=place, force_download=True)
         theirs = json.loads(Path(file).read_text(encoding="utf-8"))
     mine = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     if theirs.get("architecture") != mine["architecture"]:
@@ -155,6 +154,17 @@ def _same(file: Path, remote: RepoFile | None) -> bool:
     return bool(remote.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest())
 
 
+@contextmanager
+def _explained(repo_id: str, what: str) -> Iterator[None]:
+    """What goes wrong in here, in one line with what would work. The client's errors have no base that stayed one."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(_explanation(error, repo_id, what)) from error
+
+
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     """An exception and those below it: the client wraps what goes wrong in an upload."""
     while error is not None:
@@ -162,35 +172,26 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _explained(error: Exception, target: Target, what: str) -> UserError:
-    """What went wrong in one line, and what would work."""
-    if isinstance(error, UserError):
-        return error
-    repo = target.repo_id
-    response: Any = next(
-        (found for cause in _causes(error) if (found := getattr(cause, "response", None)) is not None), None
-    )
+def _explanation(error: Exception, repo_id: str, what: str) -> str:
+    response: Any = next((r for cause in _causes(error) if (r := getattr(cause, "response", None)) is not None), None)
     status = getattr(response, "status_code", None)
-    if isinstance(error, HFValidationError):
-        return UserError(f"--repo-id {repo}: {first_line(error)}")
-    if isinstance(error, LocalTokenNotFoundError) or (status is None and "token" in str(error).lower()):
-        return UserError("no token of the Hub: run `hf auth login`, or set HF_TOKEN to one with write access")
-    again = "the repository is what it was; the same command tries again"
+    if isinstance(error, LocalTokenNotFoundError):
+        return "no token of the Hub: run `hf auth login`, or set HF_TOKEN to one with write access"
+    again = f"{repo_id} is what it was, or complete; the same command tries again"
     if status == 401:
-        return UserError(
-            f"the Hub does not accept the token ({repo}): run `hf auth login`, or set HF_TOKEN to a valid one"
-        )
+        return f"the Hub does not accept the token ({repo_id}): run `hf auth login`, or set HF_TOKEN to a valid one"
     if status == 403:
-        return UserError(f"the token may not write to {repo}: take one with write access there, or --create-pr")
+        return f"the token may not write to {repo_id}: take one with write access there, or --create-pr"
     if status == 404:
-        return UserError(f"the Hub does not know {repo}, or the token may not see it; could not {what}")
+        return f"the Hub does not know {repo_id}, or the token may not see it; could not {what}"
     if status in (409, 412):
-        return UserError(
-            f"{repo} was changed by somebody else meanwhile: nothing was published; look, and publish again"
-        )
+        return f"{repo_id} was changed by somebody else meanwhile: nothing was published; look, and publish again"
     if status == 429:
         wait = response.headers.get("Retry-After")
-        return UserError(f"too many requests for the Hub: try again{f' in {wait} s' if wait else ' later'}; {again}")
+        return f"too many requests for the Hub: try again{f' in {wait} s' if wait else ' later'}; {again}"
+    if status is not None and status < 500:
+        lines = [line.strip("- ") for line in str(error).splitlines() if line.strip("- ")]
+        return f"the Hub refuses to {what} ({repo_id}, {status}): {' '.join(lines[:3])}"
     if status is not None:
-        return UserError(f"the Hub answered {status} to the attempt to {what} ({repo}): {again}")
-    return UserError(f"could not {what} ({repo}): {type(error).__name__}: {first_line(error)}; {again}")
+        return f"the Hub answered {status} to the attempt to {what}: {again}"
+    return f"could not {what}: {type(error).__name__}: {first_line(error)}; {again}"

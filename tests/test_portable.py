@@ -85,6 +85,10 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         handle.load_r(file)
     with pytest.raises(ValueError, match="structure 'kronecker', this run uses 'space'"):
         attached(DecorConfig(structure="space"))[2].load_r(file)
+    block = [DecorConfig(structure="block", block_dim=dim) for dim in (36, 72)]
+    attached(block[0])[2].save_r(tmp_path / "block.safetensors")
+    with pytest.raises(ValueError, match="block_dim 36, this run uses 72"):
+        attached(block[1])[2].load_r(tmp_path / "block.safetensors")
     with pytest.raises(ValueError, match=r"shape \[16, 3, 3, 3\] for layer conv1.0, which has shape \[16, 1, 3, 3\]"):
         attached(in_chans=1)[2].load_r(file)
     with pytest.raises(ValueError, match="cannot read"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import timm
 import torch
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from local_hub import LocalHub
 from safetensors.torch import load_file, save_file
 from training_runs import DECOR, ROOT, reset_accelerate, train
@@ -114,8 +115,6 @@ def test_publishing_twice_changes_nothing(run: Path, hub: LocalHub, capsys: pyte
 
 
 def test_what_an_earlier_publication_had_more_is_removed_and_what_is_not_ours_stays(run: Path, hub: LocalHub) -> None:
-    from huggingface_hub import HfApi
-
     publish(run / "decorrelated")
     HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="notes.txt", repo_id=REPO)
     publish(run / "decorrelated", "--no-r")
@@ -139,13 +138,12 @@ FAILURES = [
     ("403", ("POST", "/commit/", 403), "may not write"),
     ("404", ("POST", "/preupload/", 404), "does not know"),
     ("409", ("POST", "/commit/", 409), "somebody else"),
-    ("412", ("POST", "/commit/", 412), "somebody else"),
     ("429", ("POST", "/commit/", 429), "too many requests"),
     ("500", ("POST", "/commit/", 500), "answered 500"),
     ("500 in the upload", ("PUT", "/storage/", 500), "answered 500"),
-    ("dropped upload", ("PUT", "/storage/", "drop"), "the same command tries again"),
-    ("corrupt upload", ("PUT", "/storage/", "corrupt"), "the same command tries again"),
-    ("dropped commit", ("POST", "/commit/", "drop"), "the same command tries again"),
+    ("dropped upload", ("PUT", "/storage/", "drop"), "or complete; the same command tries again"),
+    ("corrupt upload", ("PUT", "/storage/", "corrupt"), "or complete; the same command tries again"),
+    ("dropped commit", ("POST", "/commit/", "drop"), "or complete; the same command tries again"),
 ]
 
 
@@ -184,8 +182,6 @@ def test_without_the_right_to_write(
 
 
 def test_a_repository_of_another_model_is_refused(run: Path, hub: LocalHub) -> None:
-    from huggingface_hub import HfApi
-
     api = HfApi()
     api.create_repo(REPO)
     api.upload_file(path_or_fileobj=b"x", path_in_repo="pytorch_model.bin", repo_id=REPO)
@@ -216,11 +212,15 @@ def test_what_cannot_be_published(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(run / "plain", copy)
     shutil.copy(run / "args.yaml", copy)
+    no_hub = ["--dry-run", str(tmp_path / "out")]
     with pytest.raises(UserError, match="no safetensors file"):
         publish(copy / "resume.pt")
     save_file({"w": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     with pytest.raises(UserError, match="does not say its architecture"):
         publish(tmp_path / "foreign.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((copy / "last.safetensors").read_bytes()[:500])
+    with pytest.raises(UserError, match="is damaged, or no checkpoint"):
+        publish(tmp_path / "cut.safetensors")
     with pytest.raises(UserError, match="no checkpoint"):
         publish(tmp_path / "nothing")
     results = json.loads((copy / "results.json").read_text())
@@ -228,16 +228,22 @@ def test_what_cannot_be_published(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="training failed .diverged in epoch 2."):
         publish(copy)
     (copy / "results.json").write_text("{")
-    with pytest.raises(UserError, match="cannot read .*results.json"):
+    with pytest.raises(UserError, match="needs the other files of its run .results.json"):
         publish(copy)
     (copy / "results.json").write_text(json.dumps(results))
     args = yaml.safe_load((copy / "args.yaml").read_text())
-    (copy / "args.yaml").write_text(yaml.safe_dump({**args, "initial_checkpoint": "somewhere.pth"}))
-    with pytest.raises(UserError, match="say by --base-model what they are"):
+    for began, words in (({"initial_checkpoint": "somewhere.pth"}, []), ({"pretrained": True}, [])):
+        (copy / "args.yaml").write_text(yaml.safe_dump({**args, **began}))
+        with pytest.raises(UserError, match="say by --base-model what they are"):
+            publish(copy, *no_hub, *words)
+        with pytest.raises(UserError, match="whose license decides: say --license"):
+            publish(copy, *no_hub, "--base-model", "none")
+    (copy / "args.yaml").write_text(yaml.safe_dump({**args, "bn_eps": 0.1}))
+    with pytest.raises(UserError, match="--bn-eps, which timm's config.json cannot say"):
         publish(copy)
     (copy / "args.yaml").write_text(yaml.safe_dump({**args, "dataset": "parquet", "data_dir": str(tmp_path / "gone")}))
     with pytest.raises(UserError, match="--data-dir says where the data are"):
-        publish(copy)
+        publish(copy, *no_hub)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("years")
     with pytest.raises(UserError, match="holds thesis.tex"):
@@ -273,3 +279,92 @@ def test_runs_as_a_module(run: Path, tmp_path: Path) -> None:
     ]
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "model.safetensors" in done.stdout, done.stderr
+
+
+def test_a_change_by_somebody_else_meanwhile_is_not_overwritten(
+    run: Path, hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at the repository and the commit: the Hub sees that the commit builds on an older one."""
+    from hub import upload
+
+    publish(run / "plain", "--no-eval")
+    look = upload._refuse_other
+
+    def meanwhile(*args: object) -> None:
+        look(*args)
+        HfApi().upload_file(path_or_fileobj=b"theirs", path_in_repo="README.md", repo_id=REPO)
+
+    monkeypatch.setattr(upload, "_refuse_other", meanwhile)
+    with pytest.raises(UserError, match="changed by somebody else meanwhile"):
+        publish(run / "decorrelated", "--no-eval")
+    assert hub.repo(REPO).files()["README.md"] == b"theirs"
+
+
+def test_what_was_asked_for_is_not_dropped_in_silence(run: Path, hub: LocalHub) -> None:
+    with pytest.raises(UserError, match="nothing to open a pull request on"):
+        publish(run / "plain", "--no-eval", "--create-pr")
+    publish(run / "plain", "--no-eval")
+    with pytest.raises(UserError, match="is public already"):
+        publish(run / "plain", "--no-eval", "--private")
+    publish(run / "plain", "--no-eval", "--revision", "v1")  # the same files
+    assert hub.repo(REPO).files("v1") == hub.repo(REPO).files("main")
+
+
+def test_the_hub_says_why_it_refuses_a_card(run: Path, hub: LocalHub) -> None:
+    hub.fail("POST", "/commit/", 400, times=float("inf"))
+    with pytest.raises(UserError, match="the Hub refuses to upload .*400") as error:
+        publish(run / "plain", "--no-eval")
+    assert "tries again" not in str(error.value)
+
+
+def test_of_several_models_those_that_can_be_published_are(
+    run: Path, hub: LocalHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "runs"
+    shutil.copytree(run, copy)
+    (copy / "decorrelated" / "resume.pt").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="1 of 2 models were not published: me/test_resnet.dbp_digits_r32"):
+        publish(copy, "--no-eval", repo="me")
+    assert set(hub.repos) == {"me/test_resnet.bp_digits_r32"}
+    assert "no R can be had from" in capsys.readouterr().err
+    publish(copy / "decorrelated", "--no-eval", "--no-r")
+    assert "decor.safetensors" not in hub.repo(REPO).files()
+
+
+def test_another_epoch_says_so_and_brings_no_r(tmp_path: Path) -> None:
+    """A checkpoint that is not the last has its own figures, and R is that of the end of training."""
+    folder = train(tmp_path / "run", "--epochs", 2, *DECOR, "--model-ema", "--model-ema-decay", 0.5)
+    history = {int(row["epoch"]): row for row in csv_rows(folder)}
+    publish(folder / "checkpoint-1.safetensors", "--dry-run", str(tmp_path / "one"), "--no-eval")
+    card = (tmp_path / "one" / "README.md").read_text()
+    assert f"| **this model** | {float(history[1]['eval_top1']):.2f} |" in card and "after epoch 1 of 2" in card
+    assert not (tmp_path / "one" / "decor.safetensors").exists()
+    publish(folder / "last-ema.safetensors", "--dry-run", str(tmp_path / "ema"), "--no-eval")
+    card = (tmp_path / "ema" / "README.md").read_text()
+    assert f"| **this model** | {float(history[2]['ema_top1']):.2f} |" in card and "averaged (EMA) weights" in card
+
+
+def csv_rows(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "summary.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_published_model_must_do_what_training_measured(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    record = json.loads((copy / "compare.json").read_text())
+    record["sides"][1]["history"][-1]["eval_top1"] += 20
+    (copy / "compare.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="other data than training's, or a model that config.json does not describe"):
+        publish(copy / "plain", "--dry-run", str(tmp_path / "out"))
+
+
+def test_pooling_tag_license_and_base_model_are_published(tmp_path: Path) -> None:
+    folder = train(tmp_path / "run", "--epochs", 1, "--gp", "max")
+    words = ["--tag", "mine", "--license", "mit", "--base-model", "me/base", "--dry-run", str(tmp_path / "out")]
+    publish(folder, *words)  # validate.py would find another accuracy with another pooling
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_args"] == {"global_pool": "max"} and config["pretrained_cfg"]["tag"] == "mine"
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert (card.data.license, card.data.base_model) == ("mit", "me/base")
+    assert "starting from [me/base]" in card.text

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import timm_decor
 from timm_decor.layers import DecorConv2d, DecorLinear
 from timm_decor.models import FAMILIES, PREFIX, Family, plain_name
+from timm_decor.models.staged import own_cfgs
 
 TWINS = [PREFIX + family.example for family in FAMILIES]
 IDS = [family.module for family in FAMILIES]
@@ -79,16 +80,17 @@ def test_state_dict_has_the_twins_entries(name: str) -> None:
 @pytest.mark.parametrize("name", timm.list_models("decor_*"))
 def test_tags_are_the_twins(name: str) -> None:
     theirs = get_arch_pretrained_cfgs(plain_name(name))
+    own = [f"{name}.{tag}" for tag in own_cfgs(plain_name(name))]  # the project's own weights come first
     ours = get_arch_pretrained_cfgs(name)
-    assert list(ours) == [PREFIX + key for key in theirs]  # the same order: the first one is the default
+    assert list(ours) == [*own, *(PREFIX + key for key in theirs)]  # the same order: the first one is the default
     for key, cfg in theirs.items():
-        own = ours[PREFIX + key].to_dict()
-        assert own.pop("architecture") == name
+        found = ours[PREFIX + key].to_dict()
+        assert found.pop("architecture") == name
         expected = cfg.to_dict()
         del expected["architecture"]
-        assert own == expected
-        assert "decor" not in str(own.get("hf_hub_id"))
-    assert timm.is_model_pretrained(name) == timm.is_model_pretrained(plain_name(name))
+        assert found == expected
+        assert "decor" not in str(found.get("hf_hub_id"))
+    assert timm.is_model_pretrained(name) == (timm.is_model_pretrained(plain_name(name)) or bool(own))
 
 
 def test_listed_as_pretrained() -> None:
@@ -96,7 +98,7 @@ def test_listed_as_pretrained() -> None:
     assert "decor_resnet18.a1_in1k" in timm.list_models("decor_resnet18*", pretrained=True)
     cfg = get_pretrained_cfg("decor_resnet18.a1_in1k")
     assert (cfg.hf_hub_id, cfg.architecture, cfg.tag) == ("timm/resnet18.a1_in1k", "decor_resnet18", "a1_in1k")
-    assert get_pretrained_cfg("decor_resnet18").tag == get_pretrained_cfg("resnet18").tag
+    assert get_pretrained_cfg("decor_resnet34").tag == get_pretrained_cfg("resnet34").tag
 
 
 def test_tag_reaches_the_model() -> None:

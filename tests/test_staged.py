@@ -64,6 +64,29 @@ def test_pretrained_takes_the_staged_weights(own: tuple[str, Path, dict[str, tor
     assert half.num_classes == 7 and torch.equal(half.state_dict()["conv1.0.weight"], weights["conv1.0.weight"])
 
 
+def test_a_mistake_of_the_callers_is_not_blamed_on_the_weights(own: tuple[str, Path, dict[str, torch.Tensor]]) -> None:
+    name, folder, weights = own
+    (folder / "model.safetensors").unlink()
+    timm_decor.register_decorrelated(name)
+    with pytest.raises(TypeError, match="bogus"):
+        timm.create_model(f"decor_{name}", pretrained=True, bogus=1)
+
+
+def test_weights_of_ones_own_are_taken_as_the_plain_model_takes_them(
+    own: tuple[str, Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    """Not with the classes, size, mean and std of the project's weights."""
+    name, _, _ = own
+    timm_decor.register_decorrelated(name)
+    mine = timm.create_model("test_resnet").state_dict()
+    save_file(mine, tmp_path / "mine.safetensors")
+    for overlay in ({"file": str(tmp_path / "mine.safetensors")}, {"state_dict": mine}):
+        model = timm.create_model(f"decor_{name}", pretrained=True, pretrained_cfg_overlay=overlay)
+        assert model.num_classes == 1000 and model.pretrained_cfg["architecture"] == f"decor_{name}"
+        assert model.pretrained_cfg["input_size"] == (3, 224, 224)
+        assert all(torch.equal(value, mine[key]) for key, value in model.state_dict().items())
+
+
 def test_the_id_on_the_hub_is_a_forks_to_choose() -> None:
     code = "from timm_decor.models import staged; print(staged.HUB_OWNER)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
@@ -119,6 +142,5 @@ def test_without_weights_a_twin_is_as_the_plain_model_is() -> None:
     """Whatever the project has trained: classes, image size, mean and std of `decor_resnet18` are resnet18's."""
     twin, plain = timm.create_model("decor_resnet18"), timm.create_model("resnet18")
     assert twin.num_classes == plain.num_classes == 1000
-    for key in ("input_size", "mean", "std", "crop_pct", "interpolation"):
-        assert twin.pretrained_cfg[key] == plain.pretrained_cfg[key], key
+    assert twin.pretrained_cfg == {**plain.pretrained_cfg, "architecture": "decor_resnet18"}
     assert get_pretrained_cfg("decor_resnet18.a1_in1k").hf_hub_id == "timm/resnet18.a1_in1k"

@@ -251,7 +251,8 @@ class DecorHandle:
     def _check_fits(self, saved: dict[str, Any]) -> None:
         """Refuse the R of another rule, structure or model; a head of other classes has the same inputs."""
         theirs = DecorConfig.from_json(saved["config"])
-        for name in ("rule", "structure"):
+        blocks = ("block_dim",) if self.config.structure in ("block", "auto") else ()
+        for name in ("rule", "structure", *blocks):
             has, wanted = getattr(theirs, name), getattr(self.config, name)
             if has != wanted:
                 raise ValueError(

@@ -12,6 +12,7 @@ import logging
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -39,6 +40,7 @@ from timm_decor.models.staged import own_cfgs, unavailable
 _logger = logging.getLogger(__name__)
 
 PREFIX = "decor_"
+_SOURCES = {"state_dict", "file", "hf_hub_id", "url"}  # by which a caller names weights of their own
 
 Entrypoint = Callable[..., nn.Module]
 
@@ -136,9 +138,9 @@ def _register_twin(
         **kwargs: Any,
     ) -> nn.Module:
         _check_tag(variant, pretrained_cfg)
-        if own and not pretrained and not pretrained_cfg:
-            # a model without weights is as the plain one is: classes, image size, mean and std
-            pretrained_cfg = get_pretrained_cfg(name) or PretrainedCfg()
+        if own and not pretrained_cfg and not (pretrained and not _SOURCES & set(pretrained_cfg_overlay or {})):
+            # Without the project's weights a model is as the plain one is: classes, image size, mean and std.
+            pretrained_cfg = replace(get_pretrained_cfg(name) or PretrainedCfg(), architecture=variant)
         if has_cfgs:
             # Resolved under the twin's name, so that `model.pretrained_cfg` names the model that was asked for.
             pretrained_cfg = resolve_pretrained_cfg(variant, pretrained_cfg, dict(pretrained_cfg_overlay or {}))  # type: ignore[arg-type]
@@ -147,7 +149,7 @@ def _register_twin(
         try:
             model = model_entrypoint(name)(pretrained=pretrained, pretrained_cfg=pretrained_cfg, **kwargs)
         except Exception as error:  # what the Hub's client and its HTTP library raise has no common base
-            tried = pretrained and unavailable(pretrained_cfg, error)
+            tried = pretrained and not isinstance(error, TypeError) and unavailable(pretrained_cfg, error)
             if tried:
                 raise RuntimeError(tried) from error
             raise

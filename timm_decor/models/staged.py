@@ -21,7 +21,8 @@ HUB_OWNER = os.environ.get("TIMM_DECOR_HUB_OWNER", "timm-decor")
 WEIGHTS = "model.safetensors"
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_PLACES = (_PACKAGE / "staged", _PACKAGE.parent / "hub" / "staged")
+_CHECKOUT = [_PACKAGE.parent / "hub" / "staged"] if (_PACKAGE.parent / "pyproject.toml").is_file() else []
+_PLACES = (_PACKAGE / "staged", *_CHECKOUT)
 _FIELDS = {field.name for field in dataclasses.fields(PretrainedCfg)}
 
 

@@ -233,7 +233,7 @@ def _metadata(
 ) -> dict[str, str]:
     """What a checkpoint says of itself, so that validate.py needs no further arguments."""
     architecture = build.architecture(args.model)
-    if architecture.startswith("local-dir:"):  # a place on this machine, and no name that another one knows
+    if ":" in architecture:  # local-dir:... is a place on this machine, hf-hub:... says where its weights came from
         architecture = str(model.pretrained_cfg["architecture"])  # type: ignore[index]
     return {
         "architecture": architecture,
