@@ -190,8 +190,11 @@ def _explanation(error: Exception, repo_id: str, what: str) -> str:
         wait = response.headers.get("Retry-After")
         return f"too many requests for the Hub: try again{f' in {wait} s' if wait else ' later'}; {again}"
     if status is not None and status < 500:
-        lines = [line.strip("- ") for line in str(error).splitlines() if line.strip("- ")]
-        return f"the Hub refuses to {what} ({repo_id}, {status}): {' '.join(lines[:3])}"
+        texts = [
+            str(cause) for cause in _causes(error) if cause is error or getattr(cause, "response", None) is response
+        ]
+        lines = [line.strip("- ") for text in dict.fromkeys(texts) for line in text.splitlines()]
+        return f"the Hub refuses to {what} ({repo_id}, {status}): {' '.join(filter(None, lines))[:400]}"
     if status is not None:
         return f"the Hub answered {status} to the attempt to {what}: {again}"
     return f"could not {what}: {type(error).__name__}: {first_line(error)}; {again}"

@@ -142,7 +142,7 @@ FAILURES = [
     ("500", ("POST", "/commit/", 500), "answered 500"),
     ("500 in the upload", ("PUT", "/storage/", 500), "answered 500"),
     ("dropped upload", ("PUT", "/storage/", "drop"), "or complete; the same command tries again"),
-    ("corrupt upload", ("PUT", "/storage/", "corrupt"), "or complete; the same command tries again"),
+    ("corrupt upload", ("PUT", "/storage/", "corrupt"), "refuses to upload (me/digits, 400)"),
     ("dropped commit", ("POST", "/commit/", "drop"), "or complete; the same command tries again"),
 ]
 
