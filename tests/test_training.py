@@ -302,9 +302,14 @@ class TestCheckpoints:
 
     def test_they_name_the_architecture_without_a_tag(self):
         args = argparse.Namespace(model="decor_resnet18.a1_in1k", model_kwargs={})
-        assert run_module._metadata(args, torch.nn.Module(), {}, 10)["architecture"] == "resnet18"
-        args.model = "hf-hub:timm/resnet18.a1_in1k"
-        assert run_module._metadata(args, torch.nn.Module(), {}, 10)["architecture"] == args.model
+        model = torch.nn.Module()
+        assert run_module._metadata(args, model, {}, 10, [])["architecture"] == "resnet18"
+        model.pretrained_cfg = {"architecture": "resnet34"}
+        args.model = "hf-hub:me/some_name"  # where it came from: the name that timm makes it by is another
+        assert run_module._metadata(args, model, {}, 2, ["a", "b"]) | {"data_config": ""} == {
+            **{"architecture": "resnet34", "num_classes": "2", "data_config": "", "model_kwargs": "{}"},
+            "label_names": '["a", "b"]',
+        }
 
     def test_what_stayed_plain_and_what_was_skipped_is_told(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
