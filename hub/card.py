@@ -99,8 +99,7 @@ def _rows(trained: Trained, results: dict[str, Any]) -> list[dict[str, str]]:
     def row(name: str, scores: dict[str, Any], side: Side) -> dict[str, str]:
         shown = {key: "-" if scores.get(key) is None else f"{scores[key]:.2f}" for key in ("top1", "top5")}
         loss = "-" if scores.get("loss") is None else f"{scores['loss']:.4f}"
-        ms = f"{1000 * side.seconds_per_step:.0f}" if side.history else "-"
-        return {"name": name, **shown, "loss": loss, "epochs": str(side.epochs), "lr": f"{side.lr:g}", "ms": ms}
+        return {"name": name, **shown, "loss": loss, "epochs": str(side.epochs), "lr": f"{side.lr:g}"}
 
     rows = [row("**this model**", score(results), trained.side)]
     if trained.twin is not None:
