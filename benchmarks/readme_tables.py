@@ -188,27 +188,26 @@ def zoo(folder: Path, draw: bool) -> str:
 
 def staged(folder: Path, draw: bool) -> str:
     """The project's own weights, a row a repository: what results.json says of each."""
+    found = [
+        [json.loads((file.parent / name).read_text(encoding="utf-8")) for name in ("config.json", "results.json")]
+        for file in sorted(folder.glob("*/results.json"))
+    ]
     rows = []
-    for file in sorted(folder.glob("*/results.json")):
-        found, config = (
-            json.loads((file.parent / name).read_text(encoding="utf-8")) for name in (file.name, "config.json")
-        )
-        scores, twin, size = found["evaluated"], found["twin"], config["pretrained_cfg"]["input_size"][-1]
-        name = f"[decor_{file.parent.name}]({file.parent.relative_to(ROOT).as_posix()}/README.md)"
-        data = f"{found['data']}, {config['num_classes']} classes, {size} px"
-        hours = found["training"]["final"]["seconds"] / 3600
+    # the most classes first: in the order in which `timm_decor.models.staged` takes them
+    for config, results in sorted(found, key=lambda pair: -pair[0]["num_classes"]):
+        scores, twin, training = results["evaluated"], results["twin"], results["training"]
+        name = f"{config['architecture']}.{config['pretrained_cfg']['tag']}"
+        size = config["pretrained_cfg"]["input_size"][-1]
         rows.append(
             (
-                name,
-                data,
-                f"{found['training']['epochs']}, {hours:.1f} h",
-                f"{scores['top1']:.2f}",
-                f"{scores['top5']:.2f}",
+                f"[decor_{name}]({(folder / name / 'README.md').relative_to(ROOT).as_posix()})",
+                f"{results['data']}, {config['num_classes']} classes, {size} px",
+                f"{training['epochs']}, {training['final']['seconds'] / 3600:.1f} h",
+                *(f"{scores[key]:.2f}" for key in ("top1", "top5")),
+                f"{twin['final']['eval_top1']:.2f}" if twin else "-",
             )
-            + (f"{twin['final']['eval_top1']:.2f}" if twin else "-",)
         )
-    header = ("weights", "data", "epochs, time", "top-1, %", "top-5, %", "plain twin's top-1, %")
-    return markdown_table(header, rows)
+    return markdown_table(("weights", "data", "epochs, time", "top-1, %", "top-5, %", "plain twin's top-1, %"), rows)
 
 
 MAKERS = {
