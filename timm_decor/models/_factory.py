@@ -122,9 +122,8 @@ def _register_twin(
     module: ModuleType, name: str, plain: Mapping[str, str], tells_unmatched: bool = False
 ) -> Entrypoint:
     variant = PREFIX + name
-    tags = [split_model_name_tag(key)[1] for key in get_arch_pretrained_cfgs(name)]
     own = own_cfgs(name)
-    has_cfgs = bool(tags or own)
+    has_cfgs = bool(own or get_arch_pretrained_cfgs(name))
 
     def leave_out(layer_name: str, layer: nn.Module) -> str:
         reasons = (why for pattern, why in plain.items() if fnmatch.fnmatch(layer_name, pattern))
