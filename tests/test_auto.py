@@ -21,25 +21,25 @@ from timm_decor.sharing import rows_a_process
 AUTO = DecorConfig(structure="auto")
 
 
-def one(shape, outputs, rows, products=1, **others):
+def one(channels, positions, outputs, rows, products=1, **others):
     """What is chosen for a layer that has the memory of a whole model to itself."""
-    rich = SeenLayer(LayerShape(1, 1, 1), 10**9, rows, products)
-    return plan([SeenLayer(shape, outputs, rows, products, **others), rich], AUTO)[0]
+    rich = SeenLayer(LayerShape(1, 1, 1, 10**9), rows, products)
+    return plan([SeenLayer(LayerShape(1, channels, positions, outputs), rows, products, **others), rich], AUTO)[0]
 
 
 def test_many_rows_for_a_small_patch_make_it_full():
-    assert one(LayerShape(1, 64, 9), 64, rows=65536).structure == "full"
-    assert one(LayerShape(1, 64, 9), 64, rows=1000).structure == "kronecker"
-    assert one(LayerShape(1, 16384, 1), 64, rows=10**8).structure == "kronecker", "max_dim holds for full as well"
+    assert one(64, 9, 64, rows=65536).structure == "full"
+    assert one(64, 9, 64, rows=1000).structure == "kronecker"
+    assert one(16384, 1, 64, rows=10**8).structure == "kronecker", "max_dim holds for full as well"
 
 
 def test_the_rank_follows_the_rows_and_few_rows_leave_space_alone():
-    wide = LayerShape(1, 512, 9)
-    ranks = [one(wide, 512, rows).rank for rows in (10**4, 300, 250)]
+    wide = (512, 9, 512)
+    ranks = [one(*wide, rows).rank for rows in (10**4, 300, 250)]
     assert ranks == sorted(ranks, reverse=True) and ranks[0] == AUTO.rank > ranks[1] > ranks[2]
-    assert one(wide, 512, 300, products=2).rank < ranks[1], "Adam's step takes two products"
-    assert one(wide, 512, 64).structure == "space"
-    assert one(LayerShape(1, 512, 1), 10, 64).structure == "kronecker", "a 1x1 kernel has no space to decorrelate"
+    assert one(*wide, 300, products=2).rank < ranks[1], "Adam's step takes two products"
+    assert one(*wide, 64).structure == "space"
+    assert one(512, 1, 10, 64).structure == "kronecker", "a 1x1 kernel has no space to decorrelate"
 
 
 @st.composite
@@ -48,7 +48,7 @@ def models(draw):
     layers = draw(
         st.lists(st.tuples(number, st.sampled_from([1, 4, 9, 49]), number, st.integers(1, 10**6)), min_size=1)
     )
-    return [SeenLayer(LayerShape(1, c, s), o, rows, draw(st.integers(1, 2))) for c, s, o, rows in layers]
+    return [SeenLayer(LayerShape(1, c, s, o), rows, draw(st.integers(1, 2))) for c, s, o, rows in layers]
 
 
 @settings(max_examples=100, deadline=None)

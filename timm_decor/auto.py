@@ -25,14 +25,12 @@ class SeenLayer(NamedTuple):
 
     Attributes:
         shape: sizes of the layer.
-        outputs: O, a group.
         rows: patches or vectors in one process's part of a step.
         products: with R in an ordinary step: 1 where the optimizer's step is linear (SGD), else 2.
         copies: layers.
     """
 
     shape: LayerShape
-    outputs: int
     rows: float
     products: int
     copies: int = 1
@@ -40,7 +38,7 @@ class SeenLayer(NamedTuple):
     @property
     def weight_size(self) -> int:
         """Entries of the weights."""
-        return self.copies * self.shape.groups * self.outputs * self.shape.dim
+        return self.copies * self.shape.groups * self.shape.outputs * self.shape.dim
 
 
 def memory(shape: LayerShape, config: DecorConfig) -> tuple[int, int]:

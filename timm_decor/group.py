@@ -87,9 +87,8 @@ class LayerGroup:
 
     def seen(self, rows: float) -> SeenLayer:
         """The group as `auto.plan` asks for it, with the rows that a layer has in one process's part of a step."""
-        outputs = self.layers[0].weight.shape[0] // self.shape.groups
         products = 1 if self._coordinates.kind == "linear" else 2
-        return SeenLayer(self.shape, outputs, rows, products, len(self.layers))
+        return SeenLayer(self.shape, rows, products, len(self.layers))
 
     def start_recording(self) -> None:
         """Record the statistics of the next training forward passes; where "auto" is to choose, every row's number."""

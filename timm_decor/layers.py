@@ -45,7 +45,7 @@ class DecorMixin:
 
     @property
     def decor_shape(self) -> LayerShape:
-        """Groups, channels and kernel positions that R acts on."""
+        """Groups, channels and kernel positions that R acts on, and outputs."""
         raise NotImplementedError
 
     def grouped(self, tensor: Tensor) -> Tensor:
@@ -128,7 +128,10 @@ class DecorConv2d(DecorMixin, nn.Conv2d):
 
     @property
     def decor_shape(self) -> LayerShape:
-        return LayerShape(self.groups, self.in_channels // self.groups, self.kernel_size[0] * self.kernel_size[1])
+        positions = self.kernel_size[0] * self.kernel_size[1]
+        return LayerShape(
+            self.groups, self.in_channels // self.groups, positions, self.out_channels // self.groups
+        )
 
     def grouped(self, tensor: Tensor) -> Tensor:
         # view, not reshape: a copy would be written to and lost
@@ -196,7 +199,7 @@ class DecorLinear(DecorMixin, nn.Linear):
 
     @property
     def decor_shape(self) -> LayerShape:
-        return LayerShape(1, self.in_features, 1)
+        return LayerShape(1, self.in_features, 1, self.out_features)
 
     def grouped(self, tensor: Tensor) -> Tensor:
         return tensor[None, :, :, None]

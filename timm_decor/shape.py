@@ -11,11 +11,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Sizes of one layer: g groups, C input channels a group, S kernel positions."""
+    """Sizes of one layer: g groups, C input channels a group, S kernel positions, O outputs a group."""
 
     groups: int
     channels: int
     positions: int
+    outputs: int
 
     @property
     def dim(self) -> int:
