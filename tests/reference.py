@@ -1,4 +1,4 @@
-"""The explicit form of decorrelated layers, z = R x and y = W z, in the plainest words: what the engine must equal.
+"""The explicit form of decorrelated layers, y = L W z with z = R x, in the plainest words: what the engine must equal.
 
 Nothing here calls the engine. Statistics come from patches that are really formed, R is always a dense D x D matrix,
 W is the parameter that the optimizer trains.
@@ -10,9 +10,15 @@ from torch import nn
 
 
 class ExplicitLayer(nn.Module):
-    """A layer y = W (R x) with dense R, made from a plain convolution or linear layer."""
+    """A layer y = L (W (R x)) with dense R and L, made from a plain convolution or linear layer.
 
-    def __init__(self, plain: nn.Conv2d | nn.Linear, config) -> None:
+    Args:
+        plain: the layer.
+        config: with "input" or "both" for its sides.
+        centred: whether the statistics are those of centred inputs, for a layer in front of a BatchNorm.
+    """
+
+    def __init__(self, plain: nn.Conv2d | nn.Linear, config, centred=False) -> None:
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(plain.weight.detach().clone())
@@ -23,6 +29,11 @@ class ExplicitLayer(nn.Module):
         self.positions = plain.weight[0, 0].numel() if self.conv else 1
         self.dim = self.channels * self.positions
         self.R = torch.eye(self.dim, dtype=self.weight.dtype).repeat(self.groups, 1, 1)
+        self.outputs = len(plain.weight) // self.groups
+        self.two_sided = config.sides == "both" and 1 < self.outputs <= 2 * self.dim
+        self.L = torch.eye(self.outputs, dtype=self.weight.dtype).repeat(self.groups, 1, 1)
+        self.errors = self.L.clone()  # their running second moment
+        self.centred = centred and config.centre and config.rule == "whiten"
         self.running = None
         self.strength = 1.0  # of a refresh, in a warm-up
 
@@ -42,7 +53,7 @@ class ExplicitLayer(nn.Module):
         self.images = len(x)
         z = p @ self.R.mT
         w = self.weight.reshape(self.groups, -1, self.dim)
-        y = z @ w.mT  # (g, rows, O)
+        y = z @ w.mT @ self.L.mT  # (g, rows, O)
         if self.conv is None:
             y = y[0].view(*x.shape[:-1], -1)
             return y if self.bias is None else y + self.bias
@@ -53,8 +64,27 @@ class ExplicitLayer(nn.Module):
 
     @property
     def kernel(self):
-        """A = W R, shaped like the weight."""
-        return (self.weight.detach().reshape(self.groups, -1, self.dim) @ self.R).reshape(self.weight.shape)
+        """A = L W R, shaped like the weight."""
+        return (self.L @ self.weight.detach().reshape(self.groups, -1, self.dim) @ self.R).reshape(self.weight.shape)
+
+    @torch.no_grad()
+    def look(self):
+        """Let the gradient, that of W is L^T (dloss / dA) R^T, into the moment of the errors before L."""
+        if not self.two_sided:
+            return
+        for i, own in enumerate(self.weight.grad.reshape(self.groups, -1, self.dim)):
+            errors = torch.linalg.solve(self.L[i].mT, own)
+            moment = errors @ errors.T
+            moment = moment / moment.diagonal().mean()
+            self.errors[i] = self.config.output_decay * self.errors[i] + (1 - self.config.output_decay) * moment
+
+    def output_root(self, moment):
+        """L: all but the leading `rank` eigenvalues by their mean, damped, to the power -1/2."""
+        values, vectors = torch.linalg.eigh(moment / moment.diagonal().mean())
+        rest = max(0, self.outputs - self.config.rank)
+        if rest:
+            values = torch.cat([values[:rest].mean().expand(rest), values[rest:]])
+        return vectors @ torch.diag((self.strength * values + self.config.output_damping) ** -0.5) @ vectors.T
 
     @torch.no_grad()
     def refresh(self):
@@ -64,6 +94,8 @@ class ExplicitLayer(nn.Module):
             rows = p.view(self.groups, self.images, -1, self.dim)
             count = max(1, round(self.images * config.sample))
             p = rows[:, [i * self.images // count for i in range(count)]].flatten(1, 2)
+        if self.centred:
+            p = p - p.mean(1, keepdim=True)
         sigma = p.mT @ p / p.shape[1]
         if config.rule == "crgd":
             rows = p - p.mean(1, keepdim=True)
@@ -71,10 +103,12 @@ class ExplicitLayer(nn.Module):
         else:
             new = self.dbp(sigma) if config.rule == "dbp" else self.whiten(sigma)
         new = torch.stack(new)
+        new_l = torch.stack([self.output_root(m) for m in self.errors]) if self.two_sided else self.L
         if config.preserve_function:
             w = self.weight.reshape(self.groups, -1, self.dim)
-            self.weight.copy_((w @ self.R @ torch.linalg.inv(new)).reshape(self.weight.shape))
-        self.R = new
+            w = torch.linalg.inv(new_l) @ self.L @ w @ self.R @ torch.linalg.inv(new)
+            self.weight.copy_(w.reshape(self.weight.shape))
+        self.R, self.L = new, new_l
 
     def dbp(self, sigma):
         if self.config.structure == "space":
@@ -184,13 +218,13 @@ class ExplicitLayer(nn.Module):
         return [dense] * self.groups
 
 
-def explicit_twin(model: nn.Module, config, fits) -> nn.Module:
-    """A deep copy of a plain model whose layers that `fits(layer)` are explicit."""
+def explicit_twin(model: nn.Module, config, fits, centred=()) -> nn.Module:
+    """A deep copy of a plain model whose layers that `fits(layer)` are explicit; `centred`: those before a norm."""
     import copy
 
     twin = copy.deepcopy(model)
     for name, module in list(twin.named_modules()):
         if isinstance(module, nn.Conv2d | nn.Linear) and fits(module):
             parent = twin.get_submodule(name.rpartition(".")[0])
-            setattr(parent, name.rpartition(".")[2], ExplicitLayer(module, config))
+            setattr(parent, name.rpartition(".")[2], ExplicitLayer(module, config, name in centred))
     return twin

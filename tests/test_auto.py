@@ -14,9 +14,10 @@ from test_attach import net, step
 
 import timm_decor
 from timm_decor import DecorConfig
-from timm_decor.auto import COST_SHARE, MEMORY_SHARE, SeenLayer, memory, plan
+from timm_decor.auto import COST_SHARE, MEMORY_SHARE, SeenLayer, plan
 from timm_decor.shape import LayerShape
 from timm_decor.sharing import rows_a_process
+from timm_decor.structure import memory
 
 AUTO = DecorConfig(structure="auto")
 
@@ -56,12 +57,12 @@ def models(draw):
 def test_memory_is_kept_to_where_that_is_possible(layers):
     """Above the share only where every layer is as small as `block` and `space` make it, or `kronecker` is smaller."""
     chosen = plan(layers, AUTO)
-    used = sum(sum(memory(layer.shape, config)) for layer, config in zip(layers, chosen, strict=True))
+    used = sum(sum(memory(config, layer.shape)) for layer, config in zip(layers, chosen, strict=True))
     if used > MEMORY_SHARE * sum(layer.weight_size for layer in layers):
         assert "full" not in {config.structure for config in chosen}
         for layer, config in zip(layers, chosen, strict=True):
             block = DecorConfig(structure="block")
-            assert sum(memory(layer.shape, config)) <= sum(memory(layer.shape, block))
+            assert sum(memory(config, layer.shape)) <= sum(memory(block, layer.shape))
     for layer, config in zip(layers, chosen, strict=True):
         if config.structure == "full":
             assert layer.products * layer.shape.dim / (3 * layer.rows) <= COST_SHARE

@@ -31,6 +31,8 @@ class Net(nn.Module):
         self.pointwise = nn.Conv2d(4, 5, 1, bias=False)
         self.tokens = nn.Linear(5, 6)  # 3 dimensions
         self.maps = nn.Linear(6, 6, bias=False)  # 4 dimensions
+        self.normed = nn.Conv2d(6, 6, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(6)
         self.dilated2 = nn.Conv2d(6, 6, 3, padding=2, dilation=2, bias=False)
         self.maps2 = nn.Linear(6, 6, bias=False)
         self.head = nn.Linear(6, 3)  # 2 dimensions
@@ -39,6 +41,7 @@ class Net(nn.Module):
         x = self.strided(x).tanh()
         x = x + self.dilated(x)
         x = x + self.dilated2(x.tanh())
+        x = x + self.norm(self.normed(x.tanh() + 1))
         x = self.pointwise(self.grouped(x).tanh())
         x = self.tokens(x.flatten(2).transpose(1, 2)).tanh()
         x = x + self.maps(x[:, None])[:, 0]
@@ -60,7 +63,7 @@ def make_optimizer(name, model):
     return timm.optim.create_optimizer_v2(model, "muon", lr=0.02, weight_decay=0.1)
 
 
-def train(model, optimizer, x, y, lr, after_step=lambda step: None):
+def train(model, optimizer, x, y, lr, before_step=lambda step: None, after_step=lambda step: None):
     losses = []
     for step in range(STEPS):
         for group in optimizer.param_groups:
@@ -68,10 +71,17 @@ def train(model, optimizer, x, y, lr, after_step=lambda step: None):
         loss = F.cross_entropy(model(x[step]), y[step])
         optimizer.zero_grad()
         loss.backward()
+        before_step(step)
         optimizer.step()
         after_step(step)
         losses.append(loss.item())
     return torch.tensor(losses, dtype=torch.float64)
+
+
+def decided(config, optimizer_name):
+    """The config with what `attach` makes of sides="auto"."""
+    both = config.rule == "whiten" and optimizer_name == "sgd"
+    return dataclasses.replace(config, sides="both" if both else "input") if config.sides == "auto" else config
 
 
 def compare(config, optimizer_name, lr=lambda step: None, pace=lambda step: {}, batches=False):
@@ -86,7 +96,8 @@ def compare(config, optimizer_name, lr=lambda step: None, pace=lambda step: {}, 
     """
     torch.manual_seed(0)
     plain = Net().double()
-    explicit = explicit_twin(plain, config, lambda m: config.structure != "space" or m.weight[0, 0].numel() > 1)
+    fits = lambda m: config.structure != "space" or m.weight[0, 0].numel() > 1  # noqa: E731
+    explicit = explicit_twin(plain, decided(config, optimizer_name), fits, centred=["normed"])
     layers = {name: module for name, module in explicit.named_modules() if isinstance(module, ExplicitLayer)}
 
     def refresh(step):
@@ -95,8 +106,13 @@ def compare(config, optimizer_name, lr=lambda step: None, pace=lambda step: {}, 
                 vars(layer).update(pace(step))
                 layer.refresh()
 
+    def look(step):
+        if step % config.output_every == 0:
+            for layer in layers.values():
+                layer.look()
+
     x, y = data()
-    expected = train(explicit, make_optimizer(optimizer_name, explicit), x, y, lr, refresh)
+    expected = train(explicit, make_optimizer(optimizer_name, explicit), x, y, lr, look, refresh)
 
     model = timm_decor.decorrelate(plain, config)
     optimizer = make_optimizer(optimizer_name, model)
@@ -111,6 +127,9 @@ def compare(config, optimizer_name, lr=lambda step: None, pace=lambda step: {}, 
         differences.append((model.get_submodule(name).weight.detach() - layer.kernel).abs().max())
     moved = max((layer.R - torch.eye(layer.dim)).abs().max() for layer in layers.values())
     assert moved > 1e-2, "R hardly moved: the comparison would prove nothing"
+    if decided(config, optimizer_name).sides == "both":
+        turned = min((layer.L - layer.L[:, :1, :1] * torch.eye(layer.outputs)).abs().max() for layer in layers.values())
+        assert all(layer.two_sided for layer in layers.values()) and turned > 1e-3, "L hardly moved"
     return max(float(d) for d in differences)
 
 
@@ -123,7 +142,7 @@ def one_batch(monkeypatch):
 def knobs(rule, structure, **others):
     return DecorConfig(
         rule=rule, structure=structure, every=3, sample=1.0, kappa=0.3, decor_lr=0.05, damping=0.5, rank=2,
-        block_dim=20, stat_decay=0.3, **others,
+        block_dim=20, stat_decay=0.3, output_damping=0.4, output_every=2, output_decay=0.6, **others,
     )  # fmt: skip
 
 
@@ -132,6 +151,20 @@ def knobs(rule, structure, **others):
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 def test_engine_equals_explicit_layers(optimizer, rule, structure, preserve):
     assert compare(knobs(rule, structure, preserve_function=preserve), optimizer) < 1e-10
+
+
+@pytest.mark.parametrize("preserve", [True, False], ids=["preserve", "move"])
+@pytest.mark.parametrize("rule,structure", RULES)
+@pytest.mark.parametrize("optimizer,sides", [("sgd", "input"), ("sgd", "both"), ("adamw", "both"), ("muon", "both")])
+def test_each_side_asked_for(optimizer, sides, rule, structure, preserve):
+    """What "auto" does not choose: the output side with every optimizer and rule, and SGD without it."""
+    assert compare(knobs(rule, structure, preserve_function=preserve, sides=sides), optimizer) < 1e-10
+
+
+@pytest.mark.parametrize("structure", ["full", "block", "kronecker", "space"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_statistics_that_are_not_centred(optimizer, structure):
+    assert compare(knobs("whiten", structure, centre=False), optimizer) < 1e-10
 
 
 @pytest.mark.parametrize("rule,structure", RULES)
@@ -150,7 +183,12 @@ def test_warm_up_and_decay_with_the_learning_rate(rule, structure):
 
     def pace(step):
         share, strength = max(lr(step) / lr(0), 0.1), min(1, (step + 1) / 8)
-        now = dataclasses.replace(config, damping=share * 0.5, decor_lr=lr(step) / lr(0) * strength * 0.05)
+        now = dataclasses.replace(
+            decided(config, "sgd"),
+            damping=share * 0.5,
+            output_damping=share * 0.4,
+            decor_lr=lr(step) / lr(0) * strength * 0.05,
+        )
         return {"config": now, "strength": strength}
 
     assert compare(config, "sgd", lr, pace) < 1e-10

@@ -6,11 +6,13 @@ The model's parameter is always A = W R, an ordinary kernel; forward and backwar
     before:  gradient <- gradient R^T,  parameter <- W
     after:   W <- parameter;  every `every` steps R <- rule(R, statistics);  parameter <- W R
 
-which is exactly the step of explicit modules z = R x, y = W z (tests/test_equivalence.py).
+which is exactly the step of explicit modules z = R x, y = W z (tests/test_equivalence.py). Where the outputs are
+decorrelated as well, y = L W z, and the same holds with L^T gradient R^T and L W R.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import logging
 import weakref
@@ -25,9 +27,9 @@ from torch.optim import Optimizer
 
 from timm_decor.auto import plan
 from timm_decor.config import DecorConfig
-from timm_decor.convert import any_attached, decor_layers, mark_attached, reconverted
-from timm_decor.coordinates import refuse_anchored
-from timm_decor.group import LayerGroup, grouped
+from timm_decor.convert import any_attached, decor_layers, mark_attached, norms_behind, reconverted
+from timm_decor.coordinates import is_linear, refuse_anchored
+from timm_decor.group import LayerGroup, Norms, grouped
 from timm_decor.layers import DecorLayer
 from timm_decor.portable import read_r, write_r
 from timm_decor.reporting import AttachReport
@@ -37,7 +39,7 @@ from timm_decor.sharing import averaged_moments, refreshed, rows_a_process
 _logger = logging.getLogger(__name__)
 
 STATE_KEY = "timm_decor"  # in optimizer.state_dict()
-_STATE_FORMAT = 2
+_STATE_FORMAT = 3
 _LEAST_DAMPING_SHARE = 0.1  # follow_lr: without damping R would undo the learning rate's decay where inputs are small
 
 _attached_optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -46,13 +48,18 @@ _attached_optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 class DecorHandle:
     """What `attach` returns: the binding of one model to one optimizer."""
 
-    def __init__(self, optimizer: Optimizer, layers: Sequence[tuple[str, DecorLayer]], config: DecorConfig) -> None:
+    def __init__(
+        self, optimizer: Optimizer, layers: Sequence[tuple[str, DecorLayer]], norms: Norms, config: DecorConfig
+    ) -> None:
+        if config.sides == "auto":
+            sides = "both" if config.two_sided and is_linear(optimizer) else "input"
+            config = dataclasses.replace(config, sides=sides)
         self.config = config
         self.step = 0  # optimizer steps since attach
         self.names = [name for name, _ in layers]  # of the attached layers
         self._optimizer = optimizer
-        self._layers = layers
-        self._groups: list[LayerGroup] = grouped(layers, optimizer, config)
+        self._layers, self._norms = layers, norms
+        self._groups: list[LayerGroup] = grouped(layers, norms, optimizer, config)
         self._peak_lr = 0.0  # the highest learning rate that a refresh has seen
         self._in_step = False
         self._hooks = [
@@ -138,8 +145,9 @@ class DecorHandle:
             )
         self._recover()
         self._in_step = True
+        look = self.step % self.config.output_every == 0
         for group in self._groups:
-            group.enter()
+            group.enter(look)
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -172,7 +180,7 @@ class DecorHandle:
         seen = [group.seen(rows) for group, rows in zip(self._groups, rows_a_process(self._groups), strict=True)]
         for group, config in zip(self._groups, plan(seen, self.config), strict=True):
             group.choose(config)
-        chosen = Counter(type(group.r).name for group in self._groups for _ in group.layers)
+        chosen = Counter(group.r.name for group in self._groups for _ in group.layers)
         _logger.info("structure of R: %s", ", ".join(f"{name} in {n} layers" for name, n in chosen.items()))
 
     def _refresh(self) -> None:
@@ -190,7 +198,7 @@ class DecorHandle:
                 if not seen[i]:
                     reason = "it saw no input in training mode, or none that is finite"
                 elif not alive[i]:
-                    reason = "the layer's inputs are all zero"
+                    reason = "the layer's inputs are all zero, or all the same"
                 else:
                     reason = "R is too close to singular"
                 log = _logger.warning if group.skips[i] == 1 else _logger.debug
@@ -202,8 +210,11 @@ class DecorHandle:
         self._peak_lr = max(self._peak_lr, lr)
         share = lr / self._peak_lr if self.config.follow_lr and self._peak_lr else 1.0
         strength = min(1.0, (self.step + 1) / self.config.warmup) if self.config.warmup else 1.0
-        damping = self.config.damping * max(share, _LEAST_DAMPING_SHARE)
-        return Pace(self.config.decor_lr * share * strength, damping, strength)
+        damped = max(share, _LEAST_DAMPING_SHARE)
+        config = self.config
+        return Pace(
+            config.decor_lr * share * strength, config.damping * damped, config.output_damping * damped, strength
+        )
 
     def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         self._recover()
@@ -224,7 +235,7 @@ class DecorHandle:
         saved = state_dict.get(STATE_KEY)
         if saved is None:
             _logger.warning("the optimizer state has no decorrelation state: R starts from the identity")
-            self._groups = grouped(self._layers, self._optimizer, self.config)
+            self._groups = grouped(self._layers, self._norms, self._optimizer, self.config)
             self.step, self._peak_lr = 0, 0.0
             self._set_recording()
             return
@@ -247,24 +258,28 @@ class DecorHandle:
                 raise ValueError(f"the optimizer state has shape {entry['shape']} for layer {name}, not {shape}")
             if entry["kind"] != kind:
                 raise ValueError(f"the optimizer state is not that of a {type(self._optimizer).__name__}")
+        self._check_same(saved, "sides")
 
     def _check_fits(self, saved: dict[str, Any]) -> None:
         """Refuse the R of another rule, structure or model; a head of other classes has the same inputs."""
-        theirs = DecorConfig.from_json(saved["config"])
         blocks = ("block_dim",) if self.config.structure in ("block", "auto") else ()
-        for name in ("rule", "structure", *blocks):
-            has, wanted = getattr(theirs, name), getattr(self.config, name)
-            if has != wanted:
-                raise ValueError(
-                    f"the saved R is of {name} {has!r}, this run uses {wanted!r}; "
-                    f"attach with the saved config, or start without that R"
-                )
+        self._check_same(saved, "rule", "structure", *blocks)
         for name, layer in self._layers:
             entry = saved["layers"].get(name)
             shape = list(layer.weight.shape)
             if entry is None or entry["shape"][1:] != shape[1:]:
                 has = "nothing" if entry is None else f"shape {entry['shape']}"
                 raise ValueError(f"the saved R has {has} for layer {name}, which has shape {shape}")
+
+    def _check_same(self, saved: dict[str, Any], *names: str) -> None:
+        theirs = DecorConfig.from_json(saved["config"])
+        for name in names:
+            has, wanted = getattr(theirs, name), getattr(self.config, name)
+            if has != wanted:
+                raise ValueError(
+                    f"the saved R is of {name} {has!r}, this run uses {wanted!r}; "
+                    f"attach with the saved config, or start without that R"
+                )
 
 
 def _split(flags: Tensor, groups: Sequence[LayerGroup]) -> Iterator[list[list[bool]]]:
@@ -319,7 +334,7 @@ def attach(model: nn.Module, optimizer: Optimizer, config: DecorConfig | None = 
         raise ValueError("every decorrelated layer is frozen: nothing to attach")
     if type(inner).__name__ == "Muon":
         _logger.warning("decorrelated Muon ended below plain Muon in our measurements: compare it with plain training")
-    return DecorHandle(inner, trained, config)
+    return DecorHandle(inner, trained, norms_behind(model), config)
 
 
 def _innermost(optimizer: Any) -> Optimizer:

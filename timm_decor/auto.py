@@ -7,13 +7,12 @@ Costs are FLOPs of a step's products with R as a share of the layer's own forwar
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from timm_decor.config import DecorConfig
-from timm_decor.shape import LayerShape, moment_shape
-from timm_decor.structure import structure_for
+from timm_decor.shape import LayerShape
+from timm_decor.structure import memory
 
 COST_SHARE = 0.05  # of the layer's forward and backward pass that a step's products with R may take
 MEMORY_SHARE = 1.5  # of the weights that every R and its statistics may take together
@@ -41,13 +40,6 @@ class SeenLayer(NamedTuple):
         return self.copies * self.shape.groups * self.shape.outputs * self.shape.dim
 
 
-def memory(shape: LayerShape, config: DecorConfig) -> tuple[int, int]:
-    """Entries of a layer's R, and of the second moments that it is refreshed from."""
-    structure = structure_for(config, shape)
-    moments = sum(math.prod(moment_shape(name, shape)) for name in structure.moments(shape, config))
-    return structure.size(shape, config), moments
-
-
 def plan(layers: Sequence[SeenLayer], config: DecorConfig) -> list[DecorConfig]:
     """The config of each layer, with a structure (and a rank) in the place of "auto".
 
@@ -58,7 +50,7 @@ def plan(layers: Sequence[SeenLayer], config: DecorConfig) -> list[DecorConfig]:
     chosen = [_cheap(layer, config) for layer in layers]
 
     def size(index: int, option: DecorConfig) -> int:
-        return layers[index].copies * sum(memory(layers[index].shape, option))
+        return layers[index].copies * sum(memory(option, layers[index].shape))
 
     left = int(MEMORY_SHARE * sum(layer.weight_size for layer in layers)) - sum(map(size, range(len(layers)), chosen))
 

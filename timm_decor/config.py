@@ -17,6 +17,7 @@ RULE_STRUCTURES: dict[str, tuple[str, ...]] = {
     "whiten": ("auto", "full", "block", "kronecker", "space"),
 }
 STRUCTURES = ("auto", "full", "block", "kronecker", "space")
+SIDES = ("auto", "input", "both")
 
 
 def _knob(default: Any, text: str) -> Any:
@@ -56,7 +57,16 @@ class DecorConfig:
     max_rows: int = _knob(16384, "rows of one forward pass in the statistics of a layer, where sample is below 1.0")
     structure: str = _knob("kronecker", "form of R: full, block, kronecker (channels x space), space or auto")
     preserve_function: bool = _knob(True, "W <- A R^-1 at a refresh, so that the function A = W R does not change")
-    rank: int = _knob(32, "kronecker: channel eigenvectors kept (all where a layer has fewer); the rest share a scale")
+    centre: bool = _knob(True, "whiten: leave the mean input out where a BatchNorm follows: gradients are blind to it")
+    sides: str = _knob(
+        "auto", "what is decorrelated: input, both (output errors as well) or auto: both with whiten and SGD"
+    )
+    output_damping: float = _knob(1.0, "both sides: damping of the output errors, in units of their mean eigenvalue")
+    output_every: int = _knob(4, "both sides: optimizer steps between two looks at the output errors, in the gradient")
+    output_decay: float = _knob(0.8, "both sides: weight of the old moment of the output errors, per look")
+    rank: int = _knob(
+        32, "kronecker, and the output side: eigenvectors kept (all where there are fewer); the rest share a scale"
+    )
     block_dim: int = _knob(288, "block: most entries of a patch that one block of channels may have")
     stat_decay: float = _knob(0.5, "whiten: weight of the old second moment in its running average, per refresh")
     max_dim: int = _knob(8192, "layers whose R would need a factor larger than this stay plain")
@@ -66,6 +76,7 @@ class DecorConfig:
             object.__setattr__(self, spec.name, _typed(spec.name, getattr(self, spec.name), type(spec.default)))
         _check_choice("rule", self.rule, tuple(RULE_STRUCTURES))
         _check_choice("structure", self.structure, STRUCTURES)
+        _check_choice("sides entry", self.sides, SIDES)
         if self.structure not in RULE_STRUCTURES[self.rule]:
             raise ValueError(
                 f"rule {self.rule!r} does not go with structure {self.structure!r}; "
@@ -81,11 +92,19 @@ class DecorConfig:
         self._require("block_dim", self.block_dim >= 1, "1 or more")
         self._require("rank", self.rank >= 1, "1 or more")
         self._require("stat_decay", 0 <= self.stat_decay < 1, "in [0, 1)")
+        self._require("output_damping", 0 < self.output_damping < math.inf, "above zero")
+        self._require("output_every", self.output_every >= 1, "1 or more")
+        self._require("output_decay", 0 <= self.output_decay < 1, "in [0, 1)")
         self._require("max_dim", self.max_dim >= 1, "1 or more")
 
     def _require(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:  # a NaN fails every comparison, so it is caught here as well
             raise ValueError(f"{name}={getattr(self, name)!r}: must be {wanted}")
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether the outputs are decorrelated as well; "auto" is decided by `attach`, and stands for what SGD gets."""
+        return self.sides == "both" or (self.sides == "auto" and self.rule == "whiten")
 
     def to_dict(self) -> dict[str, Any]:
         """The knobs as a plain dictionary."""

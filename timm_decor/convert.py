@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from timm_decor.auto import memory
 from timm_decor.config import DecorConfig
 from timm_decor.layers import DECOR_TYPES, PLAIN_TYPES, DecorConv2d, DecorLayer, DecorLinear
 from timm_decor.reporting import ConversionReport, LayerRow
-from timm_decor.structure import structure_for
+from timm_decor.structure import largest_factor, memory
 
 _logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def convert(model: nn.Module, config: DecorConfig, leave_out: ReasonFn) -> nn.Mo
             rows.append(LayerRow(name, type(module).__name__, 0, 0, 0, weight_bytes, reason))
             continue
         shape = module.decor_shape
-        r, moments = (4 * entries for entries in memory(shape, config))  # in float32
+        r, moments = (4 * entries for entries in memory(config, shape))  # in float32
         rows.append(LayerRow(name, type(module).__name__, shape.dim, r, moments, weight_bytes))
     report = ConversionReport(config, tuple(rows), left_out)
     if not report.decorrelated:
@@ -150,6 +150,26 @@ def decor_layers(model: nn.Module) -> Iterator[tuple[str, DecorLayer]]:
             yield name.replace("_orig_mod.", "").removeprefix("module."), module
 
 
+def norms_behind(model: nn.Module) -> dict[nn.Module, BatchNorm]:
+    """The BatchNorm that takes a layer's output, for the decorrelated layers that have one.
+
+    A layer without a bias in front of a BatchNorm, in the order in which the model's modules were defined: how every
+    model of timm's with BatchNorm is written. Where it is not so the layer is not in here.
+    """
+    found: dict[nn.Module, BatchNorm] = {}
+    before: DecorLayer | None = None
+    for module in model.modules():
+        if isinstance(module, BatchNorm) and before is not None:
+            if module.num_features == before.weight.shape[0]:
+                found[before] = module
+            before = None
+        elif isinstance(module, DecorConv2d | DecorLinear):
+            before = module if module.bias is None else None
+        elif not isinstance(module, nn.Identity | nn.Sequential):
+            before = None
+    return found
+
+
 def fit_reason(layer: DecorLayer, config: DecorConfig) -> str:
     """Why a layer cannot have the structure that the config asks for; "" if it can."""
     shape = layer.decor_shape
@@ -157,7 +177,7 @@ def fit_reason(layer: DecorLayer, config: DecorConfig) -> str:
         return "D = 1: nothing to decorrelate"
     if config.structure == "space" and shape.positions == 1:
         return "space structure: a 1x1 kernel has one position"
-    factor = structure_for(config, shape).largest_factor(shape, config)
+    factor = largest_factor(config, shape)
     if factor > config.max_dim:
         return f"needs a factor of {factor} x {factor}; max_dim is {config.max_dim}"
     return ""

@@ -208,4 +208,9 @@ def refuse_anchored(optimizer: Optimizer) -> None:
 
 def coordinates_for(optimizer: Optimizer) -> Coordinates:
     """The cheaper coordinates that are exact with this optimizer."""
-    return LinearCoordinates(optimizer) if type(optimizer) in _LINEAR else LatentCoordinates()
+    return LinearCoordinates(optimizer) if is_linear(optimizer) else LatentCoordinates()
+
+
+def is_linear(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's update is linear in gradient, weight and momentum: that of SGD."""
+    return type(optimizer) in _LINEAR

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from timm_decor import rules
 from timm_decor.config import DecorConfig
-from timm_decor.shape import LayerShape, Pace, moment_shape, reported_entries
+from timm_decor.shape import MEAN, LayerShape, Pace, moment_shape, reported_entries
 
 
 class PatchR:
@@ -35,7 +35,7 @@ class PatchR:
     @staticmethod
     def moments(shape: LayerShape, config: DecorConfig) -> tuple[str, ...]:
         """Names of the moments that a refresh needs; see `moment_shape`."""
-        return ("patch", "patch_mean") if config.rule == "crgd" else ("patch",)
+        return ("patch", MEAN) if config.rule == "crgd" else ("patch",)
 
     @staticmethod
     def size(shape: LayerShape, config: DecorConfig) -> int:
@@ -72,11 +72,11 @@ class PatchR:
 
     def refreshed(self, moments: dict[str, Tensor], config: DecorConfig, pace: Pace) -> PatchR:
         """R after one refresh from the averaged moments; NaN where they cannot be used."""
-        sigma = next(value for name, value in moments.items() if name != "patch_mean")
+        sigma = next(value for name, value in moments.items() if name != MEAN)
         if config.rule == "dbp":
             return self._new(rules.dbp(self.matrix, sigma, config.kappa, pace.decor_lr))
         if config.rule == "crgd":
-            mean = moments["patch_mean"].reshape(len(sigma), 1, -1)
+            mean = moments[MEAN].reshape(len(sigma), 1, -1)
             return self._new(rules.crgd(self.matrix, sigma, mean, pace.decor_lr))
         if config.rule == "whiten":
             return self._new(*self._whiten(sigma, pace.damping, pace.strength))
@@ -134,7 +134,7 @@ class BlockR(PatchR):
     @staticmethod
     def moments(shape: LayerShape, config: DecorConfig) -> tuple[str, ...]:
         blocks = f"patch/{block_count(shape, config.block_dim)}"
-        return (blocks, "patch_mean") if config.rule == "crgd" else (blocks,)
+        return (blocks, MEAN) if config.rule == "crgd" else (blocks,)
 
     @staticmethod
     def size(shape: LayerShape, config: DecorConfig) -> int:

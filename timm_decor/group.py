@@ -7,22 +7,25 @@ group. On a CPU a group is one layer (see `_STACKED_ELEMENTS`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from timm_decor.auto import SeenLayer
 from timm_decor.config import DecorConfig
-from timm_decor.coordinates import coordinates_for, write
+from timm_decor.coordinates import coordinates_for, transformed, write
 from timm_decor.layers import DecorLayer
+from timm_decor.outputs import BothSides, gradient_moment
 from timm_decor.reporting import AttachedRow
 from timm_decor.rules import normalized
-from timm_decor.shape import LayerShape, Pace, moment_shape, parts
-from timm_decor.statistics import at_least_float32, mean_correlation
-from timm_decor.structure import Structure, selected, stacked, structure_for
+from timm_decor.shape import MEAN, OUTPUT_MOMENT, LayerShape, Pace, moment_shape, parts
+from timm_decor.statistics import at_least_float32, mean_correlation, mean_moment
+from timm_decor.structure import Structure, identity, input_moments, selected, stacked
+
+Norms = Mapping[nn.Module, nn.Module]  # the BatchNorm behind a layer
 
 # Weights are stacked for a step up to this many elements: 64 MiB in float32. Stacking saves launches; there are none on
 # a CPU, where it would only copy.
@@ -51,21 +54,25 @@ class LayerGroup:
         layers: (name, layer) pairs.
         optimizer: that holds the layers' weights.
         config: of the decorrelation.
+        norms: the BatchNorm behind a layer, of those that have one.
 
     Attributes:
         config: of the decorrelation; where "auto" has chosen, with what it chose.
         names: of the layers in the model.
         layers: whose weights are A = W R between steps.
         shape: of each layer.
-        r: R of all of them; the identity before the first refresh.
+        r: R of all of them, with L where the outputs are decorrelated; the identity before the first refresh.
         moments: the averaged statistics that R was last refreshed with, by name; zeros before the first refresh.
         refreshes: of each layer's R so far.
         skips: refreshes of each layer that were due but left R alone.
     """
 
-    def __init__(self, layers: Sequence[tuple[str, DecorLayer]], optimizer: Optimizer, config: DecorConfig) -> None:
+    def __init__(
+        self, layers: Sequence[tuple[str, DecorLayer]], norms: Norms, optimizer: Optimizer, config: DecorConfig
+    ) -> None:
         self.names = [name for name, _ in layers]
         self.layers = [layer for _, layer in layers]
+        self._norms = [norms.get(layer) for layer in self.layers]
         self.shape: LayerShape = self.layers[0].decor_shape
         self._like = at_least_float32(self.layers[0].weight.detach()[:0])
         self.choose(config)
@@ -75,15 +82,20 @@ class LayerGroup:
 
     def choose(self, config: DecorConfig) -> None:
         """Start again from R = I, in the structure that the config names."""
-        structure = structure_for(config, self.shape)
         self.config = config
-        self.r: Structure = stacked([structure.identity(self.shape, config, self._like)] * len(self.layers))
+        self.r: Structure = stacked([identity(config, self.shape, self._like)] * len(self.layers))
         # "auto" only counts rows, until it is told what to be
-        self.wanted = () if config.structure == "auto" else structure.moments(self.shape, config)
+        self.wanted = () if config.structure == "auto" else input_moments(config, self.shape)
         self.moments = {
             name: self._like.new_zeros(moment_shape(name, self.shape)).repeat(len(self.layers), 1, 1)
             for name in self.wanted
         }
+        if self.wanted and self._centres:
+            self.wanted += (MEAN,)
+        if isinstance(self.r, BothSides):
+            # from the identity, which is no opinion: the first gradients of a zero-initialised branch are zero
+            eye = torch.eye(self.shape.outputs, dtype=self._like.dtype, device=self._like.device)
+            self.moments[OUTPUT_MOMENT] = eye.repeat(len(self.layers) * self.shape.groups, 1, 1)
 
     def seen(self, rows: float) -> SeenLayer:
         """The group as `auto.plan` asks for it, with the rows that a layer has in one process's part of a step."""
@@ -101,11 +113,30 @@ class LayerGroup:
         for layer in self.layers:
             layer.stop_recording()
 
-    def enter(self) -> None:
-        """Before the optimizer's step: into W's coordinates, those layers that have a gradient."""
+    def enter(self, look: bool) -> None:
+        """Before the optimizer's step: into W's coordinates, those layers that have a gradient.
+
+        Args:
+            look: let this step's gradient into the moment of the output errors.
+        """
         self._active = [i for i, layer in enumerate(self.layers) if layer.weight.grad is not None]
         if self._active:
+            if look and isinstance(self.r, BothSides):
+                self._look_at_outputs()
             self._coordinates.enter(self._active_layers, self._active_r)
+
+    def _look_at_outputs(self) -> None:
+        active_r = self._active_r
+        assert isinstance(active_r, BothSides)
+        gradients = [layer.weight.grad for layer in self._active_layers]
+        rows = transformed(self._active_layers, active_r.r.apply_transposed, gradients)  # type: ignore[arg-type]
+        with torch.autocast(rows.device.type, enabled=False):
+            fresh = parts(gradient_moment(rows.flatten(2)), len(self._active))
+        of_layers = parts(self.moments[OUTPUT_MOMENT], len(self.layers)).clone()
+        old = of_layers[self._active]
+        usable = torch.isfinite(fresh).flatten(2).all(2)[..., None, None]
+        of_layers[self._active] = torch.where(usable, fresh.lerp(old, self.config.output_decay), old)
+        self.moments[OUTPUT_MOMENT] = of_layers.flatten(0, 1)
 
     def leave(self) -> None:
         """After it: what the step made of W is taken out of the weights; `write` must follow."""
@@ -143,18 +174,31 @@ class LayerGroup:
         return {**sums, "rows": torch.stack([layer.rows for layer in self.layers]).to(like)}
 
     def averaged(self, totals: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Averages over rows of what `recorded` gave, summed over processes; NaN for a layer that saw no row."""
-        return {name: totals[name] / _rows_of(totals["rows"], totals[name]) for name in self.wanted}
+        """Averages over rows of what `recorded` gave, summed over processes; NaN for a layer that saw no row.
+
+        A BatchNorm behind the layer takes away what the mean input comes to, so that errors add up to zero over a batch
+        and the gradient is that of centred inputs: their moment is the one to whiten, unless the norm is frozen.
+        """
+        moments = {name: totals[name] / _rows_of(totals["rows"], totals[name]) for name in self.wanted}
+        if not self._centres:
+            return moments
+        mean = moments.pop(MEAN)
+        blind = mean.new_tensor([float(norm is not None and norm.training) for norm in self._norms])
+        return {
+            name: moment - _rows_of(blind, moment) * mean_moment(name, mean, self.shape)
+            for name, moment in moments.items()
+        }
 
     def running(self, fresh: dict[str, Tensor]) -> dict[str, Tensor]:
         """The statistics to refresh R from: those of this step, or `whiten`'s running average that they enter."""
         if self.config.rule != "whiten":
-            return fresh
+            return {**self.moments, **fresh}
         # In units of the mean eigenvalue, so that a batch of large inputs does not outweigh the others.
         unit = {name: normalized(moment) for name, moment in fresh.items()}
         like = next(iter(unit.values()))
         weight = like.new_tensor([1 - self.config.stat_decay if refreshes else 1.0 for refreshes in self.refreshes])
-        return {name: self.moments[name].lerp(new, _rows_of(weight, new)) for name, new in unit.items()}
+        averaged = {name: self.moments[name].lerp(new, _rows_of(weight, new)) for name, new in unit.items()}
+        return {**self.moments, **averaged}
 
     def refreshed(self, moments: dict[str, Tensor], pace: Pace, index: Sequence[int] | None = None) -> Structure:
         """R of the layers in `index` (all if None) after a refresh from `moments`; NaN where they cannot be used."""
@@ -218,6 +262,10 @@ class LayerGroup:
         }
 
     @property
+    def _centres(self) -> bool:
+        return self.config.centre and self.config.rule == "whiten" and any(norm is not None for norm in self._norms)
+
+    @property
     def kind(self) -> str:
         """Of the coordinates; a state of the other kind cannot be loaded."""
         return self._coordinates.kind
@@ -239,8 +287,12 @@ class LayerGroup:
                 name: torch.cat([entry[key][name].to(device, copy=True) for entry in saved]) for name in saved[0][key]
             }
 
-        self.r = self.r.from_tensors(together("r"))
-        self.moments = together("moments")
+        # What the file has of the other side is left, and what it lacks starts from the identity: SGD and AdamW can
+        # begin with each other's R.
+        tensors, known = self.r.tensors(), together("r")
+        self.r = self.r.from_tensors({name: known.get(name, value) for name, value in tensors.items()})
+        known = together("moments")
+        self.moments = {name: known.get(name, value) for name, value in self.moments.items()}
         self.refreshes, self.skips = ([entry[key] for entry in saved] for key in ("refreshes", "skips"))
 
     def restore_recorded(self, saved: list[dict[str, Any]]) -> None:
@@ -255,7 +307,7 @@ class LayerGroup:
             moments = self._moments_of(index)
             before = mean_correlation(r.input_moment(moments))
             after = mean_correlation(r.output_moment(moments))
-        structure = type(self.r).name
+        structure = self.r.name
         counts = self.refreshes[index], self.skips[index]
         return AttachedRow(
             self.names[index], self.shape.dim, structure, before, after, r.condition() if condition else None, *counts
@@ -298,7 +350,9 @@ def _where(moved: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(_rows_of(moved, new), new, old).contiguous()
 
 
-def grouped(layers: Sequence[tuple[str, DecorLayer]], optimizer: Optimizer, config: DecorConfig) -> list[LayerGroup]:
+def grouped(
+    layers: Sequence[tuple[str, DecorLayer]], norms: Norms, optimizer: Optimizer, config: DecorConfig
+) -> list[LayerGroup]:
     """The layers in groups whose R can be one batch, in the order of their first members."""
     # SGD without momentum has no state to move at a refresh, so that one with and one without do not go together
     momentum = {id(p): group.get("momentum") for group in optimizer.param_groups for p in group["params"]}
@@ -311,4 +365,4 @@ def grouped(layers: Sequence[tuple[str, DecorLayer]], optimizer: Optimizer, conf
         if batches[-1] and (len(batches[-1]) + 1) * weight.numel() > limit:
             batches.append([])
         batches[-1].append((name, layer))
-    return [LayerGroup(batch, optimizer, config) for batches in members.values() for batch in batches]
+    return [LayerGroup(batch, norms, optimizer, config) for batches in members.values() for batch in batches]

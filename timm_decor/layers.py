@@ -18,7 +18,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from timm_decor import statistics
-from timm_decor.shape import LayerShape
+from timm_decor.shape import MEAN, LayerShape
 from timm_decor.statistics import ConvShape
 
 RECORDER_STATE = ("recording", "sample", "max_rows", "wanted", "moments", "rows")  # attributes of a layer that records
@@ -129,9 +129,7 @@ class DecorConv2d(DecorMixin, nn.Conv2d):
     @property
     def decor_shape(self) -> LayerShape:
         positions = self.kernel_size[0] * self.kernel_size[1]
-        return LayerShape(
-            self.groups, self.in_channels // self.groups, positions, self.out_channels // self.groups
-        )
+        return LayerShape(self.groups, self.in_channels // self.groups, positions, self.out_channels // self.groups)
 
     def grouped(self, tensor: Tensor) -> Tensor:
         # view, not reshape: a copy would be written to and lost
@@ -151,7 +149,7 @@ class DecorConv2d(DecorMixin, nn.Conv2d):
             return statistics.space_moment(x, shape)
         if name == "shared_space":
             return statistics.space_moment(x, shape).mean(0, keepdim=True)
-        if name == "patch_mean":
+        if name == MEAN:
             return statistics.patch_sum(x, shape)
         blocks = int(name.partition("/")[2] or 1)
         return statistics.patch_moment(x, shape._replace(groups=blocks * self.groups))
@@ -210,7 +208,7 @@ class DecorLinear(DecorMixin, nn.Linear):
     def _moment(self, name: str, x: Tensor) -> Tensor:
         if name == "space":  # one position: its factor is the number 1, so that Sigma_c (x) Sigma_s is Sigma_c itself
             return x.new_full((1, 1, 1), self._row_count(x))
-        if name == "patch_mean":
+        if name == MEAN:
             return x.flatten(0, -2).sum(0)[None, None]
         return statistics.vector_moment(x, int(name.partition("/")[2] or 1))
 

@@ -30,19 +30,27 @@ class Pace(NamedTuple):
     Attributes:
         decor_lr: step size of the iterating rules.
         damping: of the whitening ones.
+        output_damping: of the output side.
         strength: share of the way from the identity to damped whitening, in [0, 1]; see `rules.whiten`.
     """
 
     decor_lr: float
     damping: float
+    output_damping: float
     strength: float = 1.0
 
 
+OUTPUT_MOMENT = "output"  # taken from gradients; all others are of a layer's inputs
+MEAN = "patch_mean"  # not a moment, but recorded like one
+
+
 def moment_shape(name: str, shape: LayerShape) -> tuple[int, int, int]:
-    """Shape of a layer's moment: "patch", "patch_mean", "channel", "space" (one a group), "shared_space" (one a layer),
-    or "patch/b" (the patch's, in b blocks of channels a group).
+    """Shape of a layer's moment: "patch", "patch_mean", "channel", "space", "output" (one a group), "shared_space" (one
+    a layer), or "patch/b" (the patch's, in b blocks of channels a group).
     """
-    if name == "patch_mean":
+    if name == OUTPUT_MOMENT:
+        return shape.groups, shape.outputs, shape.outputs
+    if name == MEAN:
         return shape.groups, 1, shape.dim
     if name == "shared_space":
         return 1, shape.positions, shape.positions

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from timm_decor.group import LayerGroup
 from timm_decor.shape import Pace, parts
-from timm_decor.structure import Structure
+from timm_decor.structure import Structure, largest_factor
 
 
 def averaged_moments(groups: Sequence[LayerGroup]) -> list[dict[str, Tensor]]:
@@ -61,7 +61,7 @@ def _shares(groups: Sequence[LayerGroup], count: int) -> list[list[list[int]]]:
     """For each process and group the layers that it refreshes: the costliest first, to whoever has least to do."""
     tasks = []
     for number, group in enumerate(groups):
-        cost = group.shape.groups * type(group.r).largest_factor(group.shape, group.config) ** 3
+        cost = group.shape.groups * largest_factor(group.config, group.shape) ** 3
         tasks += [(cost, number, layer) for layer in range(len(group.layers))]
     load = [0] * count
     shares: list[list[list[int]]] = [[[] for _ in groups] for _ in range(count)]

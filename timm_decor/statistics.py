@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from timm_decor.shape import LayerShape
+
 # Elements of one unfolded chunk: 256 MiB in float32. Unfolding is S times the input; nothing else here is larger.
 _CHUNK_ELEMENTS = 64 * 2**20
 
@@ -109,6 +111,27 @@ def space_moment(x: Tensor, shape: ConvShape) -> Tensor:
         rows = patches.permute(1, 3, 0, 2, 4).flatten(2)  # (g, S, n * C * L)
         total += rows @ rows.mT
     return total / channels
+
+
+def mean_moment(name: str, mean: Tensor, shape: LayerShape) -> Tensor:
+    """What a moment would be if every row were the mean row: the part that centring takes out of it.
+
+    Args:
+        name: of the moment; see `shape.moment_shape`.
+        mean: the mean row, (n g, 1, C * S).
+        shape: of the layer.
+    """
+    rows = mean.unflatten(2, (shape.channels, shape.positions)).squeeze(1)  # (n g, C, S)
+    if name == "channel":
+        return rows @ rows.mT / shape.positions
+    if name == "patch" or name.startswith("patch/"):
+        blocks = int(name.partition("/")[2] or 1)
+        each = mean.unflatten(2, (blocks, -1)).movedim(2, 1).flatten(0, 1)
+        return each.mT @ each
+    space = rows.mT @ rows / shape.channels
+    if shape.positions == 1:  # one position: the factor is a number, whose size is that of the channels' factor
+        space = torch.zeros_like(space)
+    return space.unflatten(0, (-1, shape.groups)).mean(1) if name == "shared_space" else space
 
 
 def vector_moment(x: Tensor, blocks: int = 1) -> Tensor:
