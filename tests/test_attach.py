@@ -17,6 +17,7 @@ import timm_decor
 from timm_decor import DecorConfig
 from timm_decor import group as group_module
 from timm_decor import shape as shape_module
+from timm_decor.outputs import BothSides
 
 CONFIG = DecorConfig(every=2, sample=1.0)
 
@@ -98,7 +99,8 @@ def test_reported_correlation_is_that_of_the_explicit_inputs():
             step(model, optimizer, seed)
         for group, row in zip(handle._groups, handle.report().rows, strict=True):
             sigma = dense_moment(group.moments)
-            r = group.r.matrix if structure == "space" else group.r.dense(group.shape)
+            own = group.r.r if isinstance(group.r, BothSides) else group.r
+            r = own.matrix if structure == "space" else own.dense(group.shape)
             assert row.correlation_before == pytest.approx(mean_correlation(sigma), rel=1e-4)
             assert row.correlation_after == pytest.approx(mean_correlation(r @ sigma @ r.mT), rel=1e-3)
             assert row.condition == pytest.approx(float(torch.linalg.cond(r).max()), rel=1e-3)

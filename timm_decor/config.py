@@ -76,7 +76,7 @@ class DecorConfig:
             object.__setattr__(self, spec.name, _typed(spec.name, getattr(self, spec.name), type(spec.default)))
         _check_choice("rule", self.rule, tuple(RULE_STRUCTURES))
         _check_choice("structure", self.structure, STRUCTURES)
-        _check_choice("sides entry", self.sides, SIDES)
+        _check_choice("side", self.sides, SIDES)
         if self.structure not in RULE_STRUCTURES[self.rule]:
             raise ValueError(
                 f"rule {self.rule!r} does not go with structure {self.structure!r}; "

@@ -1,0 +1,236 @@
+"""The output side, and centred statistics: where they are, where they are not, and what they do with trouble."""
+
+import logging
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import timm_decor
+from timm_decor import DecorConfig
+from timm_decor.convert import norms_behind
+from timm_decor.outputs import BothSides, OutputL, gradient_moment
+from timm_decor.shape import OUTPUT_MOMENT, LayerShape
+from timm_decor.statistics import mean_moment
+from timm_decor.structure import has_outputs
+
+CONFIG = DecorConfig(every=2, sample=1.0, output_every=1)
+
+
+def attached(opt="sgd", config=CONFIG, name="test_resnet"):
+    torch.manual_seed(0)
+    model = timm_decor.decorrelate(timm.create_model(name, num_classes=5), config)
+    optimizer = timm.optim.create_optimizer_v2(model, opt=opt, lr=0.05)
+    return model, optimizer, timm_decor.attach(model, optimizer)
+
+
+def step(model, optimizer, seed=0, images=6):
+    x = torch.randn(images, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) + 0.5
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(x), torch.arange(images) % 5)
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def sides_of(handle):
+    return {isinstance(group.r, BothSides) for group in handle._groups if has_outputs(CONFIG, group.shape)}
+
+
+@pytest.mark.parametrize(
+    "opt,config,both",
+    [
+        ("sgd", CONFIG, True),
+        ("adamw", CONFIG, False),
+        ("muon", CONFIG, False),
+        ("adamw", DecorConfig(sides="both"), True),
+        ("sgd", DecorConfig(sides="input"), False),
+        ("sgd", DecorConfig(rule="dbp", structure="full"), False),
+        ("sgd", DecorConfig(rule="dbp", structure="full", sides="both"), True),
+    ],
+)
+def test_which_sides_auto_takes(opt, config, both):
+    _, optimizer, handle = attached(opt, config)
+    assert sides_of(handle) == {both}
+    assert any(row.structure.endswith("+ outputs") for row in handle.report().rows) == both
+    assert handle.config.sides == ("both" if both else "input")
+    assert any("output_basis" in entry["r"] for entry in handle._state()["layers"].values()) == both
+
+
+def test_a_layer_with_many_more_outputs_than_inputs_has_none():
+    assert has_outputs(CONFIG, LayerShape(1, 8, 1, 16))
+    assert not has_outputs(CONFIG, LayerShape(1, 8, 1, 17))
+    assert not has_outputs(CONFIG, LayerShape(1, 64, 9, 1)), "one output has nothing to be correlated with"
+    assert not has_outputs(DecorConfig(max_dim=512), LayerShape(1, 512, 1, 513))
+
+
+def test_outputs_end_less_correlated():
+    """L (moment) L^T of the errors is nearer to the identity than their moment."""
+    model, optimizer, handle = attached(config=DecorConfig(every=1, output_every=1, output_damping=0.01, rank=64))
+    for seed in range(6):
+        step(model, optimizer, seed)
+    for group in handle._groups:
+        if isinstance(group.r, BothSides):
+            moment = group.moments[OUTPUT_MOMENT]
+            left = group.r.left.apply(torch.eye(group.shape.outputs)[None, :, :, None])[..., 0]
+            after = left @ moment @ left.mT
+
+            def spread(m):
+                values = torch.linalg.eigvalsh(m)
+                return float(values[..., -1].max() / values.mean())
+
+            assert spread(after) < 0.5 * spread(moment) or spread(moment) < 2, group.names
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 3), st.integers(2, 6), st.integers(1, 4), st.integers(1, 3), st.integers(1, 8), st.integers(0, 9))
+def test_powers_of_l(groups, outputs, channels, positions, rank, seed):
+    """`apply` is multiplication by U gain U^T + tail (1 - U U^T), and its powers are that matrix's."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    rank = min(rank, outputs)
+    basis = torch.linalg.qr(random(groups, outputs, outputs)).Q[..., :rank]
+    left = OutputL(basis, 0.5 + random(groups, rank), 0.5 + random(groups, 1))
+    span = basis @ basis.mT
+    tail = left.tail[..., None] * (torch.eye(outputs, dtype=torch.float64) - span)
+    matrix = basis @ torch.diag_embed(left.gain) @ basis.mT + tail
+    w = random(groups, outputs, channels, positions)
+    for power in (1, 2, -1):
+        expected = torch.linalg.matrix_power(matrix, power) @ w.flatten(2)
+        torch.testing.assert_close(left.apply(w, power), expected.view(w.shape))
+
+
+def test_a_gradient_of_zero_or_overflow_is_no_opinion():
+    rows = torch.tensor([[[0.0, 0.0], [0.0, 0.0]], [[1.0, 2.0], [float("inf"), 0.0]], [[3e-20, 0.0], [0.0, 4e-20]]])
+    moment = gradient_moment(rows)
+    assert not torch.isfinite(moment[:2]).flatten(1).all(1).any()
+    model, optimizer, handle = attached(config=DecorConfig(every=1, output_every=1))
+    for parameter in model.layer1.parameters():
+        parameter.register_hook(torch.zeros_like)
+    step(model, optimizer)
+    for group in handle._groups:
+        if not isinstance(group.r, BothSides):
+            continue
+        eye = torch.eye(group.shape.outputs)
+        assert torch.equal(group.moments[OUTPUT_MOMENT][0], eye) == group.names[0].startswith("layer1"), group.names
+        assert all(count == 1 for count in group.refreshes)
+
+
+def test_the_scale_of_the_loss_does_not_matter():
+    rows = torch.randn(2, 4, 9, dtype=torch.float64)
+    torch.testing.assert_close(gradient_moment(rows), gradient_moment(1e-12 * rows))
+    torch.testing.assert_close(gradient_moment(rows).diagonal(dim1=1, dim2=2).mean(1), torch.ones(2).double())
+
+
+def test_a_state_of_other_sides_is_refused_in_a_resume():
+    _, both, _ = attached()
+    _, one, _ = attached(config=DecorConfig(sides="input"))
+    with pytest.raises(ValueError, match="of sides 'both', this run uses 'input'"):
+        one.load_state_dict(both.state_dict())
+
+
+@pytest.mark.parametrize("opts", [("sgd", "adamw"), ("adamw", "sgd")])
+def test_r_of_a_file_with_other_sides_is_taken(opts, tmp_path):
+    """SGD's file has an L that AdamW leaves, AdamW's none: SGD starts from L = I."""
+    model, optimizer, handle = attached(opts[0])
+    for seed in range(3):
+        step(model, optimizer, seed)
+    handle.save_r(tmp_path / "decor.safetensors")
+    other, its_optimizer, its_handle = attached(opts[1])
+    its_handle.load_r(tmp_path / "decor.safetensors")
+    for name, entry in handle._state()["layers"].items():
+        taken = its_handle._state()["layers"][name]
+        for key, value in taken["r"].items():
+            if key.startswith("output_"):
+                assert key not in entry["r"]
+            else:
+                assert torch.equal(value, entry["r"][key])
+    assert step(other, its_optimizer) > 0
+
+
+def test_norms_behind_the_layers_of_timms_models():
+    def names(name):
+        model = timm_decor.decorrelate(timm.create_model(name))
+        found, modules = norms_behind(model), {module: name for name, module in model.named_modules()}
+        return {modules[layer]: modules[norm] for layer, norm in found.items()}
+
+    resnet = names("resnet18")
+    assert len(resnet) == 20, "every convolution, not the head"
+    assert resnet["layer2.0.downsample.0"] == "layer2.0.downsample.1"
+    assert resnet["layer1.1.conv2"] == "layer1.1.bn2"
+    assert names("test_efficientnet")["blocks.1.0.conv_exp"] == "blocks.1.0.bn1"
+    assert names("test_resnet")["conv1.6"] == "bn1", "behind a Sequential's end"
+    assert not names("test_vit") and not names("test_convnext"), "LayerNorm takes no mean over the batch away"
+    order = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.ReLU(), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))
+    assert not norms_behind(timm_decor.decorrelate(order))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(0, 9))
+def test_a_centred_moment_is_that_of_centred_rows(groups, channels, positions, seed):
+    shape = LayerShape(groups, channels, positions, 2)
+    rows = torch.randn(groups, 20, channels, positions, generator=torch.manual_seed(seed), dtype=torch.float64) + 1
+
+    def moments(rows):
+        whole = torch.einsum("gncs,gndt->gcsdt", rows, rows) / rows.shape[1]
+        space = torch.einsum("gcsct->gst", whole) / channels
+        return {
+            "channel": torch.einsum("gcsds->gcd", whole) / positions,
+            "space": space,
+            "shared_space": space.mean(0, keepdim=True),
+            "patch": whole.reshape(groups, channels * positions, -1),
+        }
+
+    mean = rows.mean(1, keepdim=True)
+    plain, centred = moments(rows), moments(rows - mean)
+    for name, moment in plain.items():
+        if positions > 1 or "space" not in name:
+            torch.testing.assert_close(moment - mean_moment(name, mean.flatten(2), shape), centred[name])
+
+
+def test_a_frozen_norm_is_not_centred_for():
+    """Its statistics are not the batch's, so that the gradient does see the mean."""
+
+    def moments(frozen, centre):
+        config = DecorConfig(every=1, sample=1.0, structure="full", centre=centre)
+        model, optimizer, handle = attached(config=config)
+        model.train()
+        if frozen:
+            for module in model.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        step(model, optimizer)
+        return handle._groups[1].moments["patch"]
+
+    assert torch.equal(moments(frozen=True, centre=True), moments(frozen=True, centre=False))
+    assert not torch.allclose(moments(frozen=False, centre=True), moments(frozen=False, centre=False))
+
+
+def test_inputs_that_never_vary_keep_their_r(caplog):
+    model = nn.Sequential(nn.Conv2d(2, 4, 1, bias=False), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
+    timm_decor.decorrelate(model, DecorConfig(every=1, sample=1.0))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    handle = timm_decor.attach(model, optimizer)
+    with caplog.at_level(logging.WARNING):
+        F.cross_entropy(model(torch.ones(4, 2, 2, 2)), torch.tensor([0, 1, 0, 1])).backward()
+        optimizer.step()
+    assert handle.report().rows[0].skips == 1
+    assert "layer 0: refresh of R skipped: the layer's inputs are all zero, or all the same" in caplog.text
+
+
+@pytest.mark.parametrize("values,words", [
+    ({"sides": "bth"}, "unknown side 'bth'; did you mean 'both'"),
+    ({"output_damping": 0.0}, "output_damping=0.0: must be above zero"),
+    ({"output_every": 0}, "output_every=0"),
+    ({"output_decay": 1.0}, "output_decay=1.0"),
+])  # fmt: skip
+def test_bad_values_are_named(values, words):
+    with pytest.raises(ValueError, match=words):
+        DecorConfig(**values)
