@@ -12,6 +12,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import timm_decor
 from timm_decor import DecorConfig, DecorConv2d, DecorLinear
+from timm_decor.outputs import BothSides
 
 
 class OddConv(nn.Conv2d):
@@ -56,7 +57,7 @@ def test_report_names_sizes_and_reasons():
             "norm": nn.BatchNorm2d(4),
         }
     )
-    config = DecorConfig(structure="full", max_dim=36)
+    config = DecorConfig(structure="full", max_dim=36, sides="input")
     report = timm_decor.decorrelate(model, config, filter_fn=lambda name, module: name != "head").decor_report
     rows = {row.name: row for row in report.rows}
     assert "norm" not in rows  # no weight matrix: nobody expects it here
@@ -88,7 +89,8 @@ def test_reported_bytes_are_those_held():
         groups = {name: group for group in handle._groups for name in group.names}
         for row in model.decor_report.decorrelated:
             r = groups[row.name].r
-            tensors = list(r.tensors().values()) + ([] if structure == "kronecker" else [r._gram])
+            own = r.r if isinstance(r, BothSides) else r
+            tensors = list(r.tensors().values()) + ([] if structure == "kronecker" else [own._gram])
             moments = groups[row.name].moments.values()
             assert sum(t.numel() * t.element_size() for t in tensors) == row.bytes, (structure, row.name)
             assert sum(t.numel() * t.element_size() for t in moments) == row.moment_bytes, (structure, row.name)
@@ -160,7 +162,8 @@ def test_attach_follows_the_report():
     handle = timm_decor.attach(model, torch.optim.SGD(model.parameters(), 0.1), DecorConfig(structure="kronecker"))
     assert [type(m) for m in (model[0], model[2], model[4])] == [DecorConv2d, nn.Conv2d, DecorLinear]
     assert [row.name for row in handle.report().rows] == ["0", "4"]
-    assert model.decor_report.config == handle.config == DecorConfig(structure="kronecker")
+    assert model.decor_report.config == DecorConfig(structure="kronecker")
+    assert handle.config == DecorConfig(structure="kronecker", sides="both"), "decided by the optimizer"
 
 
 def test_to_plain_names_the_plain_architecture():

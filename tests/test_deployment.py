@@ -55,7 +55,8 @@ def ordinary(name: str) -> nn.Module:
 
 
 def images(count: int = 4) -> Tensor:
-    return torch.randn(count, 3, 32, 32) + 0.5
+    noise = torch.randn(count, 3, 32, 32)
+    return noise + noise.roll(1, 3) + noise.roll(1, 1) + 0.5  # pixels and colours alike: something to decorrelate
 
 
 def attached(model: nn.Module) -> tuple[torch.optim.Optimizer, DecorHandle]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import timm_decor
 from timm_decor import DecorConfig, DecorHandle
 from timm_decor.config import RULE_STRUCTURES
+from timm_decor.shape import OUTPUT_MOMENT
 
 PAIRS = [(rule, structure) for rule, structures in RULE_STRUCTURES.items() for structure in structures]
 LAYERS = {
@@ -76,7 +77,9 @@ class Subject:
     @property
     def r(self) -> dict[str, Tensor]:
         layer = self.optimizer.state_dict()["timm_decor"]["layers"]["0"]
-        return {name: tensor.clone() for part in ("r", "moments") for name, tensor in layer[part].items()}
+        known = {name: tensor.clone() for part in ("r", "moments") for name, tensor in layer[part].items()}
+        known.pop(OUTPUT_MOMENT, None)  # of the gradients, which are always fine here
+        return known
 
 
 def without_refresh(subject: Subject, config: DecorConfig, *names: Any) -> Subject:
