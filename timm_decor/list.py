@@ -81,9 +81,9 @@ def page(families: Sequence[Family]) -> str:
     config = DecorConfig()
     parts = [
         "# The zoo\n",
-        f"Made by `make zoo` with timm {timm.__version__}. Memory is that of R and of the statistics that it is "
-        f"refreshed from, in MiB of float32, by structure (the default is {config.structure}, rank {config.rank}); in "
-        f"brackets, how many layers more than with the default stay plain.\n",
+        f"Made by `make zoo` with timm {timm.__version__}. Memory is that of R, of SGD's L on the output side "
+        f"and of their statistics, in MiB of float32, by structure (the default is {config.structure}, rank "
+        f"{config.rank}); in brackets, how many layers more than with the default stay plain.\n",
         markdown_table(("family", "members", "for example", *HEADER), list(family_rows(families))),
     ]
     for family in families:
