@@ -131,7 +131,7 @@ class LayerGroup:
         gradients = [layer.weight.grad for layer in self._active_layers]
         rows = transformed(self._active_layers, active_r.r.apply_transposed, gradients)  # type: ignore[arg-type]
         with torch.autocast(rows.device.type, enabled=False):
-            fresh = parts(gradient_moment(rows.flatten(2)), len(self._active))
+            fresh = parts(gradient_moment(rows.transpose(2, 3).flatten(2)), len(self._active))
         of_layers = parts(self.moments[OUTPUT_MOMENT], len(self.layers)).clone()
         old = of_layers[self._active]
         usable = torch.isfinite(fresh).flatten(2).all(2)[..., None, None]

@@ -20,6 +20,7 @@ from timm_decor.kronecker import KroneckerR
 from timm_decor.shape import OUTPUT_MOMENT, LayerShape, Pace
 
 _T = TypeVar("_T")
+_MOST_COLUMNS = 1024  # of a gradient in one look, about: more cost more than they tell
 _PREFIX = "output_"  # of L's tensors beside R's
 
 
@@ -54,7 +55,7 @@ class OutputL:
         # R's products leave the channels last in memory: that order of D is then free, and L does not care for it.
         rows = w.transpose(2, 3).flatten(2)  # (n g, O, S C)
         thin = (gain - tail)[..., None] * (self.basis.mT @ rows)
-        out = torch.baddbmm(rows * tail[..., None], self.basis, thin)
+        out = (rows * tail[..., None]).baddbmm_(self.basis, thin)
         return out.unflatten(2, (w.shape[3], w.shape[2])).transpose(2, 3)
 
     def refreshed(self, moment: Tensor, config: DecorConfig, pace: Pace) -> OutputL:
@@ -136,11 +137,12 @@ def gradient_moment(rows: Tensor) -> Tensor:
     pass.
 
     Args:
-        rows: G R^T, (n g, O, D).
+        rows: G R^T, (n g, O, D); of many columns some are looked at, evenly spaced.
 
     Returns:
         NaN for a gradient that is zero or not finite.
     """
+    rows = rows[..., :: max(1, rows.shape[2] // _MOST_COLUMNS)]
     scale = torch.linalg.matrix_norm(rows)[..., None, None]
     rows = rows / torch.where(scale > 0, scale, float("nan"))
     return rows.shape[1] * (rows @ rows.mT)
