@@ -33,7 +33,7 @@ class ExplicitLayer(nn.Module):
         self.two_sided = config.sides == "both" and 1 < self.outputs <= 2 * self.dim
         self.L = torch.eye(self.outputs, dtype=self.weight.dtype).repeat(self.groups, 1, 1)
         self.errors = self.L.clone()  # their running second moment
-        self.centred = centred and config.centre and config.rule == "whiten"
+        self.centred = centred and config.center and config.rule == "whiten"
         self.running = None
         self.strength = 1.0  # of a refresh, in a warm-up
 

@@ -96,7 +96,10 @@ def compare(config, optimizer_name, lr=lambda step: None, pace=lambda step: {}, 
     """
     torch.manual_seed(0)
     plain = Net().double()
-    fits = lambda m: config.structure != "space" or m.weight[0, 0].numel() > 1  # noqa: E731
+
+    def fits(layer):
+        return config.structure != "space" or layer.weight[0, 0].numel() > 1
+
     explicit = explicit_twin(plain, decided(config, optimizer_name), fits, centred=["normed"])
     layers = {name: module for name, module in explicit.named_modules() if isinstance(module, ExplicitLayer)}
 
@@ -164,7 +167,7 @@ def test_each_side_asked_for(optimizer, sides, rule, structure, preserve):
 @pytest.mark.parametrize("structure", ["full", "block", "kronecker", "space"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_statistics_that_are_not_centred(optimizer, structure):
-    assert compare(knobs("whiten", structure, centre=False), optimizer) < 1e-10
+    assert compare(knobs("whiten", structure, center=False), optimizer) < 1e-10
 
 
 @pytest.mark.parametrize("rule,structure", RULES)

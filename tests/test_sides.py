@@ -12,6 +12,7 @@ from torch import nn
 
 import timm_decor
 from timm_decor import DecorConfig
+from timm_decor import group as group_module
 from timm_decor.convert import norms_behind
 from timm_decor.outputs import BothSides, OutputL, gradient_moment
 from timm_decor.shape import OUTPUT_MOMENT, LayerShape
@@ -131,6 +132,26 @@ def test_the_scale_of_the_loss_does_not_matter():
     torch.testing.assert_close(gradient_moment(rows).diagonal(dim1=1, dim2=2).mean(1), torch.ones(2).double())
 
 
+def test_of_a_wide_gradient_some_columns_are_looked_at():
+    rows = torch.randn(2, 4, 3000, dtype=torch.float64)
+    torch.testing.assert_close(gradient_moment(rows), gradient_moment(rows[..., ::2].clone()))
+    full = 4 * rows @ rows.mT / rows.square().sum((1, 2), keepdim=True)
+    assert 0.001 < (gradient_moment(rows) - full).abs().max() < 0.2, "an estimate of all of them"
+
+
+def test_a_layer_without_a_gradient_keeps_its_moment(monkeypatch):
+    """Also in a batch of layers of equal shape, of which the others are looked at."""
+    monkeypatch.setattr(group_module, "_STACKED_ELEMENTS", {})
+    model = nn.ModuleList(nn.Linear(6, 4) for _ in range(3))
+    timm_decor.decorrelate(model, DecorConfig(every=1, output_every=1, sample=1.0))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    (group,) = timm_decor.attach(model, optimizer)._groups
+    (model[0](torch.randn(5, 6)) + model[2](torch.randn(5, 6))).square().sum().backward()
+    optimizer.step()
+    kept = [torch.equal(moment, torch.eye(4)) for moment in group.moments[OUTPUT_MOMENT]]
+    assert kept == [False, True, False]
+
+
 def test_a_state_of_other_sides_is_refused_in_a_resume():
     _, both, _ = attached()
     _, one, _ = attached(config=DecorConfig(sides="input"))
@@ -174,6 +195,36 @@ def test_norms_behind_the_layers_of_timms_models():
     assert not norms_behind(timm_decor.decorrelate(order))
 
 
+@pytest.mark.parametrize(
+    "name", ["resnet18", "regnety_002", "densenet121", "mobilenetv3_small_050", "efficientnet_b0", "vgg11_bn"]
+)
+def test_errors_in_front_of_a_norm_add_up_to_zero(name):
+    """What centring rests on, in every family that has a BatchNorm; a head's do not."""
+    torch.manual_seed(0)
+    model = timm_decor.decorrelate(timm.create_model(name, num_classes=5, drop_rate=0)).double()
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)  # timm starts some of them at zero: no error would come through
+    errors = {}
+
+    def listen(layer, _, out):
+        out.register_hook(lambda error: errors.__setitem__(layer, error))
+
+    found = norms_behind(model)
+    for layer in found:
+        layer.register_forward_hook(listen)
+    model.get_classifier().register_forward_hook(listen)
+    F.cross_entropy(model(torch.randn(4, 3, 64, 64).double()), torch.arange(4)).backward()
+
+    def share(layer):
+        error = errors[layer].transpose(0, 1).flatten(1)
+        return float((error.sum(1).abs() / error.abs().sum(1).clamp_min(1e-300)).max())
+
+    assert bool(found) == (name != "vgg11_bn"), "its convolutions have biases"
+    assert all(share(layer) < 1e-6 for layer in found)
+    assert share(model.get_classifier()) > 1e-2
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(0, 9))
 def test_a_centred_moment_is_that_of_centred_rows(groups, channels, positions, seed):
@@ -200,8 +251,8 @@ def test_a_centred_moment_is_that_of_centred_rows(groups, channels, positions, s
 def test_a_frozen_norm_is_not_centred_for():
     """Its statistics are not the batch's, so that the gradient does see the mean."""
 
-    def moments(frozen, centre):
-        config = DecorConfig(every=1, sample=1.0, structure="full", centre=centre)
+    def moments(frozen, center):
+        config = DecorConfig(every=1, sample=1.0, structure="full", center=center)
         model, optimizer, handle = attached(config=config)
         model.train()
         if frozen:
@@ -211,8 +262,8 @@ def test_a_frozen_norm_is_not_centred_for():
         step(model, optimizer)
         return handle._groups[1].moments["patch"]
 
-    assert torch.equal(moments(frozen=True, centre=True), moments(frozen=True, centre=False))
-    assert not torch.allclose(moments(frozen=False, centre=True), moments(frozen=False, centre=False))
+    assert torch.equal(moments(frozen=True, center=True), moments(frozen=True, center=False))
+    assert not torch.allclose(moments(frozen=False, center=True), moments(frozen=False, center=False))
 
 
 def test_inputs_that_never_vary_keep_their_r(caplog):

@@ -57,7 +57,7 @@ class DecorConfig:
     max_rows: int = _knob(16384, "rows of one forward pass in the statistics of a layer, where sample is below 1.0")
     structure: str = _knob("kronecker", "form of R: full, block, kronecker (channels x space), space or auto")
     preserve_function: bool = _knob(True, "W <- A R^-1 at a refresh, so that the function A = W R does not change")
-    centre: bool = _knob(True, "whiten: leave the mean input out where a BatchNorm follows: gradients are blind to it")
+    center: bool = _knob(True, "whiten: leave the mean input out where a BatchNorm follows: gradients are blind to it")
     sides: str = _knob(
         "auto", "what is decorrelated: input, both (output errors as well) or auto: both with whiten and SGD"
     )

@@ -153,8 +153,9 @@ def decor_layers(model: nn.Module) -> Iterator[tuple[str, DecorLayer]]:
 def norms_behind(model: nn.Module) -> dict[nn.Module, BatchNorm]:
     """The BatchNorm that takes a layer's output, for the decorrelated layers that have one.
 
-    A layer without a bias in front of a BatchNorm, in the order in which the model's modules were defined: how every
-    model of timm's with BatchNorm is written. Where it is not so the layer is not in here.
+    That is a layer without a bias whose next module, in the order in which the model's were defined, is a BatchNorm of
+    as many channels: how timm writes them. A layer that this order misses (the last one of a pre-activation block, one
+    with a bias) is not in here, and its statistics stay uncentred.
     """
     found: dict[nn.Module, BatchNorm] = {}
     before: DecorLayer | None = None

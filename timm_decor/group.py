@@ -126,17 +126,21 @@ class LayerGroup:
             self._coordinates.enter(self._active_layers, self._active_r)
 
     def _look_at_outputs(self) -> None:
+        """Let the gradients into the running moment of the output errors; one that cannot be used leaves it alone."""
         active_r = self._active_r
         assert isinstance(active_r, BothSides)
         gradients = [layer.weight.grad for layer in self._active_layers]
         rows = transformed(self._active_layers, active_r.r.apply_transposed, gradients)  # type: ignore[arg-type]
         with torch.autocast(rows.device.type, enabled=False):
             fresh = parts(gradient_moment(rows.transpose(2, 3).flatten(2)), len(self._active))
-        of_layers = parts(self.moments[OUTPUT_MOMENT], len(self.layers)).clone()
-        old = of_layers[self._active]
+        of_layers = parts(self.moments[OUTPUT_MOMENT], len(self.layers))
+        every = len(self._active) == len(self.layers)  # an index would make a GPU wait for the host
+        old = of_layers if every else of_layers[self._active]
         usable = torch.isfinite(fresh).flatten(2).all(2)[..., None, None]
-        of_layers[self._active] = torch.where(usable, fresh.lerp(old, self.config.output_decay), old)
-        self.moments[OUTPUT_MOMENT] = of_layers.flatten(0, 1)
+        new = torch.where(usable, fresh.lerp(old, self.config.output_decay), old)
+        if not every:
+            new = of_layers.index_copy(0, torch.tensor(self._active, device=new.device), new)
+        self.moments[OUTPUT_MOMENT] = new.flatten(0, 1)
 
     def leave(self) -> None:
         """After it: what the step made of W is taken out of the weights; `write` must follow."""
@@ -263,7 +267,7 @@ class LayerGroup:
 
     @property
     def _centres(self) -> bool:
-        return self.config.centre and self.config.rule == "whiten" and any(norm is not None for norm in self._norms)
+        return self.config.center and self.config.rule == "whiten" and any(norm is not None for norm in self._norms)
 
     @property
     def kind(self) -> str:

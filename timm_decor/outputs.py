@@ -8,8 +8,6 @@ factor of the natural gradient, which K-FAC (arXiv 1503.05671) takes from the ba
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import torch
 from torch import Tensor
 
@@ -19,7 +17,6 @@ from timm_decor.dense import PatchR
 from timm_decor.kronecker import KroneckerR
 from timm_decor.shape import OUTPUT_MOMENT, LayerShape, Pace
 
-_T = TypeVar("_T")
 _MOST_COLUMNS = 1024  # of a gradient in one look, about: more cost more than they tell
 _PREFIX = "output_"  # of L's tensors beside R's
 
@@ -125,7 +122,7 @@ class BothSides:
     def from_tensors(self, tensors: dict[str, Tensor]) -> BothSides:
         """Both from what `tensors` gave."""
         left = {name: tensors[_PREFIX + name] for name in self.left.tensors()}
-        return BothSides(self.r.from_tensors(without_outputs(tensors)), OutputL(**left))
+        return BothSides(self.r.from_tensors({name: tensors[name] for name in self.r.tensors()}), OutputL(**left))
 
 
 def gradient_moment(rows: Tensor) -> Tensor:
@@ -146,11 +143,6 @@ def gradient_moment(rows: Tensor) -> Tensor:
     scale = torch.linalg.matrix_norm(rows)[..., None, None]
     rows = rows / torch.where(scale > 0, scale, float("nan"))
     return rows.shape[1] * (rows @ rows.mT)
-
-
-def without_outputs(tensors: dict[str, _T]) -> dict[str, _T]:
-    """R's tensors alone."""
-    return {name: value for name, value in tensors.items() if not name.startswith(_PREFIX)}
 
 
 def _inputs_of(moments: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,8 +16,8 @@ class LayerRow:
         name: the module's name in the model.
         kind: its class.
         dim: D, the length of the vector that R decorrelates (one group's patch); 0 where the layer stays plain.
-        bytes: memory of R (and of R^-1 where it is kept) in float32; 0 where the layer stays plain.
-        moment_bytes: memory of the running second moments that R is refreshed from.
+        bytes: memory of R (and of R^-1 where it is kept) and, with SGD, of L in float32; 0 where the layer stays plain.
+        moment_bytes: memory of the running second moments that they are refreshed from.
         weight_bytes: memory of the weight.
         plain_reason: why the layer stays plain, or "" for a decorrelated one.
     """
@@ -86,7 +86,7 @@ class AttachedRow:
         dim: D, the length of one group's patch.
         structure: of its R.
         correlation_before: mean absolute correlation between different entries of the layer's input x (of 1024 of
-            them, where it has more).
+            them, where it has more), centred where the statistics are.
         correlation_after: the same for z = R x; both from the statistics that R was last refreshed with, None before.
         condition: condition number of R; None where it was not asked for.
         refreshes: refreshes of R so far.
