@@ -23,8 +23,7 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from hub.trained import Trained
-from timm_decor.attach import STATE_KEY
-from timm_decor.portable import write_r
+from timm_decor.engine.checkpoint import STATE_KEY, write_r
 from timm_decor.training import validation
 from timm_decor.training.errors import UserError, first_line
 from timm_decor.training.folder import RESUME_FILE, RunFolder, read_resume

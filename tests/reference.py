@@ -35,7 +35,6 @@ class ExplicitLayer(nn.Module):
         self.errors = self.L.clone()  # their running second moment
         self.centred = centred and config.center and config.rule == "whiten"
         self.running = None
-        self.strength = 1.0  # of a refresh, in a warm-up
 
     def patches(self, x):
         """(g, rows, D)."""
@@ -84,7 +83,7 @@ class ExplicitLayer(nn.Module):
         rest = max(0, self.outputs - self.config.rank)
         if rest:
             values = torch.cat([values[:rest].mean().expand(rest), values[rest:]])
-        return vectors @ torch.diag((self.strength * values + self.config.output_damping) ** -0.5) @ vectors.T
+        return vectors @ torch.diag((values + self.config.output_damping) ** -0.5) @ vectors.T
 
     @torch.no_grad()
     def refresh(self):
@@ -99,7 +98,7 @@ class ExplicitLayer(nn.Module):
         sigma = p.mT @ p / p.shape[1]
         if config.rule == "crgd":
             rows = p - p.mean(1, keepdim=True)
-            new = [self.in_blocks(part, r, self.crgd_step) for part, r in zip(rows, self.R, strict=True)]
+            new = [self.crgd_step(part, r) for part, r in zip(rows, self.R, strict=True)]
         else:
             new = self.dbp(sigma) if config.rule == "dbp" else self.whiten(sigma)
         new = torch.stack(new)
@@ -113,18 +112,7 @@ class ExplicitLayer(nn.Module):
     def dbp(self, sigma):
         if self.config.structure == "space":
             return self.in_space(self.space_factor(sigma).mean(0), self.dbp_step)
-        return [self.in_blocks(s, r, self.dbp_step) for s, r in zip(sigma, self.R, strict=True)]
-
-    def in_blocks(self, statistic, r, function):
-        """R of the blocks of channels that a patch falls into, each from its own entries (one of D, if not `block`)."""
-        width = self.dim
-        if self.config.structure == "block":
-            fits = [c for c in range(1, self.channels + 1) if self.channels % c == 0]
-            width = max([c for c in fits if c * self.positions <= self.config.block_dim], default=1) * self.positions
-        parts = [slice(i, i + width) for i in range(0, self.dim, width)]
-        square = statistic.shape[0] == statistic.shape[1] == self.dim
-        own = [statistic[i, i] if square else statistic[:, i] for i in parts]
-        return torch.block_diag(*[function(s, r[i, i]) for s, i in zip(own, parts, strict=True)])
+        return [self.dbp_step(s, r) for s, r in zip(sigma, self.R, strict=True)]
 
     def crgd_step(self, rows, r):
         """From centred rows: decorrelate, then give each entry its variance back."""
@@ -159,23 +147,14 @@ class ExplicitLayer(nn.Module):
         if config.structure == "full":
             eye = torch.eye(self.dim, dtype=sigma.dtype)
             return [
-                torch.linalg.inv(torch.linalg.cholesky(self.strength * s + config.damping * eye))
+                torch.linalg.inv(torch.linalg.cholesky(s + config.damping * eye))
                 for s in self.average(sigma)
             ]
-        if config.structure == "block":
-
-            def factor(s, _):
-                mean = s.diagonal().mean()
-                return torch.linalg.inv(
-                    torch.linalg.cholesky(self.strength * s / mean + config.damping * torch.eye(len(s)).to(s))
-                )
-
-            return [self.in_blocks(s, s, factor) for s in self.average_blocks(sigma)]
         if config.structure == "space":
 
             def root(s, _):
                 values, vectors = torch.linalg.eigh(s)
-                return vectors @ torch.diag((self.strength * values + config.damping) ** -0.5) @ vectors.T
+                return vectors @ torch.diag((values + config.damping) ** -0.5) @ vectors.T
 
             return self.in_space(self.average(self.space_factor(sigma).mean(0)[None])[0], root)
         channel = self.channel_factor(sigma)
@@ -189,7 +168,7 @@ class ExplicitLayer(nn.Module):
         if rest:
             lc[:rest] = lc[:rest].mean()
         q = torch.kron(qc.contiguous(), qs.contiguous())
-        return q @ torch.diag((self.strength * torch.kron(lc, ls) + self.config.damping) ** -0.5) @ q.T
+        return q @ torch.diag((torch.kron(lc, ls) + self.config.damping) ** -0.5) @ q.T
 
     def average(self, *fresh):
         """Running averages in units of the mean eigenvalue, then normalised again for use."""
@@ -198,13 +177,6 @@ class ExplicitLayer(nn.Module):
         old = self.running
         self.running = unit if old is None else [keep * o + (1 - keep) * u for o, u in zip(old, unit, strict=True)]
         return self.running[0] if len(unit) == 1 else self.running
-
-    def average_blocks(self, sigma):
-        """The running average, where each block is in units of its own mean eigenvalue."""
-        unit = torch.stack([self.in_blocks(s, s, lambda b, _: b / b.diagonal().mean()) for s in sigma])
-        keep = self.config.stat_decay
-        self.running = unit if self.running is None else keep * self.running + (1 - keep) * unit
-        return self.running
 
     def channel_factor(self, sigma):
         return torch.einsum("gcsds->gcd", sigma.view(self.groups, *(self.channels, self.positions) * 2))

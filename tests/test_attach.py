@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 import timm_decor
 from timm_decor import DecorConfig
-from timm_decor import group as group_module
+from timm_decor.engine import group as group_module
 from timm_decor import shape as shape_module
-from timm_decor.outputs import BothSides
+from timm_decor.structures import OutputL
 
 CONFIG = DecorConfig(every=2, sample=1.0)
 

@@ -12,7 +12,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import timm_decor
 from timm_decor import DecorConfig, DecorConv2d, DecorLinear
-from timm_decor.outputs import BothSides
+from timm_decor.structures import OutputL
 
 
 class OddConv(nn.Conv2d):

@@ -12,9 +12,9 @@ from torch import nn
 
 import timm_decor
 from timm_decor import DecorConfig
-from timm_decor import group as group_module
+from timm_decor.engine import group as group_module
 from timm_decor.convert import norms_behind
-from timm_decor.outputs import BothSides, OutputL, gradient_moment
+from timm_decor.structures import OutputL, OutputL, gradient_moment
 from timm_decor.shape import OUTPUT_MOMENT, LayerShape
 from timm_decor.statistics import mean_moment
 from timm_decor.structure import has_outputs

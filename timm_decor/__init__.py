@@ -11,9 +11,10 @@ Importing this package registers the `decor_*` models with timm.
 
 import timm.optim  # noqa: F401  # `import timm` alone does not give `timm.optim`, which the lines above use
 
-from timm_decor.attach import DecorHandle, attach
 from timm_decor.config import DecorConfig
 from timm_decor.convert import decorrelate, to_plain
+from timm_decor.engine.attach import attach
+from timm_decor.engine.handle import DecorHandle
 from timm_decor.layers import DecorConv2d, DecorConv2dSame, DecorLinear, DecorTimmLinear
 from timm_decor.version import __version__
 

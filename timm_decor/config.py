@@ -12,16 +12,30 @@ from typing import Any
 # Which rule can refresh which structure. `dbp` and `crgd` iterate on R itself, so R must be stored as a matrix; the
 # Kronecker structure is defined by the eigenbasis of two factors, which only `whiten` computes.
 RULE_STRUCTURES: dict[str, tuple[str, ...]] = {
-    "dbp": ("full", "block", "space"),
-    "crgd": ("full", "block"),
-    "whiten": ("auto", "full", "block", "kronecker", "space"),
+    "whiten": ("full", "kronecker", "space"),
+    "dbp": ("full", "space"),
+    "crgd": ("full",),
 }
-STRUCTURES = ("auto", "full", "block", "kronecker", "space")
 SIDES = ("auto", "input", "both")
+REMOVED_KNOBS = {  # what to do instead
+    "warmup": "decorrelation that comes in over some steps showed no gain",
+    "follow_lr": "damping that follows the learning rate showed no gain",
+    "block_dim": "it went with structure 'block'; 'kronecker' keeps more in less memory",
+}
+_REMOVED_STRUCTURES = {
+    "auto": "'kronecker', the default, is what it mostly chose",
+    "block": "'kronecker' keeps more in less memory",
+}
 
 
-def _knob(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def structures() -> tuple[str, ...]:
+    """Every structure that some rule takes, in the order of the rules."""
+    return tuple(dict.fromkeys(name for names in RULE_STRUCTURES.values() for name in names))
+
+
+def _knob(default: Any, text: str, rules: tuple[str, ...] = ()) -> Any:
+    """A field: its default, its help, and the rules that have it (all, if none is named)."""
+    return field(default=default, metadata={"help": text, "rules": rules})
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -36,28 +50,31 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 class DecorConfig:
     """How layer inputs are decorrelated. Immutable and validated; travels as JSON.
 
-    The paper's rule is ``DecorConfig(rule="dbp", structure="full", every=1, sample=0.1, preserve_function=False)``
-    (arXiv 2405.02385); the defaults were chosen on held-out images of a small ResNet's training on CIFAR-10.
+    `DecorConfig.paper()` is the paper's algorithm; the defaults were chosen on held-out images of a small ResNet's
+    training on CIFAR-10.
 
     Raises:
-        ValueError: a value out of range, an unknown rule or structure, or two that do not go together.
+        ValueError: a value out of range, an unknown rule or structure, two that do not go together, or a knob that the
+            rule does not have.
         TypeError: a value of the wrong type.
     """
 
     rule: str = _knob(
         "whiten", "rule that moves R: whiten (damped whitening), dbp (arXiv 2405.02385) or crgd (2407.10780)"
     )
-    kappa: float = _knob(0.5, "dbp: weight of the unit-variance term V against the decorrelation term C, in [0, 1]")
-    decor_lr: float = _knob(5e-3, "dbp, crgd: learning rate of R")
-    damping: float = _knob(1.0, "whiten: added to the second moment's eigenvalues, in units of their mean")
-    follow_lr: bool = _knob(False, "decor_lr and damping shrink with the learning rate, from their value at its peak")
-    warmup: int = _knob(0, "steps over which decorrelation comes in: decor_lr, or the second moment's weight, grows")
+    kappa: float = _knob(
+        0.5, "weight of the unit-variance term V against the decorrelation term C, in [0, 1]", ("dbp",)
+    )
+    decor_lr: float = _knob(5e-3, "learning rate of R", ("dbp", "crgd"))
+    damping: float = _knob(1.0, "added to the second moment's eigenvalues, in units of their mean", ("whiten",))
     every: int = _knob(20, "optimizer steps between two refreshes of R")
     sample: float = _knob(0.25, "share of the batch's images that the statistics are taken from; 1.0: every row")
     max_rows: int = _knob(16384, "rows of one forward pass in the statistics of a layer, where sample is below 1.0")
-    structure: str = _knob("kronecker", "form of R: full, block, kronecker (channels x space), space or auto")
-    preserve_function: bool = _knob(True, "W <- A R^-1 at a refresh, so that the function A = W R does not change")
-    center: bool = _knob(True, "whiten: leave the mean input out where a BatchNorm follows: gradients are blind to it")
+    structure: str = _knob("kronecker", "form of R: full, kronecker (channels x space) or space")
+    preserve_function: bool = _knob(True, "a refresh leaves the function alone: A stays and W becomes A R^-1")
+    center: bool = _knob(
+        True, "leave the mean input out where a BatchNorm follows: gradients are blind to it", ("whiten",)
+    )
     sides: str = _knob(
         "auto", "what is decorrelated: input, both (output errors as well) or auto: both with whiten and SGD"
     )
@@ -67,29 +84,34 @@ class DecorConfig:
     rank: int = _knob(
         32, "kronecker, and the output side: eigenvectors kept (all where there are fewer); the rest share a scale"
     )
-    block_dim: int = _knob(288, "block: most entries of a patch that one block of channels may have")
-    stat_decay: float = _knob(0.5, "whiten: weight of the old second moment in its running average, per refresh")
+    stat_decay: float = _knob(
+        0.5, "weight of the old second moment in its running average, per refresh", ("whiten",)
+    )
     max_dim: int = _knob(8192, "layers whose R would need a factor larger than this stay plain")
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
             object.__setattr__(self, spec.name, _typed(spec.name, getattr(self, spec.name), type(spec.default)))
         _check_choice("rule", self.rule, tuple(RULE_STRUCTURES))
-        _check_choice("structure", self.structure, STRUCTURES)
+        if self.structure in _REMOVED_STRUCTURES:
+            raise ValueError(f"structure {self.structure!r} was removed: {_REMOVED_STRUCTURES[self.structure]}")
+        _check_choice("structure", self.structure, structures())
         _check_choice("side", self.sides, SIDES)
         if self.structure not in RULE_STRUCTURES[self.rule]:
             raise ValueError(
                 f"rule {self.rule!r} does not go with structure {self.structure!r}; "
                 f"{self.rule!r} takes: {', '.join(RULE_STRUCTURES[self.rule])}"
             )
+        for spec in dataclasses.fields(self):
+            rules, value = spec.metadata["rules"], getattr(self, spec.name)
+            if rules and self.rule not in rules and value != spec.default:
+                raise ValueError(f"{spec.name}={value!r}: rule {self.rule!r} has no {spec.name} ({', '.join(rules)})")
         self._require("kappa", 0 <= self.kappa <= 1, "in [0, 1]")
         self._require("decor_lr", 0 <= self.decor_lr < math.inf, "zero or more")
         self._require("damping", 0 <= self.damping < math.inf, "zero or more")
         self._require("every", self.every >= 1, "1 or more")
         self._require("sample", 0 < self.sample <= 1, "in (0, 1]")
         self._require("max_rows", self.max_rows >= 1, "1 or more")
-        self._require("warmup", self.warmup >= 0, "zero or more")
-        self._require("block_dim", self.block_dim >= 1, "1 or more")
         self._require("rank", self.rank >= 1, "1 or more")
         self._require("stat_decay", 0 <= self.stat_decay < 1, "in [0, 1)")
         self._require("output_damping", 0 < self.output_damping < math.inf, "above zero")
@@ -101,10 +123,10 @@ class DecorConfig:
         if not holds:  # a NaN fails every comparison, so it is caught here as well
             raise ValueError(f"{name}={getattr(self, name)!r}: must be {wanted}")
 
-    @property
-    def two_sided(self) -> bool:
-        """Whether the outputs are decorrelated as well; "auto" is decided by `attach`, and stands for what SGD gets."""
-        return self.sides == "both" or (self.sides == "auto" and self.rule == "whiten")
+    @classmethod
+    def paper(cls) -> DecorConfig:
+        """Decorrelated backpropagation as its paper has it (arXiv 2405.02385): in every step, on a tenth of the rows."""
+        return cls(rule="dbp", structure="full", every=1, sample=0.1, preserve_function=False, sides="input")
 
     def to_dict(self) -> dict[str, Any]:
         """The knobs as a plain dictionary."""
@@ -123,6 +145,8 @@ class DecorConfig:
         """
         names = tuple(spec.name for spec in dataclasses.fields(cls))
         for key in values:
+            if key in REMOVED_KNOBS:
+                raise ValueError(f"DecorConfig has no {key} any more: {REMOVED_KNOBS[key]}")
             _check_choice("DecorConfig field", key, names)
         return cls(**values)
 

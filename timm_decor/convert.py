@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -14,8 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from timm_decor.config import DecorConfig
 from timm_decor.layers import DECOR_TYPES, PLAIN_TYPES, DecorConv2d, DecorLayer, DecorLinear
+from timm_decor.plan import LayerPlan, plan, unfit
 from timm_decor.reporting import ConversionReport, LayerRow
-from timm_decor.structure import largest_factor, memory
 
 _logger = logging.getLogger(__name__)
 
@@ -81,15 +82,14 @@ def convert(model: nn.Module, config: DecorConfig, leave_out: ReasonFn) -> nn.Mo
             left_out[name] = reason
         if not reason:
             module.__class__ = DECOR_TYPES.get(type(module), type(module))
-            reason = fit_reason(module, config)
+            reason = unfit(config, module.decor_shape)
         if reason:
             if type(module) in PLAIN_TYPES:
                 _make_plain(module)
-            rows.append(LayerRow(name, type(module).__name__, 0, 0, 0, weight_bytes, reason))
+            rows.append(LayerRow(name, type(module).__name__, None, weight_bytes, reason))
             continue
-        shape = module.decor_shape
-        r, moments = (4 * entries for entries in memory(config, shape))  # in float32
-        rows.append(LayerRow(name, type(module).__name__, shape.dim, r, moments, weight_bytes))
+        done = plan(config, module.decor_shape, module.weight.dtype)
+        rows.append(LayerRow(name, type(module).__name__, done, weight_bytes))
     report = ConversionReport(config, tuple(rows), left_out)
     if not report.decorrelated:
         reasons = Counter(row.plain_reason for row in rows).most_common(1)
@@ -135,12 +135,18 @@ def reconverted(model: nn.Module, config: DecorConfig | None = None) -> Conversi
     Raises:
         ValueError: nothing here went through `decorrelate`, or no layer fits the config.
     """
-    owner = next((module for module in model.modules() if "decor_report" in vars(module)), None)
-    if owner is None:
-        raise ValueError(f"{type(model).__name__} has no decorrelated layers: call timm_decor.decorrelate(model) first")
+    owner = _owner(model)
     before: ConversionReport = owner.decor_report  # type: ignore[assignment]
     convert(owner, config or before.config, lambda name, _: before.left_out.get(name, ""))
     return owner.decor_report  # type: ignore[return-value]
+
+
+def _owner(model: nn.Module) -> nn.Module:
+    """The module that went through `decorrelate`."""
+    owner = next((module for module in model.modules() if "decor_report" in vars(module)), None)
+    if owner is None:
+        raise ValueError(f"{type(model).__name__} has no decorrelated layers: call timm_decor.decorrelate(model) first")
+    return owner
 
 
 def decor_layers(model: nn.Module) -> Iterator[tuple[str, DecorLayer]]:
@@ -171,17 +177,19 @@ def norms_behind(model: nn.Module) -> dict[nn.Module, BatchNorm]:
     return found
 
 
-def fit_reason(layer: DecorLayer, config: DecorConfig) -> str:
-    """Why a layer cannot have the structure that the config asks for; "" if it can."""
-    shape = layer.decor_shape
-    if shape.dim == 1:
-        return "D = 1: nothing to decorrelate"
-    if config.structure == "space" and shape.positions == 1:
-        return "space structure: a 1x1 kernel has one position"
-    factor = largest_factor(config, shape)
-    if factor > config.max_dim:
-        return f"needs a factor of {factor} x {factor}; max_dim is {config.max_dim}"
-    return ""
+def replan(model: nn.Module, plans: Mapping[str, LayerPlan]) -> None:
+    """Put the final plans of a model's layers, by name, into its report."""
+    owner = _owner(model)
+    report: ConversionReport = owner.decor_report  # type: ignore[assignment]
+    inside = {id(module): name for name, module in owner.named_modules()}
+    own = {inside[id(layer)]: plans[name] for name, layer in decor_layers(model) if name in plans}
+    rows = tuple(dataclasses.replace(row, plan=own.get(row.name, row.plan)) for row in report.rows)
+    owner.decor_report = dataclasses.replace(report, rows=rows)  # type: ignore[assignment]
+
+
+def convertible(module: nn.Module) -> bool:
+    """Whether a module's class is one that `decorrelate` takes."""
+    return type(module) in DECOR_TYPES
 
 
 def _has_matrix_weight(module: nn.Module) -> bool:

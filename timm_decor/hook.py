@@ -31,9 +31,10 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import timm_decor
-from timm_decor.attach import DecorHandle, _attached_optimizers, _innermost
-from timm_decor.config import RULE_STRUCTURES, STRUCTURES, DecorConfig
+from timm_decor.config import RULE_STRUCTURES, DecorConfig
 from timm_decor.convert import any_attached, decor_layers
+from timm_decor.engine.handle import DecorHandle, attached_optimizers
+from timm_decor.engine.optimizers import innermost
 from timm_decor.layers import DecorLayer
 from timm_decor.reporting import ConversionReport
 
@@ -57,7 +58,7 @@ class _Binding:
     @property
     def is_live(self) -> bool:
         optimizer = self.optimizer()
-        return not self.was_moved and optimizer is not None and optimizer in _attached_optimizers
+        return not self.was_moved and optimizer is not None and optimizer in attached_optimizers
 
 
 _bindings: list[_Binding] = []
@@ -108,7 +109,7 @@ def _parsed(text: str, kind: type) -> Any:
 
 def _check_alone(name: str, value: Any) -> None:
     # Whether a rule and a structure go together is seen once the model's own config is known.
-    partner = {"structure": RULE_STRUCTURES.get(value, STRUCTURES)[0]} if name == "rule" else {}
+    partner = {"structure": RULE_STRUCTURES.get(value, ("full",))[0]} if name == "rule" else {}
     DecorConfig(**{name: value, **partner})
 
 
@@ -162,7 +163,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     _settled.add(optimizer)
     # timm's Lookahead comes by as well; the one that is attached is the one inside.
     inner = (getattr(optimizer, name, None) for name in ("optimizer", "_base_optimizer"))
-    if any(each in _attached_optimizers for each in (optimizer, *inner)):
+    if any(each in attached_optimizers for each in (optimizer, *inner)):
         return
     if why := _why_plain(optimizer):
         _say(logging.WARNING, why)
@@ -207,7 +208,7 @@ def _why_plain(optimizer: Optimizer) -> str:
                 f"steps of this {kind} are plain: it got {name}'s weights after it was made; "
                 f"call timm_decor.attach(model, optimizer)"
             )
-    if _told_plain or len(_attached_optimizers):
+    if _told_plain or len(attached_optimizers):
         return ""
     _told_plain.append(kind)
     return (
@@ -219,7 +220,7 @@ def _why_plain(optimizer: Optimizer) -> str:
 def _attach_instead(model: nn.Module, optimizer: Optimizer, config: DecorConfig | None = None) -> DecorHandle:
     # The script's own attach wins: it may have chosen a config, and it wants the handle.
     layers = {layer for _, layer in decor_layers(model)}
-    inner = _innermost(optimizer)
+    inner = innermost(optimizer)
     for binding in _bindings:
         theirs = binding.model()
         shares = theirs is not None and any(layer in layers for _, layer in decor_layers(theirs))
@@ -289,7 +290,7 @@ def _install() -> None:
     register_optimizer_step_pre_hook(_before_step)
     # By its name, because the package's attribute of that name is the function.
     instead = functools.wraps(_attach)(_attach_instead)
-    importlib.import_module("timm_decor.attach").attach = timm_decor.attach = instead  # type: ignore[attr-defined]
+    importlib.import_module("timm_decor.engine.attach").attach = timm_decor.attach = instead  # type: ignore[attr-defined]
     _logger.addHandler(_LastResort())
     if _logger.level == logging.NOTSET:
         _logger.setLevel(logging.INFO)

@@ -17,9 +17,9 @@ from timm.layers.conv2d_same import conv2d_same
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from timm_decor import statistics
-from timm_decor.shape import MEAN, LayerShape
-from timm_decor.statistics import ConvShape
+from timm_decor import moments
+from timm_decor.moments import MEAN, ConvShape
+from timm_decor.shape import LayerShape
 
 RECORDER_STATE = ("recording", "sample", "max_rows", "wanted", "moments", "rows")  # attributes of a layer that records
 
@@ -33,6 +33,9 @@ class DecorMixin:
     wanted: tuple[str, ...] = ()  # names of the moments to record
     moments: dict[str, Tensor]  # sums over rows
     rows: Tensor  # how many, one number; a tensor, because torch.compile would specialise on an int
+
+    unrecorded: int = 0  # training forward passes whose input could not be recorded
+    without_grad: bool = False  # record while gradients are off, too
 
     unbatched_dim: int  # dimensions of an input without a batch axis
 
@@ -51,6 +54,10 @@ class DecorMixin:
     def grouped(self, tensor: Tensor) -> Tensor:
         """A view of a tensor shaped like the weight as (g, O, C, S)."""
         raise NotImplementedError
+
+    def ungrouped(self, rows: Tensor) -> Tensor:
+        """(g, O, C, S) in the weight's shape, a view where that is possible."""
+        return rows.reshape(self.weight.shape)
 
     def start_recording(self, wanted: tuple[str, ...], sample: float, max_rows: int = 2**63 - 1) -> None:
         """Forget earlier statistics and record from the next training forward on."""
@@ -83,9 +90,9 @@ class DecorMixin:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             x = x.detach() if x.dim() > self.unbatched_dim else x.detach()[None]
             most = self.max_rows // self._row_count(self._rows_seen(x[:1]))
-            x = statistics.sample_images(x, self.sample, most)
+            x = moments.sample_images(x, self.sample, most)
             if self.wanted:
-                x = statistics.at_least_float32(x)
+                x = moments.at_least_float32(x)
             x = self._rows_seen(x)
             count, totals = self._row_count(x), {name: self._moment(name, x) for name in self.wanted}
             # A batch that overflowed (the gradient scaler will skip its step) must not spoil the others' sums.
@@ -104,7 +111,7 @@ class DecorMixin:
         raise NotImplementedError
 
     def _moment(self, name: str, x: Tensor) -> Tensor:
-        """Sum over those rows of the moment with that name; see `shape.moment_shape`."""
+        """Sum over those rows of the moment with that name; see `moments.moment_shape`."""
         raise NotImplementedError
 
 
@@ -115,7 +122,7 @@ if torch.__version__ < (2, 6):  # type: ignore[operator]
 
 @register_notrace_module  # one node of an fx graph, as the plain layer is
 class DecorConv2d(DecorMixin, nn.Conv2d):
-    """`nn.Conv2d` (any stride, padding, padding mode, dilation and groups) that can report its input statistics."""
+    """`nn.Conv2d` (any stride, padding, padding mode, dilation and groups) that can report its input moments."""
 
     unbatched_dim = 3
 
@@ -139,20 +146,19 @@ class DecorConv2d(DecorMixin, nn.Conv2d):
         return self._padded(x)
 
     def _row_count(self, x: Tensor) -> int:
-        return statistics.conv_rows(x, self._patch_shape())
+        return moments.conv_rows(x, self._patch_shape())
 
     def _moment(self, name: str, x: Tensor) -> Tensor:
         shape = self._patch_shape()
         if name == "channel":
-            return statistics.channel_moment(x, shape)
+            return moments.channel_moment(x, shape)
         if name == "space":
-            return statistics.space_moment(x, shape)
+            return moments.space_moment(x, shape)
         if name == "shared_space":
-            return statistics.space_moment(x, shape).mean(0, keepdim=True)
+            return moments.space_moment(x, shape).mean(0, keepdim=True)
         if name == MEAN:
-            return statistics.patch_sum(x, shape)
-        blocks = int(name.partition("/")[2] or 1)
-        return statistics.patch_moment(x, shape._replace(groups=blocks * self.groups))
+            return moments.patch_sum(x, shape)
+        return moments.patch_moment(x, shape)
 
     def _patch_shape(self) -> ConvShape:
         return ConvShape(self.kernel_size, self.stride, self.dilation, self.groups)  # type: ignore[arg-type]
@@ -164,7 +170,7 @@ class DecorConv2d(DecorMixin, nn.Conv2d):
 
 @register_notrace_module
 class DecorConv2dSame(DecorConv2d, Conv2dSame):
-    """timm's `Conv2dSame` (TensorFlow's padding, which depends on the input's size) that can report its statistics."""
+    """timm's `Conv2dSame` (TensorFlow's padding, which depends on the input's size) that can report its moments."""
 
     # TorchScript reads annotations as they stand here, and knows Optional on every Python and torch.
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:  # noqa: UP007, UP045
@@ -184,7 +190,7 @@ class DecorConv2dSame(DecorConv2d, Conv2dSame):
 
 @register_notrace_module
 class DecorLinear(DecorMixin, nn.Linear):
-    """`nn.Linear` on inputs of any number of dimensions that can report its input statistics."""
+    """`nn.Linear` on inputs of any number of dimensions that can report its input moments."""
 
     unbatched_dim = 1
 
@@ -210,12 +216,12 @@ class DecorLinear(DecorMixin, nn.Linear):
             return x.new_full((1, 1, 1), self._row_count(x))
         if name == MEAN:
             return x.flatten(0, -2).sum(0)[None, None]
-        return statistics.vector_moment(x, int(name.partition("/")[2] or 1))
+        return moments.vector_moment(x)
 
 
 @register_notrace_module
 class DecorTimmLinear(DecorLinear, TimmLinear):
-    """`timm.layers.Linear` that can report its input statistics."""
+    """`timm.layers.Linear` that can report its input moments."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C_in) to (..., C_out), as `timm.layers.Linear`."""

@@ -17,7 +17,7 @@ import timm
 import torch
 from torch import nn
 
-from timm_decor.config import STRUCTURES, DecorConfig
+from timm_decor.config import DecorConfig, structures
 from timm_decor.convert import reconverted
 from timm_decor.models import FAMILIES, PREFIX, Family
 from timm_decor.reporting import ConversionReport
@@ -25,7 +25,7 @@ from timm_decor.table import markdown_table, text_table
 
 # The default first. What "auto" holds is known after the first step alone: it depends on the batch.
 LISTED = sorted(
-    (structure for structure in STRUCTURES if structure != "auto"), key=lambda name: name != DecorConfig().structure
+    structures(), key=lambda name: name != DecorConfig().structure
 )
 HEADER = (
     "params, M",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from timm_decor.config import DecorConfig
+from timm_decor.plan import LayerPlan
 from timm_decor.table import text_table
 
 
@@ -15,20 +16,31 @@ class LayerRow:
     Attributes:
         name: the module's name in the model.
         kind: its class.
-        dim: D, the length of the vector that R decorrelates (one group's patch); 0 where the layer stays plain.
-        bytes: memory of R (and of R^-1 where it is kept) and, with SGD, of L in float32; 0 where the layer stays plain.
-        moment_bytes: memory of the running second moments that they are refreshed from.
+        plan: what is done to it; None where it stays plain. Before `attach` it is what SGD gets.
         weight_bytes: memory of the weight.
         plain_reason: why the layer stays plain, or "" for a decorrelated one.
     """
 
     name: str
     kind: str
-    dim: int
-    bytes: int
-    moment_bytes: int
+    plan: LayerPlan | None
     weight_bytes: int
     plain_reason: str = ""
+
+    @property
+    def dim(self) -> int:
+        """D, the length of the vector that R decorrelates (one group's patch); 0 where the layer stays plain."""
+        return self.plan.shape.dim if self.plan else 0
+
+    @property
+    def bytes(self) -> int:
+        """Memory of R (and of R^-1 where it is kept) and of L; 0 where the layer stays plain."""
+        return self.plan.bytes if self.plan else 0
+
+    @property
+    def moment_bytes(self) -> int:
+        """Memory of the running second moments that they are refreshed from; 0 where the layer stays plain."""
+        return self.plan.moment_bytes if self.plan else 0
 
 
 @dataclass(frozen=True)
@@ -91,6 +103,7 @@ class AttachedRow:
         condition: condition number of R; None where it was not asked for.
         refreshes: refreshes of R so far.
         skips: refreshes that were due but left R alone, because the statistics could not be used.
+        unrecorded: forward passes for the next refresh whose inputs could not be recorded (nested tensors, vmap).
     """
 
     name: str
@@ -101,6 +114,7 @@ class AttachedRow:
     condition: float | None
     refreshes: int
     skips: int
+    unrecorded: int = 0
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from timm_decor.attach import DecorHandle
+from timm_decor.engine.handle import DecorHandle
 
 PHASES = ("data", "forward", "backward", "optimizer")  # of an update, in order; forward includes the loss
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from timm_decor.attach import DecorHandle
+from timm_decor.engine.handle import DecorHandle
 from timm_decor.reporting import AttachReport
 from timm_decor.training.clock import PHASES, synchronize
 

@@ -1,7 +1,8 @@
-"""Second moments of a layer's inputs: pure functions from activations to sums over rows.
+"""Second moments of a layer's inputs and of its output errors: their names, their shapes, how they are taken. Pure.
 
 A row is one patch of a convolution (C channels a group times S = kh * kw positions) or one vector of a linear layer
-(S = 1). Sums, not averages: they add up over micro-batches and processes, and are divided by the row count once.
+(S = 1). Of the inputs these are sums, not averages: they add up over micro-batches and processes, and are divided by
+the row count once.
 """
 
 from __future__ import annotations
@@ -15,8 +16,73 @@ from torch import Tensor
 
 from timm_decor.shape import LayerShape
 
+OUTPUT_MOMENT = "output"  # taken from gradients; all others are of a layer's inputs
+MEAN = "patch_mean"  # not a moment, but recorded like one
+REPORTED_ENTRIES = 1024
+_NAN = float("nan")
+_MOST_COLUMNS = 1024  # of a gradient in one look, about: more cost more than they tell
+
 # Elements of one unfolded chunk: 256 MiB in float32. Unfolding is S times the input; nothing else here is larger.
 _CHUNK_ELEMENTS = 64 * 2**20
+
+
+def moment_shape(name: str, shape: LayerShape) -> tuple[int, int, int]:
+    """Shape of a layer's moment: "patch", "patch_mean", "channel", "space", "output" (one a group), or "shared_space"
+    (one a layer).
+    """
+    if name == MEAN:
+        return shape.groups, 1, shape.dim
+    if name == "shared_space":
+        return 1, shape.positions, shape.positions
+    side = {
+        "patch": shape.dim,
+        "channel": shape.channels,
+        "space": shape.positions,
+        OUTPUT_MOMENT: shape.outputs,
+    }[name]
+    return shape.groups, side, side
+
+
+def normalized(sigma: Tensor) -> Tensor:
+    """Sigma in units of its mean eigenvalue: trace / D = 1, (g, D, D); NaN for a group without a positive trace."""
+    mean = sigma.diagonal(dim1=-2, dim2=-1).mean(-1)
+    return sigma / torch.where(mean > 0, mean, _NAN)[..., None, None]
+
+
+def reported_entries(size: int, device: torch.device) -> Tensor:
+    """Which entries of x and z a report looks at: all, or the same ones each time (D = 25 088 in VGG's first head).
+
+    Drawn rather than evenly spaced: a spacing of S would only ever compare one kernel position.
+    """
+    if size <= REPORTED_ENTRIES:
+        return torch.arange(size, device=device)
+    drawn = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:REPORTED_ENTRIES]
+    return drawn.sort().values.to(device)
+
+
+def looked_at(shape: LayerShape) -> slice:
+    """Which input channels of a wide gradient `gradient_moment` needs: evenly spaced, at every kernel position."""
+    return slice(None, None, max(1, min(shape.channels, shape.dim // _MOST_COLUMNS)))
+
+
+def gradient_moment(rows: Tensor) -> Tensor:
+    """Second moment of the output errors as a gradient shows it, in units of its mean eigenvalue: (n g, O, O).
+
+    G R^T is the sum of d z^T over a batch's rows, d the errors at the outputs and z the decorrelated inputs. Where
+    errors and inputs are independent of each other, as K-FAC assumes, its product with its own transpose is <d d^T> up
+    to a factor in expectation. It is there in every step, the same on every process, and costs no look at the backward
+    pass.
+
+    Args:
+        rows: G R^T, (n g, O, C, S); of wide gradients only the channels that `looked_at` names.
+
+    Returns:
+        NaN for a gradient that is zero or not finite.
+    """
+    rows = rows.transpose(2, 3).flatten(2)  # products with R leave the channels last in memory
+    scale = torch.linalg.matrix_norm(rows)[..., None, None]
+    rows = rows / torch.where(scale > 0, scale, _NAN)
+    return rows.shape[1] * (rows @ rows.mT)
 
 
 class ConvShape(NamedTuple):
@@ -117,27 +183,25 @@ def mean_moment(name: str, mean: Tensor, shape: LayerShape) -> Tensor:
     """What a moment would be if every row were the mean row: the part that centring takes out of it.
 
     Args:
-        name: of the moment; see `shape.moment_shape`.
+        name: of the moment; see `moment_shape`.
         mean: the mean row, (n g, 1, C * S).
         shape: of the layer.
     """
     rows = mean.unflatten(2, (shape.channels, shape.positions)).squeeze(1)  # (n g, C, S)
     if name == "channel":
         return rows @ rows.mT / shape.positions
-    if name == "patch" or name.startswith("patch/"):
-        blocks = int(name.partition("/")[2] or 1)
-        each = mean.unflatten(2, (blocks, -1)).movedim(2, 1).flatten(0, 1)
-        return each.mT @ each
+    if name == "patch":
+        return mean.mT @ mean
     space = rows.mT @ rows / shape.channels
     if shape.positions == 1:  # one position: the factor is a number, whose size is that of the channels' factor
         space = torch.zeros_like(space)
     return space.unflatten(0, (-1, shape.groups)).mean(1) if name == "shared_space" else space
 
 
-def vector_moment(x: Tensor, blocks: int = 1) -> Tensor:
-    """Sum over rows of x x^T for a linear layer's input (..., C), within blocks of channels: (blocks, C / b, C / b)."""
-    rows = x.flatten(0, -2).unflatten(1, (blocks, -1)).transpose(0, 1)
-    return rows.mT @ rows
+def vector_moment(x: Tensor) -> Tensor:
+    """Sum over rows of x x^T for a linear layer's input (..., C): (1, C, C)."""
+    rows = x.flatten(0, -2)
+    return (rows.mT @ rows)[None]
 
 
 def mean_correlation(sigma: Tensor) -> float:

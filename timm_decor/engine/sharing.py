@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from timm_decor.group import LayerGroup
-from timm_decor.shape import Pace, parts
-from timm_decor.structure import Structure, largest_factor
+from timm_decor.engine.group import LayerGroup
+from timm_decor.shape import parts
 
 
 def averaged_moments(groups: Sequence[LayerGroup]) -> list[dict[str, Tensor]]:
@@ -28,28 +27,20 @@ def averaged_moments(groups: Sequence[LayerGroup]) -> list[dict[str, Tensor]]:
     return [group.averaged(total) for group, total in zip(groups, totals, strict=True)]
 
 
-def rows_a_process(groups: Sequence[LayerGroup]) -> list[float]:
-    """The rows that a layer of each group recorded, averaged over its layers and over processes."""
-    totals = [group.recorded()["rows"] for group in groups]
-    if processes() > 1:
-        _sum_over_processes(totals)
-    return [float(total.mean()) / processes() for total in totals]
-
-
-def refreshed(groups: Sequence[LayerGroup], moments: Sequence[dict[str, Tensor]], pace: Pace) -> list[Structure]:
-    """R of every group after a refresh from `moments`; of several processes each makes that of some layers."""
+def refreshed(groups: Sequence[LayerGroup], moments: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """L and R of every group after a refresh from `moments`; of several processes each makes those of some layers."""
     if processes() == 1:
-        return [group.refreshed(each, pace) for group, each in zip(groups, moments, strict=True)]
+        return [group.refreshed(each) for group, each in zip(groups, moments, strict=True)]
     share = _shares(groups, processes())[dist.get_rank()]
     results = []
     for group, each, index in zip(groups, moments, share, strict=True):
-        tensors = {name: torch.zeros_like(value) for name, value in group.r.tensors().items()}
+        tensors = {name: torch.zeros_like(value) for name, value in group.sides.tensors().items()}
         if index:
-            for name, value in group.refreshed(each, pace, index).tensors().items():
+            for name, value in group.refreshed(each, index).items():
                 parts(tensors[name], len(group.layers))[index] = parts(value, len(index))
         results.append(tensors)
     _sum_over_processes([tensor for tensors in results for tensor in tensors.values()])  # all but one of them are zeros
-    return [group.r.from_tensors(tensors) for group, tensors in zip(groups, results, strict=True)]
+    return results
 
 
 def processes() -> int:
@@ -61,7 +52,7 @@ def _shares(groups: Sequence[LayerGroup], count: int) -> list[list[list[int]]]:
     """For each process and group the layers that it refreshes: the costliest first, to whoever has least to do."""
     tasks = []
     for number, group in enumerate(groups):
-        cost = group.shape.groups * largest_factor(group.config, group.shape) ** 3
+        cost = group.plan.shape.groups * group.plan.largest_factor**3
         tasks += [(cost, number, layer) for layer in range(len(group.layers))]
     load = [0] * count
     shares: list[list[list[int]]] = [[[] for _ in groups] for _ in range(count)]

@@ -1,0 +1,214 @@
+"""How a step on W = L^-1 A R^-1 is made while the model's weight is A, and nothing keeps W between steps.
+
+`General` asks nothing of the update rule: during the step the weight is W, and afterwards A moves by
+L (W_after - W_before) R. `Decaying` is for optimizers that do nothing with a weight but decay it (AdamW, Muon): they
+step from zero, and A is decayed directly; no W is formed. `Linear` is for optimizers whose update is linear in gradient,
+weight and momentum (SGD): the step on W is then, in A's own terms, the step with gradient L L^T G R^T R. All are the
+explicit step exactly; tests/test_equivalence.py holds them against it.
+
+Each works on a batch of layers of equal shape, whose R are one batch as well: one product for all of them. An object
+here is one batch's part of one step: made before it, and landed or aborted after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from timm_decor.engine.optimizers import DECAYING, LINEAR
+from timm_decor.layers import DecorLayer
+from timm_decor.moments import at_least_float32
+from timm_decor.structures import Sides
+
+Product = Callable[[Tensor], Tensor]
+Move = tuple[list[Tensor], Tensor]  # tensors shaped like the weights, and what they become: (n g, O, C, S)
+
+
+def transformed(layers: Sequence[DecorLayer], product: Product, sources: Sequence[Tensor]) -> Tensor:
+    """product of tensors that are shaped like the layers' weights, as one batch: (n g, O, C, S).
+
+    It runs in R's precision, float32 or better, whatever the weights'.
+    """
+    with torch.autocast(sources[0].device.type, enabled=False):  # products with R lose too much in half precision
+        rows = [layer.grouped(source) for layer, source in zip(layers, sources, strict=True)]
+        return product(at_least_float32(rows[0] if len(rows) == 1 else torch.cat(rows)))
+
+
+def unbatched(layers: Sequence[DecorLayer], values: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """A batch, (n g, O, C, S), as tensors in shape, precision and memory format of others.
+
+    Without a copy where the product has that format already: that of channels_last weights is the one it works in.
+    """
+    out = []
+    for layer, target, value in zip(layers, like, values.chunk(len(layers)), strict=True):
+        value = layer.ungrouped(value)
+        if value.dtype != target.dtype or value.stride() != target.stride():
+            value = torch.empty_like(target).copy_(value)
+        out.append(value)
+    return out
+
+
+def write(layers: Sequence[DecorLayer], values: Tensor, out: Sequence[Tensor]) -> None:
+    """Put a batch, (n g, O, C, S), into tensors that are shaped like the layers' weights."""
+    for layer, target, value in zip(layers, out, values.chunk(len(layers)), strict=True):
+        target.copy_(layer.ungrouped(value))
+
+
+class StepOnW:
+    """What all have: during the step each weight holds another gradient, and afterwards its own again.
+
+    Args:
+        layers: those of a batch that have a gradient.
+        sides: their L and R.
+        optimizer: that steps.
+    """
+
+    def __init__(self, layers: Sequence[DecorLayer], sides: Sides, optimizer: Optimizer) -> None:
+        self.layers, self.sides, self._optimizer = layers, sides, optimizer
+        self.kernels = [layer.weight.data for layer in layers]  # A
+        self.gradients: list[Tensor] = [layer.weight.grad for layer in layers]  # type: ignore[misc]
+
+    def enter(self) -> None:
+        """Before the optimizer's step."""
+        raise NotImplementedError
+
+    def leave(self) -> None:
+        """After it: the weights are A again, as they were before; what is to become of them is known."""
+        raise NotImplementedError
+
+    def land(self, skipped: Tensor | None) -> None:
+        """A moves.
+
+        Args:
+            skipped: one bool on the device, true where the optimizer found that it must not step; None for no.
+        """
+
+    def result(self) -> list[Tensor]:
+        """What A will be, between `leave` and `land`."""
+        return self.kernels
+
+    def abort(self) -> None:
+        """Weights and gradients as they were before `enter`."""
+        raise NotImplementedError
+
+    def _swap_gradients(self, product: Product) -> None:
+        new = unbatched(self.layers, transformed(self.layers, product, self.gradients), self.gradients)
+        for layer, gradient in zip(self.layers, new, strict=True):
+            layer.weight.grad = gradient
+
+    def _restore(self) -> None:
+        for layer, kernel, gradient in zip(self.layers, self.kernels, self.gradients, strict=True):
+            layer.weight.data, layer.weight.grad = kernel, gradient
+
+
+class General(StepOnW):
+    """The weight is W while the optimizer steps."""
+
+    def enter(self) -> None:
+        self._swap_gradients(self.sides.apply_transposed)
+        self._start = self._starts()
+        for layer, start in zip(self.layers, self._start, strict=True):
+            layer.weight.data = start.clone()
+
+    def _starts(self) -> list[Tensor]:
+        values = transformed(self.layers, self.sides.apply_inverse, self.kernels)
+        return unbatched(self.layers, values, self.kernels)
+
+    def leave(self) -> None:
+        ends = [layer.weight.data for layer in self.layers]
+        self._restore()
+        moved = [torch.sub(end, start, out=start) for end, start in zip(ends, self._start, strict=True)]
+        self._increments = unbatched(self.layers, transformed(self.layers, self.sides.apply, moved), self.kernels)
+
+    def land(self, skipped: Tensor | None) -> None:
+        for kernel, increment in zip(self.kernels, self._increments, strict=True):
+            kernel.add_(increment)
+
+    def result(self) -> list[Tensor]:
+        return [kernel + increment for kernel, increment in zip(self.kernels, self._increments, strict=True)]
+
+    def abort(self) -> None:
+        self._restore()
+
+
+class Decaying(StepOnW):
+    """The optimizer steps from zero, and A is decayed directly."""
+
+    def enter(self) -> None:
+        self._swap_gradients(self.sides.apply_transposed)
+        for layer in self.layers:
+            layer.weight.data = torch.zeros_like(layer.weight.data)
+
+    def leave(self) -> None:
+        moved = [layer.weight.data for layer in self.layers]
+        self._restore()
+        self._increments = unbatched(self.layers, transformed(self.layers, self.sides.apply, moved), self.kernels)
+        decay = DECAYING[type(self._optimizer)]
+        groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
+        weights = [layer.weight for layer in self.layers]
+        self._decays = [decay(groups[id(weight)], self._optimizer.state.get(weight, {})) for weight in weights]
+
+    def land(self, skipped: Tensor | None) -> None:
+        for kernel, increment, decay in zip(self.kernels, self._increments, self._decays, strict=True):
+            if skipped is not None:
+                decay = torch.where(skipped, 1.0, decay)
+            kernel.mul_(decay).add_(increment)
+
+    def result(self) -> list[Tensor]:
+        triples = zip(self.kernels, self._increments, self._decays, strict=True)
+        return [kernel * decay + increment for kernel, increment, decay in triples]
+
+    def abort(self) -> None:
+        self._restore()
+
+
+class Linear(StepOnW):
+    """The same step on A itself: gradient <- L L^T G R^T R."""
+
+    def enter(self) -> None:
+        self._before = [kernel.clone() for kernel in self.kernels]
+        self._swap_gradients(self.sides.apply_gram)
+
+    def leave(self) -> None:
+        for layer, gradient in zip(self.layers, self.gradients, strict=True):
+            layer.weight.grad = gradient
+
+    def abort(self) -> None:
+        self._restore()
+        for kernel, before in zip(self.kernels, self._before, strict=True):
+            kernel.copy_(before)
+
+
+def step_type(optimizer: Optimizer) -> type[StepOnW]:
+    """The cheapest way that is exact with this optimizer."""
+    if type(optimizer) in LINEAR:
+        return Linear
+    return Decaying if type(optimizer) in DECAYING else General
+
+
+def moves(
+    step: StepOnW, new: Sides, optimizer: Optimizer, preserve_function: bool
+) -> list[Move]:
+    """What else must change when L and R do, for the layers of a step that has not landed.
+
+    A stays, unless the function is not to be preserved. State that is kept in A's coordinates (SGD's momentum) stays
+    what it is in W's: m <- L' L^-1 m R^-1 R'.
+    """
+    old, layers = step.sides, step.layers
+
+    def turned(rows: Tensor) -> Tensor:
+        return new.apply(old.apply_inverse(rows))
+
+    states: list[dict[str, Any]] = [optimizer.state.get(layer.weight, {}) for layer in layers]
+    pairs = []
+    for name in LINEAR.get(type(optimizer), ()):
+        kept = [state.get(name) for state in states]
+        if any(value is not None for value in kept):  # one that has none yet, because it was frozen, moves a zero
+            kept = [torch.zeros_like(a) if m is None else m for m, a in zip(kept, step.kernels, strict=True)]
+            pairs.append((kept, kept))
+    pairs += [] if preserve_function else [(step.kernels, step.result())]
+    return [(targets, transformed(layers, turned, sources)) for targets, sources in pairs]

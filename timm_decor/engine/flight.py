@@ -1,0 +1,91 @@
+"""A step in flight: one object that lands as a whole or is aborted as a whole.
+
+Made when every other pre-hook has run, with everything that a step may change: until it lands, the engine's state is
+that of before the step, and `abort` gives every decorrelated weight and gradient back. The optimizer's own state is left
+as torch leaves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from timm_decor.engine.coordinates import StepOnW, step_type
+from timm_decor.engine.group import LayerGroup, Refreshed
+from timm_decor.engine.sharing import averaged_moments, refreshed
+from timm_decor.moments import OUTPUT_MOMENT
+
+
+class StepInFlight:
+    """One step of the optimizer, made on W.
+
+    Args:
+        groups: of all attached layers.
+        optimizer: that steps.
+        counts: whether this is a step of the training; at a learning rate of zero it is none, and changes no statistic.
+        look: let this step's gradients into the moments of the output errors.
+    """
+
+    def __init__(self, groups: Sequence[LayerGroup], optimizer: Optimizer, counts: bool, look: bool) -> None:
+        self.groups, self.counts = groups, counts
+        self.active = [group.active() for group in groups]
+        # What a gradient scaler leaves with a fused optimizer, which then finds out on the device whether it steps.
+        found = getattr(optimizer, "found_inf", None)
+        self.skipped: Tensor | None = found != 0 if isinstance(found, Tensor) else None
+        kind = step_type(optimizer)
+        self._steps: dict[int, StepOnW] = {}  # by the group's number
+        self._looked: dict[int, Tensor] = {}
+        try:
+            for number, (group, index) in enumerate(zip(groups, self.active, strict=True)):
+                if not index:
+                    continue
+                if look and OUTPUT_MOMENT in group.moments:
+                    self._looked[number] = group.look_at_outputs(index)
+                step = kind([group.layers[i] for i in index], group.sides_of(index), optimizer)
+                self._steps[number] = step
+                step.enter()
+        except BaseException:
+            self.abort()
+            raise
+
+    def leave(self) -> None:
+        """The optimizer has stepped: the weights are kernels again, as they were before it; `land` must follow."""
+        for step in self._steps.values():
+            step.leave()
+
+    def refresh(self) -> list[Refreshed]:
+        """What a refresh of L and R after this step comes to, for each group; nothing changes yet.
+
+        Of all layers, so that processes whose layers have gradients at different times still reduce the same tensors.
+        """
+        with torch.autocast(self.groups[0].layers[0].weight.device.type, enabled=False):
+            fresh = averaged_moments(self.groups)
+            pairs = zip(self.groups, fresh, strict=True)
+            moments = [group.running(f, self._moments(i)) for i, (group, f) in enumerate(pairs)]
+            sides = refreshed(self.groups, moments)
+            return [
+                group.proposal(f, m, s, self.active[i], self._steps.get(i))
+                for i, (group, f, m, s) in enumerate(zip(self.groups, fresh, moments, sides, strict=True))
+            ]
+
+    def land(self) -> None:
+        """The weights move, and what was seen of the output errors stays."""
+        for step in self._steps.values():
+            step.land(self.skipped)
+        for number, group in enumerate(self.groups):
+            group.moments = self._moments(number)
+        self._steps = {}
+
+    def abort(self) -> None:
+        """Weights and gradients as they were before this step."""
+        for step in self._steps.values():
+            step.abort()
+        self._steps = {}
+
+    def _moments(self, number: int) -> dict[str, Any]:
+        looked = {OUTPUT_MOMENT: self._looked[number]} if number in self._looked else {}
+        return {**self.groups[number].moments, **looked}

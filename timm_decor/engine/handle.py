@@ -1,0 +1,406 @@
+"""DecorHandle: one model bound to one optimizer, from `attach` to `detach`."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import logging
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from timm_decor.config import DecorConfig
+from timm_decor.convert import decor_layers, mark_attached, norms_behind, replan
+from timm_decor.engine import checkpoint
+from timm_decor.engine.coordinates import transformed, unbatched
+from timm_decor.engine.flight import StepInFlight
+from timm_decor.engine.group import LayerGroup, grouped
+from timm_decor.engine.hooks import StepHooks
+from timm_decor.engine.optimizers import is_linear, is_zero, rates
+from timm_decor.engine.watch import Watch
+from timm_decor.layers import DecorLayer
+from timm_decor.plan import plan
+from timm_decor.reporting import AttachReport
+from timm_decor.rules import RULES
+from timm_decor.structures import Sides
+
+_logger = logging.getLogger(__name__)
+
+attached_optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+
+
+class DecorHandle:
+    """What `attach` returns: the binding of one model to one optimizer.
+
+    Attributes:
+        config: with the sides that "auto" came to.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, layers: Sequence[tuple[str, DecorLayer]], config: DecorConfig
+    ) -> None:
+        linear = is_linear(optimizer)
+        plans = {name: plan(config, layer.decor_shape, layer.weight.dtype, linear) for name, layer in layers}
+        if config.sides == "auto":
+            config = dataclasses.replace(config, sides=_sides(config, linear))
+        self.config = config
+        self._model, self._optimizer = model, optimizer
+        self._layers = list(layers)
+        self._norms = norms_behind(model)
+        self._groups: list[LayerGroup] = grouped(self._layers, optimizer, config, plans, self._norms)
+        self._flight: StepInFlight | None = None
+        self._counted = 0  # steps, of which the device may know that some were none
+        self._not_made: Tensor | None = None
+        self._watch = Watch(model, optimizer, self._layers)
+        replan(model, plans)
+        self._step_hooks = StepHooks(optimizer, self._before_step, self._after_step, self._abort)
+        self._hooks = [
+            optimizer.register_state_dict_post_hook(self._save),
+            optimizer.register_load_state_dict_pre_hook(self._load),
+        ]
+        # Looked up on the instance by copy and pickle, which keep neither hooks nor what hangs on them.
+        vars(optimizer).update(zip(_ON_INSTANCE, (self._copy_optimizer, self._pickled_optimizer), strict=True))
+        attached_optimizers.add(optimizer)
+        for _, layer in self._layers:
+            mark_attached(layer, self)
+        self._set_recording()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps since attach that were made: at a learning rate above zero, and not skipped."""
+        self._settle()
+        return self._counted
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the attached layers in the model."""
+        return [name for name, _ in self._layers]
+
+    @property
+    def refresh_due(self) -> bool:
+        """Whether the next optimizer step ends with a refresh of R."""
+        return self._counted % self.config.every == 0
+
+    def report(self, condition: bool = True) -> AttachReport:
+        """Correlation before and after R, its condition number, refreshes and skips of each layer.
+
+        Args:
+            condition: whether to compute the condition numbers, which costs D^3 for a dense R.
+        """
+        self._recover()
+        rows = {name: group.report(i, condition) for group in self._groups for i, name in enumerate(group.names)}
+        return AttachReport(self.step, tuple(rows[name] for name in self.names))
+
+    def detach(self) -> None:
+        """Make the optimizer's steps plain again; the model keeps its function. A second call does nothing.
+
+        Optimizer state stays what it is: SGD's momentum is that of the plain weights, other optimizers' is W's.
+        """
+        if not self._hooks:
+            return
+        self._recover()
+        self._step_hooks.remove()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for name in _ON_INSTANCE:
+            vars(self._optimizer).pop(name, None)
+        for _, layer in self._layers:
+            layer.stop_recording()
+            mark_attached(layer, None)
+        attached_optimizers.discard(self._optimizer)
+
+    def save_r(self, path: str | Path) -> None:
+        """Write R and the second moments behind it to a safetensors file; see `load_r`."""
+        self._recover()
+        checkpoint.write_r(self.state(), path)
+
+    def load_r(self, path: str | Path) -> None:
+        """Begin with the R of another run of these layers, instead of the identity.
+
+        Args:
+            path: a file that `save_r` wrote, or the decor.safetensors of a published model.
+
+        Raises:
+            ValueError: steps were made already, the file cannot be read, or it is of another rule, structure or model.
+        """
+        if self.step:
+            raise ValueError(f"R can be loaded before the first step only, not after {self.step}")
+        saved = checkpoint.read_r(path)
+        checkpoint.check_fits(saved, self._layers, self.config)
+        self._continue(saved["layers"], 0)
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record inputs while gradients are off, too: for training whose gradients come from elsewhere.
+
+            with handle.recording(), torch.no_grad():
+                loss = criterion(model(x), y)
+            for parameter, gradient in zip(model.parameters(), estimates): parameter.grad = gradient
+            optimizer.step()
+        """
+        for _, layer in self._layers:
+            layer.without_grad = True
+        try:
+            yield
+        finally:
+            for _, layer in self._layers:
+                layer.without_grad = False
+
+    def kernel_direction(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A direction in W's coordinates as one for the kernels: L V R.
+
+        A perturbation that is drawn white for W is decorrelated for A (arXiv 2407.10780).
+
+        Args:
+            values: V by the parameter's name, shaped like the parameter; those of other parameters stay as they are.
+        """
+        return self._in_kernels(values, Sides.apply)
+
+    def kernel_gradient(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A gradient for W as one for the kernels: L^-T V R^-T, which a step turns into V again.
+
+        Args:
+            values: V by the parameter's name, shaped like the parameter; those of other parameters stay as they are.
+        """
+        return self._in_kernels(values, Sides.apply_inverse_transposed)
+
+    @torch.no_grad()
+    def _in_kernels(self, values: Mapping[str, Tensor], product: Any) -> dict[str, Tensor]:
+        out = dict(values)
+        for group in self._groups:
+            for i, (name, layer) in enumerate(zip(group.names, group.layers, strict=True)):
+                if (key := f"{name}.weight") in out:
+                    sides, value = group.sides_of([i]), out[key]
+                    new = transformed([layer], lambda rows, sides=sides: product(sides, rows), [value])
+                    (out[key],) = unbatched([layer], new, [value])
+        return out
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint of the optimizer holds of decorrelation, by layer."""
+        states = {n: checkpoint.layer_state(group, i) for group in self._groups for i, n in enumerate(group.names)}
+        return {
+            "format": checkpoint.STATE_FORMAT,
+            "config": self.config.to_json(),
+            "kind": self._kind,
+            "step": self.step,
+            "layers": {name: states[name] for name in self.names},
+        }
+
+    @property
+    def _kind(self) -> str:
+        """Whose state this is: SGD's momentum is in A's coordinates, all others' in W's."""
+        return "SGD" if is_linear(self._optimizer) else type(self._optimizer).__name__
+
+    @torch.no_grad()
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._recover()
+        changed = _evaluated(args, kwargs)  # the closure's gradients are those of kernels
+        self._follow()
+        counts = not all(map(is_zero, rates(optimizer, (layer.weight for _, layer in self._layers))))
+        look = counts and self._counted % self.config.output_every == 0
+        self._flight = StepInFlight(self._groups, optimizer, counts, look)
+        return changed
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        flight = self._flight
+        if flight is None:
+            return
+        try:
+            flight.leave()
+            proposed = flight.refresh() if flight.counts and self.refresh_due else None
+            # The only look at what is on the device, once for all layers.
+            looked = torch.cat([each.flags.cpu() for each in proposed], 1) if proposed else None
+        except BaseException:
+            self._abort()
+            raise
+        flight.land()
+        self._flight = None
+        if not flight.counts:
+            return
+        self._counted += 1
+        if flight.skipped is not None:
+            none = flight.skipped.to(torch.int64)
+            self._not_made = none if self._not_made is None else self._not_made + none
+        if proposed is None or looked is None:
+            self._set_recording()
+        else:
+            self._finish_refresh(flight, proposed, looked)
+
+    def _finish_refresh(self, flight: StepInFlight, proposed: Sequence[Any], looked: Tensor) -> None:
+        """Take a refresh over, unless the step was none, or came early because an earlier one was none."""
+        counted = self._counted
+        self._settle()
+        if self._counted == counted:
+            flags = looked.split([len(group.layers) for group in self._groups], 1)
+            for group, each, part, index in zip(self._groups, proposed, flags, flight.active, strict=True):
+                group.accept(each, index)
+                self._tell_skips(group, part.tolist(), index)
+            self._watch.look()
+            self._set_recording()
+        elif not self.refresh_due:
+            self._set_recording()  # else it goes on: the next step's inputs are added
+
+    def _tell_skips(self, group: LayerGroup, flags: list[list[bool]], index: Sequence[int]) -> None:
+        moved, seen, alive = flags
+        for i in group.count(moved, index):
+            if not seen[i]:
+                reason = "it saw no input in training mode, or none that is finite"
+            elif not alive[i]:
+                reason = "the layer's inputs are all zero, or all the same"
+            else:
+                reason = "R is too close to singular"
+            log = _logger.warning if group.skips[i] == 1 else _logger.debug
+            log("step %d, layer %s: refresh of R skipped: %s", self._counted - 1, group.names[i], reason)
+
+    def _settle(self) -> None:
+        """Ask the device which steps were none, where a gradient scaler left that to a fused optimizer."""
+        if self._not_made is not None:
+            none, self._not_made = int(self._not_made), None
+            if none:
+                self._counted -= none
+
+    def _abort(self) -> None:
+        """Undo a step that did not end: the optimizer raised, or was interrupted."""
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            with torch.no_grad():
+                flight.abort()
+            _logger.warning("step %d did not end: the weights are put back to what they were before it", self._counted)
+
+    def _recover(self) -> None:
+        """The same for a step that was not called through `optimizer.step`, so that its exception was not seen."""
+        self._abort()
+
+    def _set_recording(self) -> None:
+        for group in self._groups:
+            if self.refresh_due:
+                group.start_recording()
+            else:
+                group.stop_recording()
+
+    def _follow(self) -> None:
+        """Follow what happened to the model since the last step: layers that train now, weights that were moved."""
+        new = self._watch.unfrozen()
+        if new or any(group.is_misplaced for group in self._groups):
+            saved = self.state()["layers"]
+            self._layers += new
+            for _, layer in new:
+                mark_attached(layer, self)
+            self._regroup(saved)
+            if new and self.refresh_due:  # what they saw for this step was not recorded; the next refresh is theirs
+                _logger.info("taken in at step %d: %s", self._counted, ", ".join(name for name, _ in new))
+            replan(self._model, {name: group.plan for group in self._groups for name in group.names})
+
+    def _regroup(self, saved: Mapping[str, Mapping[str, Any]]) -> None:
+        """Groups of the layers as they are now, which go on from a saved state; layers that it lacks start."""
+        plans = {}
+        for name, layer in self._layers:
+            now = plan(self.config, layer.decor_shape, layer.weight.dtype, is_linear(self._optimizer))
+            plans[name] = checkpoint.planned(now, saved[name]) if name in saved else now
+        groups = grouped(self._layers, self._optimizer, self.config, plans, self._norms)
+        for group in groups:
+            checkpoint.take_over(group, saved)
+        self._groups = groups
+
+    def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        self._recover()
+        state_dict[checkpoint.STATE_KEY] = self.state()
+        return checkpoint.with_entries(optimizer, state_dict, {name: layer.weight for name, layer in self._layers})
+
+    def _load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        rest, saved = checkpoint.without_entries(state_dict)
+        if saved is None:
+            _logger.warning("the optimizer state has no decorrelation state: R starts from the identity")
+            self._continue({}, 0)
+        else:
+            checkpoint.check_loadable(saved, self._kind, self._layers, self.config)
+            self._continue(saved["layers"], saved["step"])
+        return rest
+
+    def _continue(self, saved: Mapping[str, Mapping[str, Any]], step: int) -> None:
+        """Go on from the state of every layer (or, where it is empty, from the identity)."""
+        self._regroup(saved)
+        self._counted, self._not_made = step, None
+        self._set_recording()
+        for group in self._groups:
+            checkpoint.restore_recorded(group, saved)
+
+    def _copy_optimizer(self, memo: dict[int, Any]) -> Optimizer:
+        """`copy.deepcopy` of the optimizer: attached to the copy of the model, if that was copied with it."""
+        optimizer = self._optimizer
+        own = {name: vars(optimizer).pop(name) for name in _ON_INSTANCE}
+        try:
+            twin = copy.deepcopy(optimizer, memo)
+        finally:
+            vars(optimizer).update(own)
+        model = memo.get(id(self._model))
+        if model is None:
+            twin.register_step_pre_hook(_TellOnce("a copy of an attached optimizer steps plainly: attach it again"))
+            return twin
+        layers = dict(decor_layers(model))
+        handle = DecorHandle(model, twin, [(name, layers[name]) for name in self.names], self.config)
+        state = copy.deepcopy(self.state())
+        handle._continue(state["layers"], state["step"])
+        return twin
+
+    def _pickled_optimizer(self) -> dict[str, Any]:
+        """What pickle asks an optimizer for."""
+        _logger.warning("a pickled optimizer is a plain one, without R: save optimizer.state_dict() instead")
+        return type(self._optimizer).__getstate__(self._optimizer)
+
+
+_ON_INSTANCE = ("__deepcopy__", "__getstate__")
+
+
+class _TellOnce:
+    """A step hook that warns at the first step."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __call__(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.text:
+            _logger.warning(self.text)
+        self.text = ""
+
+
+def _evaluated(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The arguments of `step` with the value of its closure in the closure's place, if there is one.
+
+    The closure runs here, on kernels; torch runs it in the step, where the weights are W. Lightning gives one to every
+    step, with forward and backward in it.
+    """
+    place = next((i for i, value in enumerate(args[1:], 1) if callable(value)), None)
+    name = next((key for key, value in kwargs.items() if callable(value)), None)
+    if place is None and name is None:
+        return None
+    closure = args[place] if place is not None else kwargs[name]  # type: ignore[index]
+    with torch.enable_grad():
+        loss = closure()
+    calls = []
+
+    def evaluated() -> Any:
+        calls.append(loss)
+        if len(calls) > 1:
+            raise RuntimeError("a decorrelated step evaluates its closure once: between evaluations the weights are W")
+        return loss
+
+    if place is not None:
+        return (*args[:place], evaluated, *args[place + 1 :]), kwargs
+    return args, {**kwargs, name: evaluated}  # type: ignore[dict-item]
+
+
+def _sides(config: DecorConfig, linear: bool) -> str:
+    return "both" if RULES[config.rule].both_sides and linear else "input"

@@ -1,0 +1,62 @@
+"""What people do to a model after `attach`: layers that are unfrozen, frozen, added. Followed, or said once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from torch import nn
+from torch.optim import Optimizer
+
+from timm_decor.convert import convertible, decor_layers
+from timm_decor.layers import DecorLayer
+
+_logger = logging.getLogger(__name__)
+
+
+class Watch:
+    """The layers of a model that are not attached.
+
+    Args:
+        model: as it was given to `attach`.
+        optimizer: that the model is attached to.
+        attached: (name, layer) of the attached layers; the handle's own list, which grows.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, attached: Sequence[tuple[str, DecorLayer]]) -> None:
+        self._model, self._optimizer, self._attached = model, optimizer, attached
+        self._known = {id(module) for module in model.modules()}
+        self._told: set[str] = set()
+        self._frozen = self._not_attached()
+
+    def unfrozen(self) -> list[tuple[str, DecorLayer]]:
+        """Layers that were frozen and have a gradient now, to be attached. In most trainings there is none to look at."""
+        ready = [(name, layer) for name, layer in self._frozen if layer.weight.grad is not None]
+        if not ready:
+            return []
+        held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        for name, layer in ready:
+            if id(layer.weight) not in held:
+                self._tell(name, "it has a gradient, and the attached optimizer does not hold its weight")
+        ready = [(name, layer) for name, layer in ready if id(layer.weight) in held]
+        taken = {id(layer) for _, layer in ready}
+        self._frozen = [(name, layer) for name, layer in self._frozen if id(layer) not in taken]
+        return ready
+
+    def look(self) -> None:
+        """Say of layers that came or were frozen since, once each; at a refresh, because it walks over the model."""
+        for name, module in self._model.named_modules():
+            if id(module) not in self._known and convertible(module):
+                self._tell(name, "it came after attach; to take it in, call detach() and attach again")
+        for name, layer in self._attached:
+            if not layer.weight.requires_grad:
+                self._tell(name, "it was frozen after attach: it keeps its R")
+
+    def _not_attached(self) -> list[tuple[str, DecorLayer]]:
+        mine = {id(layer) for _, layer in self._attached}
+        return [(name, layer) for name, layer in decor_layers(self._model) if id(layer) not in mine]
+
+    def _tell(self, name: str, why: str) -> None:
+        if name not in self._told:
+            self._told.add(name)
+            _logger.warning("layer %s is plain: %s", name, why)

@@ -1,0 +1,47 @@
+"""`whiten`: damped whitening of a running second moment, the default."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from timm_decor.moments import MEAN, mean_moment, normalized
+from timm_decor.rules.base import Rule, of_layers
+from timm_decor.shape import LayerShape
+from timm_decor.structures import Structure
+
+
+class Whiten(Rule):
+    """R^T R = (Sigma / mean eigenvalue + damping I)^-1. Knobs: `damping`, `stat_decay`, `center`."""
+
+    name = "whiten"
+    gives_inverse = True
+    both_sides = True
+
+    def recorded(self, structure: type[Structure], shape: LayerShape, before_norm: bool) -> tuple[str, ...]:
+        mean = (MEAN,) if self.config.center and before_norm else ()
+        return (*structure.moments(shape), *mean)
+
+    def averaged(self, averages: dict[str, Tensor], blind: Tensor, shape: LayerShape) -> dict[str, Tensor]:
+        """Centred where a BatchNorm takes away what the mean input comes to.
+
+        Errors then add up to zero over a batch, and the gradient is that of centred inputs: their moment is the one to
+        whiten.
+        """
+        mean = averages.pop(MEAN, None)
+        if mean is None:
+            return averages
+        return {
+            name: moment - of_layers(blind, moment) * mean_moment(name, mean, shape)
+            for name, moment in averages.items()
+        }
+
+    def running(self, old: Mapping[str, Tensor], fresh: Mapping[str, Tensor], started: Tensor) -> dict[str, Tensor]:
+        # In units of the mean eigenvalue, so that a batch of large inputs does not outweigh the others.
+        unit = {name: normalized(moment) for name, moment in fresh.items()}
+        weight = 1 - self.config.stat_decay * started.to(next(iter(unit.values())))
+        return {name: old[name].lerp(new, of_layers(weight, new)) for name, new in unit.items()}
+
+    def refreshed(self, r: Structure, moments: Mapping[str, Tensor]) -> Structure:
+        return r.whitened(moments, self.config.damping)

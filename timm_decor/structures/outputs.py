@@ -1,0 +1,150 @@
+"""The output side: L, which does for a layer's error signals what R does for its inputs. Pure.
+
+A layer is then y = L W R x, and the gradient for W is L^T G R^T where G is that for A = L W R. L is damped whitening
+of the output errors, by their second moment as the weight's own gradient shows it (see `moments.gradient_moment`): the
+other factor of the natural gradient, which K-FAC (arXiv 1503.05671) takes from the backward pass and Shampoo (arXiv
+1802.09568) from the gradient as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from timm_decor.moments import OUTPUT_MOMENT, normalized
+from timm_decor.shape import LayerShape
+from timm_decor.structures.base import Structure
+from timm_decor.structures.eigen import leading_eigenpairs
+from timm_decor.structures.kronecker import mean_rest
+
+_PREFIX = "output_"  # of L's tensors beside R's
+_MOST_OUTPUTS = 2  # a D, for an L: a larger one would outweigh the weights, and see too few columns
+
+
+def has_outputs(shape: LayerShape, max_dim: int) -> bool:
+    """Whether an L pays for a layer of that shape."""
+    return 1 < shape.outputs <= min(max_dim, _MOST_OUTPUTS * shape.dim)
+
+
+class NoOutputs:
+    """L = I, and nothing is kept of it."""
+
+    name = ""
+    moments: tuple[str, ...] = ()
+
+    def apply(self, w: Tensor, power: int = 1) -> Tensor:
+        """w itself."""
+        return w
+
+    def whitened(self, moments: Mapping[str, Tensor], damping: float) -> NoOutputs:
+        """Itself: it follows nothing."""
+        return self
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> NoOutputs:
+        """Itself."""
+        return self
+
+
+class OutputL(NoOutputs):
+    """L = U (gain - tail) U^T + tail I: symmetric, with the `rank` leading directions of O kept.
+
+    Args:
+        tensors: basis (U, (n g, O, r), orthonormal columns), gain ((n g, r), the scale along each of them) and tail
+            ((n g, 1), the scale of every other direction).
+    """
+
+    name = " + outputs"
+    moments = (OUTPUT_MOMENT,)
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.basis, self.gain, self.tail = tensors["basis"], tensors["gain"], tensors["tail"]
+        self._powers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @classmethod
+    def identity(cls, shape: LayerShape, rank: int, like: Tensor) -> OutputL:
+        """L = I of one layer, in `like`'s dtype and on its device."""
+        rank = min(rank, shape.outputs)
+        basis = torch.eye(shape.outputs, rank, dtype=like.dtype, device=like.device).repeat(shape.groups, 1, 1)
+        return cls({"basis": basis, "gain": like.new_ones(shape.groups, rank), "tail": like.new_ones(shape.groups, 1)})
+
+    def apply(self, w: Tensor, power: int = 1) -> Tensor:
+        """L^power w, shape of w: (n g, O, C, S)."""
+        if power not in self._powers:
+            tail = self.tail[..., None] ** power  # (n g, 1, 1)
+            self._powers[power] = tail, (self.gain**power)[..., None] - tail  # (n g, r, 1)
+        tail, core = self._powers[power]
+        # R's products leave the channels last in memory: that order of D is then free, and L does not care for it.
+        rows = w.transpose(2, 3).flatten(2)  # (n g, O, S C)
+        thin = core * (self.basis.mT @ rows)
+        out = (rows * tail).baddbmm_(self.basis, thin)
+        return out.unflatten(2, (w.shape[3], w.shape[2])).transpose(2, 3)
+
+    def whitened(self, moments: Mapping[str, Tensor], damping: float) -> OutputL:
+        """L after a refresh from the averaged moment, (n g, O, O); NaN where it cannot be used."""
+        size, rank = self.basis.shape[-2:]
+        values, basis = leading_eigenpairs(normalized(moments[OUTPUT_MOMENT]), rank, self.basis)
+        tail = (mean_rest(values, size)[..., None] + damping).rsqrt()
+        if rank == size:
+            tail = torch.ones_like(tail)
+        return OutputL({"basis": basis.contiguous(), "gain": (values + damping).rsqrt(), "tail": tail})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of L."""
+        return {"basis": self.basis, "gain": self.gain, "tail": self.tail}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> OutputL:
+        """L from what `tensors` gave."""
+        return OutputL(tensors)
+
+
+class Sides:
+    """R of the inputs and L of the outputs, of n layers of equal shape: what acts on a weight is L w R."""
+
+    def __init__(self, inputs: Structure, outputs: NoOutputs) -> None:
+        self.inputs, self.outputs = inputs, outputs
+
+    @property
+    def name(self) -> str:
+        """Of R's structure, and whether there is more."""
+        return self.inputs.name + self.outputs.name
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """Names of the second moments that a refresh needs."""
+        return self.inputs.moments(self.inputs.shape) + self.outputs.moments
+
+    def apply(self, w: Tensor) -> Tensor:
+        """L W R, shape of w: (n g, O, C, S)."""
+        return self.outputs.apply(self.inputs.apply(w))
+
+    def apply_transposed(self, grad: Tensor) -> Tensor:
+        """L^T G R^T: the gradient for W when G is the gradient for A = L W R; L is symmetric."""
+        return self.outputs.apply(self.inputs.apply_transposed(grad))
+
+    def apply_gram(self, grad: Tensor) -> Tensor:
+        """L L^T G R^T R: the gradient for W, as a direction for A."""
+        return self.outputs.apply(self.inputs.apply_gram(grad), 2)
+
+    def apply_inverse(self, a: Tensor) -> Tensor:
+        """L^-1 A R^-1."""
+        return self.outputs.apply(self.inputs.apply_inverse(a), -1)
+
+    def apply_inverse_transposed(self, w: Tensor) -> Tensor:
+        """L^-T V R^-T: the gradient for A when V is one for W."""
+        return self.outputs.apply(self.inputs.apply_inverse_transposed(w), -1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """R's, and L's with a prefix."""
+        return self.inputs.tensors() | {_PREFIX + name: value for name, value in self.outputs.tensors().items()}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Sides:
+        """Both from what `tensors` gave; what is of neither is left."""
+        inputs = {name: tensors[name] for name in tensors if not name.startswith(_PREFIX)}
+        outputs = {name: tensors[_PREFIX + name] for name in self.outputs.tensors()}
+        return Sides(self.inputs.with_tensors(inputs), self.outputs.with_tensors(outputs))
