@@ -55,6 +55,10 @@ class DecorMixin:
         """A view of a tensor shaped like the weight as (g, O, C, S)."""
         raise NotImplementedError
 
+    def is_grouped_view(self, tensor: Tensor) -> bool:
+        """Whether `grouped` of a tensor shares its memory, so that what is written there is written to the tensor."""
+        return self.grouped(tensor).data_ptr() == tensor.data_ptr()
+
     def ungrouped(self, rows: Tensor) -> Tensor:
         """(g, O, C, S) in the weight's shape, a view where that is possible."""
         return rows.reshape(self.weight.shape)

@@ -105,65 +105,74 @@ class StepOnW:
             layer.weight.data, layer.weight.grad = kernel, gradient
 
 
-class General(StepOnW):
-    """The weight is W while the optimizer steps."""
+class _FromStart(StepOnW):
+    """The weight is moved to where the optimizer steps from, and A follows what the step made of it."""
 
     def enter(self) -> None:
         self._swap_gradients(self.sides.apply_transposed)
-        self._start = self._starts()
-        for layer, start in zip(self.layers, self._start, strict=True):
-            layer.weight.data = start.clone()
+        for layer, start in zip(self.layers, self._starts(), strict=True):
+            layer.weight.data = start
+
+    def _starts(self) -> list[Tensor]:
+        raise NotImplementedError
+
+    def _factors(self) -> list[Any]:
+        """What the step made of the part of A that the weight did not hold."""
+        return [1] * len(self.layers)
+
+    def leave(self) -> None:
+        self._moved = self._differences([layer.weight.data for layer in self.layers])
+        self._restore()
+        self._decays = self._factors()
+
+    def _differences(self, ends: list[Tensor]) -> list[Tensor]:
+        return ends
+
+    def land(self, skipped: Tensor | None) -> None:
+        if len(self.layers) == 1 and self.kernels[0].dtype == self._moved[0].dtype and skipped is None:
+            (layer,), (kernel,), (moved,), (decay,) = self.layers, self.kernels, self._moved, self._decays
+            if layer.is_grouped_view(kernel) and at_least_float32(kernel) is kernel:
+                with torch.autocast(kernel.device.type, enabled=False):
+                    self.sides.add_product(layer.grouped(kernel), layer.grouped(moved), decay)
+                return
+        for kernel, increment, decay in zip(self.kernels, self._increments(), self._decays, strict=True):
+            # A fused optimizer leaves a weight alone where it finds that it must not step.
+            kernel.mul_(decay if skipped is None else torch.where(skipped, 1.0, decay)).add_(increment)
+
+    def result(self) -> list[Tensor]:
+        triples = zip(self.kernels, self._increments(), self._decays, strict=True)
+        return [kernel * decay + increment for kernel, increment, decay in triples]
+
+    def _increments(self) -> list[Tensor]:
+        return unbatched(self.layers, transformed(self.layers, self.sides.apply, self._moved), self.kernels)
+
+    def abort(self) -> None:
+        self._restore()
+
+
+class General(_FromStart):
+    """From W itself."""
 
     def _starts(self) -> list[Tensor]:
         values = transformed(self.layers, self.sides.apply_inverse, self.kernels)
-        return unbatched(self.layers, values, self.kernels)
+        self._start = unbatched(self.layers, values, self.kernels)
+        return [start.clone() for start in self._start]
 
-    def leave(self) -> None:
-        ends = [layer.weight.data for layer in self.layers]
-        self._restore()
-        moved = [torch.sub(end, start, out=start) for end, start in zip(ends, self._start, strict=True)]
-        self._increments = unbatched(self.layers, transformed(self.layers, self.sides.apply, moved), self.kernels)
-
-    def land(self, skipped: Tensor | None) -> None:
-        for kernel, increment in zip(self.kernels, self._increments, strict=True):
-            kernel.add_(increment)
-
-    def result(self) -> list[Tensor]:
-        return [kernel + increment for kernel, increment in zip(self.kernels, self._increments, strict=True)]
-
-    def abort(self) -> None:
-        self._restore()
+    def _differences(self, ends: list[Tensor]) -> list[Tensor]:
+        return [torch.sub(end, start, out=start) for end, start in zip(ends, self._start, strict=True)]
 
 
-class Decaying(StepOnW):
-    """The optimizer steps from zero, and A is decayed directly."""
+class Decaying(_FromStart):
+    """From zero, where the optimizer does nothing with a weight but decay it: A is decayed directly."""
 
-    def enter(self) -> None:
-        self._swap_gradients(self.sides.apply_transposed)
-        for layer in self.layers:
-            layer.weight.data = torch.zeros_like(layer.weight.data)
+    def _starts(self) -> list[Tensor]:
+        return [torch.zeros_like(kernel) for kernel in self.kernels]
 
-    def leave(self) -> None:
-        moved = [layer.weight.data for layer in self.layers]
-        self._restore()
-        self._increments = unbatched(self.layers, transformed(self.layers, self.sides.apply, moved), self.kernels)
+    def _factors(self) -> list[Any]:
         decay = DECAYING[type(self._optimizer)]
         groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
         weights = [layer.weight for layer in self.layers]
-        self._decays = [decay(groups[id(weight)], self._optimizer.state.get(weight, {})) for weight in weights]
-
-    def land(self, skipped: Tensor | None) -> None:
-        for kernel, increment, decay in zip(self.kernels, self._increments, self._decays, strict=True):
-            if skipped is not None:
-                decay = torch.where(skipped, 1.0, decay)
-            kernel.mul_(decay).add_(increment)
-
-    def result(self) -> list[Tensor]:
-        triples = zip(self.kernels, self._increments, self._decays, strict=True)
-        return [kernel * decay + increment for kernel, increment, decay in triples]
-
-    def abort(self) -> None:
-        self._restore()
+        return [decay(groups[id(weight)], self._optimizer.state.get(weight, {})) for weight in weights]
 
 
 class Linear(StepOnW):

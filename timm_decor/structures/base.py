@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,17 @@ if TYPE_CHECKING:
 
 # (R, Sigma, <x> or None) to the new R: how a rule that iterates moves a matrix.
 MatrixStep = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+
+
+class LowRank(NamedTuple):
+    """left @ right, (n g, O, r) and (n g, r, C, S): a weight of rank r."""
+
+    left: Tensor
+    right: Tensor
+
+    def product(self) -> Tensor:
+        """(n g, O, C, S)."""
+        return (self.left @ self.right.flatten(2)).unflatten(2, self.right.shape[2:])
 
 
 class Structure(ABC):
@@ -84,9 +95,21 @@ class Structure(ABC):
         """G R^T: the gradient for W when G is the gradient for A = W R. Shape of grad: (n g, O, C, S)."""
         return (grad.flatten(2) @ self.dense().mT).view(grad.shape)
 
-    def apply_gram(self, grad: Tensor) -> Tensor:
-        """G R^T R: the gradient for W, as a direction for A. Shape of grad: (n g, O, C, S)."""
-        return self.apply(self.apply_transposed(grad))
+    def apply_gram(self, grad: Tensor, scale: Tensor | None = None, plus: LowRank | None = None) -> Tensor:
+        """scale G R^T R + (a term of low rank): the gradient for W, as a direction for A. Shape of grad: (n g, O, C, S).
+
+        Args:
+            grad: G.
+            scale: (n g, 1, 1), or None for 1.
+            plus: what the output side adds, or None.
+        """
+        out = self.apply(self.apply_transposed(grad))
+        out = out if scale is None else out * scale[..., None]
+        return out if plus is None else out + plus.product()
+
+    def add_product(self, target: Tensor, w: Tensor, beta: float | Tensor) -> None:
+        """target <- beta target + w R, in place; shape of both: (n g, O, C, S)."""
+        target.mul_(beta).add_(self.apply(w))
 
     def apply_inverse(self, a: Tensor) -> Tensor:
         """A R^-1, shape of a: (n g, O, C, S); NaN where R is singular."""

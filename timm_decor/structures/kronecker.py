@@ -10,7 +10,7 @@ from torch import Tensor
 
 from timm_decor.moments import normalized, reported_entries
 from timm_decor.shape import LayerShape
-from timm_decor.structures.base import Structure
+from timm_decor.structures.base import LowRank, Structure
 from timm_decor.structures.eigen import eigenpairs, leading_eigenpairs
 
 if TYPE_CHECKING:
@@ -64,8 +64,15 @@ class KroneckerR(Structure):
 
     apply_transposed = apply  # R is symmetric
 
-    def apply_gram(self, grad: Tensor) -> Tensor:
-        return self._power(2).multiply(grad)
+    def apply_gram(self, grad: Tensor, scale: Tensor | None = None, plus: LowRank | None = None) -> Tensor:
+        return self._power(2).multiply(grad, scale=scale, plus=plus)
+
+    def add_product(self, target: Tensor, w: Tensor, beta: float | Tensor) -> None:
+        rows = target.transpose(2, 3)
+        if isinstance(beta, Tensor) or not rows.is_contiguous():  # what cannot be done in place on channels_last weights
+            super().add_product(target, w, beta)
+        else:
+            self._power(1).multiply(w, out=rows, beta=beta)
 
     def apply_inverse(self, a: Tensor) -> Tensor:
         return self._power(-1).multiply(a)
@@ -146,22 +153,52 @@ class _Spiked:
             gain = gain - tail[:, None, :]
         self.core = gain.mT[:, None]  # (g, 1, S, r)
 
-    def multiply(self, w: Tensor, channels: slice = slice(None)) -> Tensor:
+    def multiply(
+        self,
+        w: Tensor,
+        channels: slice = slice(None),
+        scale: Tensor | None = None,
+        plus: LowRank | None = None,
+        out: Tensor | None = None,
+        beta: float = 0.0,
+    ) -> Tensor:
         """w times the matrix, or some columns of it: (n g, O, C, S) to (n g, O, those channels, S).
 
         Channels last, the products over C are single large ones; for a channels_last weight that view is free.
+
+        Args:
+            w: of any strides.
+            channels: of the columns.
+            scale: (n g, 1, 1), a factor of the product, or None.
+            plus: added to it, or None.
+            out: (n g, O, S, C), contiguous, which becomes beta out + the product; None for a new tensor.
+            beta: factor of `out`.
         """
         groups, outputs, size, positions = w.shape
         rows = w.transpose(2, 3).reshape(groups, outputs * positions, size)
         thin = (rows @ self.channel_basis).unflatten(1, (outputs, positions))  # (g, O, S, r)
-        thin = self.space_basis @ ((self.space_basis.mT @ thin) * self.core)
-        basis, rows = self.channel_basis[:, channels], rows[..., channels]
+        core = self.core if scale is None else self.core * scale[..., None]
+        thin = self.space_basis @ ((self.space_basis.mT @ thin) * core)
+        basis, rows = self.channel_basis[:, channels], rows[..., channels].unflatten(1, (outputs, positions))
+        out = self._tail_part(rows, scale, out, beta)
+        if plus is None:
+            out.flatten(1, 2).baddbmm_(thin.flatten(1, 2), basis.mT)
+        else:  # both terms of low rank in one product for each position
+            left = torch.cat([thin, plus.left[:, :, None].expand(-1, -1, positions, -1)], -1)
+            right = torch.cat([basis.mT[:, None].expand(-1, positions, -1, -1), plus.right.permute(0, 3, 1, 2)], 2)
+            for a, b, c in zip(left, right, out, strict=True):  # a group; its positions are no batch in memory
+                c.transpose(0, 1).baddbmm_(a.transpose(0, 1), b)
+        return out.transpose(2, 3)
+
+    def _tail_part(self, rows: Tensor, scale: Tensor | None, out: Tensor | None, beta: float) -> Tensor:
+        """beta out + what the matrix makes of the directions that it does not keep: (n g, O, S, C)."""
         if self.space_tail is None:
-            out = thin.flatten(1, 2) @ basis.mT
-        else:
-            if positions == 1:
-                out = rows * self.space_tail[:, 0]
-            else:
-                out = (self.space_tail @ rows.unflatten(1, (outputs, positions))).flatten(1, 2)
-            out.baddbmm_(thin.flatten(1, 2), basis.mT)
-        return out.unflatten(1, (outputs, positions)).transpose(2, 3)
+            return torch.zeros_like(rows, memory_format=torch.contiguous_format) if out is None else out.mul_(beta)
+        tail = self.space_tail if scale is None else self.space_tail * scale[..., None]  # (n g, 1, S, S)
+        if out is None:
+            return rows * tail if rows.shape[2] == 1 else tail @ rows
+        if rows.shape[2] == 1:
+            return out.mul_(beta).addcmul_(rows, tail)
+        flat = tail.expand(-1, rows.shape[1], -1, -1).flatten(0, 1)
+        out.flatten(0, 1).baddbmm_(flat, rows.flatten(0, 1), beta=beta)
+        return out

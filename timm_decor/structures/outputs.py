@@ -15,7 +15,7 @@ from torch import Tensor
 
 from timm_decor.moments import OUTPUT_MOMENT, normalized
 from timm_decor.shape import LayerShape
-from timm_decor.structures.base import Structure
+from timm_decor.structures.base import LowRank, Structure
 from timm_decor.structures.eigen import leading_eigenpairs
 from timm_decor.structures.kronecker import mean_rest
 
@@ -37,6 +37,14 @@ class NoOutputs:
     def apply(self, w: Tensor, power: int = 1) -> Tensor:
         """w itself."""
         return w
+
+    def gram(self, r: Structure, grad: Tensor) -> Tensor:
+        """L L^T G R^T R, shape of grad: (n g, O, C, S)."""
+        return r.apply_gram(grad)
+
+    def add_product(self, r: Structure, target: Tensor, w: Tensor, beta: float | Tensor) -> None:
+        """target <- beta target + L w R, in place."""
+        r.add_product(target, w, beta)
 
     def whitened(self, moments: Mapping[str, Tensor], damping: float) -> NoOutputs:
         """Itself: it follows nothing."""
@@ -75,15 +83,28 @@ class OutputL(NoOutputs):
 
     def apply(self, w: Tensor, power: int = 1) -> Tensor:
         """L^power w, shape of w: (n g, O, C, S)."""
-        if power not in self._powers:
-            tail = self.tail[..., None] ** power  # (n g, 1, 1)
-            self._powers[power] = tail, (self.gain**power)[..., None] - tail  # (n g, r, 1)
-        tail, core = self._powers[power]
+        tail, core = self.scales(power)
         # R's products leave the channels last in memory: that order of D is then free, and L does not care for it.
         rows = w.transpose(2, 3).flatten(2)  # (n g, O, S C)
         thin = core * (self.basis.mT @ rows)
         out = (rows * tail).baddbmm_(self.basis, thin)
         return out.unflatten(2, (w.shape[3], w.shape[2])).transpose(2, 3)
+
+    def gram(self, r: Structure, grad: Tensor) -> Tensor:
+        tail, core = self.scales(2)
+        rows = grad.transpose(2, 3)  # the order of D that products with R work in
+        thin = (core * (self.basis.mT @ rows.flatten(2))).unflatten(2, rows.shape[2:]).transpose(2, 3)
+        return r.apply_gram(grad, tail, LowRank(self.basis, r.apply_gram(thin)))
+
+    def add_product(self, r: Structure, target: Tensor, w: Tensor, beta: float | Tensor) -> None:
+        r.add_product(target, self.apply(w), beta)
+
+    def scales(self, power: int) -> tuple[Tensor, Tensor]:
+        """tail^power, (n g, 1, 1), and gain^power - tail^power, (n g, r, 1): made once a refresh."""
+        if power not in self._powers:
+            tail = self.tail[..., None] ** power
+            self._powers[power] = tail, (self.gain**power)[..., None] - tail
+        return self._powers[power]
 
     def whitened(self, moments: Mapping[str, Tensor], damping: float) -> OutputL:
         """L after a refresh from the averaged moment, (n g, O, O); NaN where it cannot be used."""
@@ -129,7 +150,11 @@ class Sides:
 
     def apply_gram(self, grad: Tensor) -> Tensor:
         """L L^T G R^T R: the gradient for W, as a direction for A."""
-        return self.outputs.apply(self.inputs.apply_gram(grad), 2)
+        return self.outputs.gram(self.inputs, grad)
+
+    def add_product(self, target: Tensor, w: Tensor, beta: float | Tensor) -> None:
+        """target <- beta target + L w R, in place."""
+        self.outputs.add_product(self.inputs, target, w, beta)
 
     def apply_inverse(self, a: Tensor) -> Tensor:
         """L^-1 A R^-1."""
