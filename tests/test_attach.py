@@ -15,9 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 import timm_decor
 from timm_decor import DecorConfig
+from timm_decor import moments as moments_module
 from timm_decor.engine import group as group_module
-from timm_decor import shape as shape_module
-from timm_decor.structures import OutputL
+from timm_decor.shape import LayerShape
+from timm_decor.structures import STRUCTURES
 
 CONFIG = DecorConfig(every=2, sample=1.0)
 
@@ -74,24 +75,24 @@ def dense_moment(moments):
 
 def test_large_layers_are_reported_from_some_of_their_entries(monkeypatch):
     """Their D x D moment is never formed (VGG's first head has D = 25 088); the entries looked at are the same."""
-    monkeypatch.setattr(shape_module, "REPORTED_ENTRIES", 12)
+    monkeypatch.setattr(moments_module, "REPORTED_ENTRIES", 12)
     for structure in ("full", "kronecker"):
         model, optimizer, handle = attached(DecorConfig(structure=structure, every=1))
         step(model, optimizer, seed=0)
         for group in handle._groups:
-            sigma, r = dense_moment(group.moments), group.r.dense(group.shape)
-            index = shape_module.reported_entries(sigma.shape[-1], sigma.device)
+            sigma, r = dense_moment(group.moments), group.sides.inputs.dense()
+            index = moments_module.reported_entries(sigma.shape[-1], sigma.device)
             assert len(index.unique()) == min(12, sigma.shape[-1])
             for ours, whole in (
-                (group.r.input_moment(group.moments), sigma),
-                (group.r.output_moment(group.moments), r @ sigma @ r.mT),
+                (group.sides.inputs.input_moment(group.moments), sigma),
+                (group.sides.inputs.output_moment(group.moments), r @ sigma @ r.mT),
             ):
                 torch.testing.assert_close(ours, whole[:, index][..., index])
 
 
 def test_reported_correlation_is_that_of_the_explicit_inputs():
     """For every structure: from R's dense form and the moments' dense form, entry by entry."""
-    from timm_decor.statistics import mean_correlation
+    from timm_decor.moments import mean_correlation
 
     for structure in ("full", "kronecker", "space"):
         model, optimizer, handle = attached(DecorConfig(structure=structure, every=1))
@@ -99,8 +100,8 @@ def test_reported_correlation_is_that_of_the_explicit_inputs():
             step(model, optimizer, seed)
         for group, row in zip(handle._groups, handle.report().rows, strict=True):
             sigma = dense_moment(group.moments)
-            own = group.r.r if isinstance(group.r, BothSides) else group.r
-            r = own.matrix if structure == "space" else own.dense(group.shape)
+            own = group.sides.inputs
+            r = own.matrix if structure == "space" else own.dense()
             assert row.correlation_before == pytest.approx(mean_correlation(sigma), rel=1e-4)
             assert row.correlation_after == pytest.approx(mean_correlation(r @ sigma @ r.mT), rel=1e-3)
             assert row.condition == pytest.approx(float(torch.linalg.cond(r).max()), rel=1e-3)
@@ -206,12 +207,6 @@ def test_attach_refuses_what_cannot_work():
         timm_decor.attach(other, torch.optim.SGD(net().parameters(), 0.1))
     with pytest.raises(ValueError, match="not a torch.optim.Optimizer"):
         timm_decor.attach(other, object())
-    x, y = batch(0)
-    F.cross_entropy(model(x), y).backward()
-    before = model[0].weight.detach().clone()
-    with pytest.raises(ValueError, match="no closure"):
-        optimizer.step(lambda: F.cross_entropy(model(x), y))
-    assert torch.equal(model[0].weight, before)
 
 
 def test_frozen_layers_and_layers_without_gradient_do_not_move():
@@ -233,13 +228,13 @@ def test_frozen_layers_and_layers_without_gradient_do_not_move():
 @pytest.mark.parametrize("opt", ["sgd", "sgd without momentum", "adamw"])
 def test_unusable_statistics_skip_the_refresh_and_are_named(value, opt, caplog):
     """The refresh is skipped, counted and reported; R and the function of the other layers are as they were."""
-    model, optimizer, handle = attached(DecorConfig(every=1), lr=0.0, opt=opt)
+    model, optimizer, handle = attached(DecorConfig(every=1), lr=1e-4, opt=opt)
     step(model, optimizer, 0)
     before = copy.deepcopy(optimizer.state_dict()["timm_decor"]["layers"]["0"]["r"])
     x, y = batch(1)
     optimizer.zero_grad()
     F.cross_entropy(model(x), y).backward()
-    model[0].start_recording(handle._groups[0].wanted, 1.0)  # forget those of the good batch
+    model[0].start_recording(handle._groups[0]._recorded, 1.0)  # forget those of the good batch
     model[0](torch.full_like(x, value))
     with caplog.at_level(logging.WARNING):
         optimizer.step()
@@ -254,7 +249,7 @@ def test_unusable_statistics_skip_the_refresh_and_are_named(value, opt, caplog):
 
 
 @pytest.mark.parametrize("opt", ["sgd without momentum", "adamw"])
-@pytest.mark.parametrize("structure", ["full", "block", "kronecker", "space"])
+@pytest.mark.parametrize("structure", ["full", "kronecker", "space"])
 def test_one_layer_of_a_batch_that_skips_does_not_hold_up_the_others(structure, opt, monkeypatch):
     """Three grouped convolutions of equal shape are one batch; the second sees only zeros."""
     monkeypatch.setattr(group_module, "_STACKED_ELEMENTS", {})
@@ -364,7 +359,7 @@ def test_bfloat16_weights_and_autocast():
         with torch.autocast("cpu", dtype=torch.bfloat16):  # the step inside it, too: R's products stay in float32
             losses.append(step(model, optimizer, 0))
     assert losses[-1] < losses[0] / 2
-    assert all(t.dtype == torch.float32 for t in handle._groups[0].r.tensors().values())
+    assert all(t.dtype == torch.float32 for t in handle._groups[0].sides.tensors().values())
 
 
 def test_a_compiled_model_trains_the_same():
@@ -398,13 +393,11 @@ def test_a_compiled_forward_has_no_graph_break_and_does_not_recompile():
 
 def test_moments_of_one_row_do_not_defeat_the_eigendecomposition():
     """float32's eigh fails on some 512 x 512 matrices of rank 1, which is what a batch of one 1x1 map gives."""
-    from timm_decor import rules
-
-    space = torch.ones(1, 1, 1)
     for seed in range(8):
         x = torch.randn(512, 1, generator=torch.Generator().manual_seed(seed)).relu()
-        factors = rules.whiten_kronecker((x @ x.T)[None], space, damping=1.0, rank=4)
-        leading = factors.channel_basis[0, :, -1] @ (x[:, 0] / x.norm())
+        r = STRUCTURES["kronecker"].identity(LayerShape(1, 512, 1, 8), 4, torch.empty(0), False)
+        r = r.whitened({"channel": (x @ x.T)[None], "space": torch.ones(1, 1, 1)}, damping=1.0)
+        leading = r.tensors()["channel_basis"][0, :, -1] @ (x[:, 0] / x.norm())
         assert abs(leading) == pytest.approx(1, abs=1e-3)
 
 
@@ -442,11 +435,11 @@ def test_a_step_that_fails_leaves_weights_and_gradients(opt, caplog):
 
 def test_a_singular_r_is_a_skip_and_not_a_crash(caplog):
     """dbp with a huge step can make R singular: W = A R^-1 does not exist then."""
-    model, optimizer, handle = attached(DecorConfig(rule="dbp", structure="full", every=1), opt="adamw", lr=0.0)
+    model, optimizer, handle = attached(DecorConfig(rule="dbp", structure="full", every=1), opt="adamw", lr=1e-9)
     step(model, optimizer, 0)
     before = model[0].weight.detach().clone()
-    singular = type(handle._groups[0].r)(torch.zeros_like(handle._groups[0].r.matrix))
-    handle._groups[0].r.refreshed = lambda moments, config, pace: singular
+    group = handle._groups[0]
+    group.refreshed = lambda moments, index=None: {n: torch.zeros_like(t) for n, t in group.sides.tensors().items()}
     step(model, optimizer, 1)
     assert handle.report().rows[0].skips == 1 and "layer 0: refresh of R skipped: R is" in caplog.text
     torch.testing.assert_close(model[0].weight.detach(), before)

@@ -5,6 +5,9 @@ import dataclasses
 import pytest
 
 from timm_decor import DecorConfig
+from timm_decor.config import REMOVED_KNOBS
+
+DBP = {"rule": "dbp", "structure": "full"}
 
 
 def test_json_round_trip():
@@ -28,20 +31,21 @@ def test_an_int_is_a_fine_float():
     [
         ({"rule": "whitn"}, ["'whitn'", "did you mean 'whiten'"]),
         ({"structure": "kron"}, ["'kron'", "did you mean 'kronecker'"]),
-        ({"structure": "xyz"}, ["full, block, kronecker, space"]),
-        ({"rule": "dbp", "structure": "kronecker"}, ["does not go with", "full, block, space"]),
-        ({"kappa": 1.5}, ["kappa=1.5", "[0, 1]"]),
-        ({"kappa": -0.1}, ["kappa=-0.1"]),
-        ({"kappa": float("nan")}, ["kappa=nan"]),
+        ({"structure": "xyz"}, ["full, kronecker, space"]),
+        ({"rule": "dbp", "structure": "kronecker"}, ["does not go with", "full, space"]),
+        ({**DBP, "kappa": 1.5}, ["kappa=1.5", "[0, 1]"]),
+        ({**DBP, "kappa": -0.1}, ["kappa=-0.1"]),
+        ({**DBP, "kappa": float("nan")}, ["kappa=nan"]),
+        ({"kappa": 0.9}, ["kappa=0.9: rule 'whiten' has no kappa (dbp)"]),
+        ({**DBP, "damping": 0.3}, ["rule 'dbp' has no damping (whiten)"]),
+        ({"structure": "auto"}, ["structure 'auto' was removed", "kronecker"]),
         ({"damping": -1.0}, ["damping=-1.0", "zero or more"]),
-        ({"decor_lr": float("inf")}, ["decor_lr=inf"]),
+        ({**DBP, "decor_lr": float("inf")}, ["decor_lr=inf"]),
         ({"every": 0}, ["every=0", "1 or more"]),
         ({"sample": 0.0}, ["sample=0.0"]),
         ({"sample": 1.1}, ["sample=1.1"]),
         ({"rank": 0}, ["rank=0"]),
-        ({"warmup": -1}, ["warmup=-1"]),
         ({"max_rows": 0}, ["max_rows=0"]),
-        ({"block_dim": 0}, ["block_dim=0"]),
         ({"stat_decay": 1.0}, ["stat_decay=1.0"]),
         ({"max_dim": 0}, ["max_dim=0"]),
     ],
@@ -58,6 +62,18 @@ def test_bad_values_are_named(values, words):
 def test_bad_types_are_named(values):
     with pytest.raises(TypeError, match=next(iter(values))):
         DecorConfig(**values)
+
+
+@pytest.mark.parametrize("name", REMOVED_KNOBS)
+def test_a_knob_that_was_removed_says_why(name):
+    with pytest.raises(ValueError, match=f"has no {name} any more: "):
+        DecorConfig.from_dict({name: 1})
+
+
+def test_the_paper():
+    paper = DecorConfig.paper()
+    assert (paper.rule, paper.structure, paper.every, paper.sample) == ("dbp", "full", 1, 0.1)
+    assert not paper.preserve_function and paper.sides == "input"
 
 
 def test_unknown_key_has_its_near_miss():

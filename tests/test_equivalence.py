@@ -11,8 +11,8 @@ from torch import nn
 
 import timm_decor
 from timm_decor import DecorConfig
-from timm_decor.engine import group as group_module
 from timm_decor.config import RULE_STRUCTURES
+from timm_decor.engine import group as group_module
 
 STEPS = 20
 RULES = [(rule, structure) for rule, structures in RULE_STRUCTURES.items() for structure in structures]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import timm_decor
 from timm_decor import DecorConfig, DecorHandle
 from timm_decor.config import RULE_STRUCTURES
-from timm_decor.shape import OUTPUT_MOMENT
+from timm_decor.moments import OUTPUT_MOMENT
 
 PAIRS = [(rule, structure) for rule, structures in RULE_STRUCTURES.items() for structure in structures]
 LAYERS = {
@@ -125,12 +125,12 @@ def test_it_never_reaches_the_weights(
 ):
     if structure == "space" and layer in ("1x1", "linear"):
         layer = "3x3"  # they have one position
+    own = {"whiten": {"damping": damping, "stat_decay": stat_decay}, "dbp": {"kappa": kappa}, "crgd": {}}[rule]
     config = DecorConfig(
-        rule=rule, structure=structure, every=1, sample=sample, damping=damping, kappa=kappa, rank=rank,
-        stat_decay=stat_decay, preserve_function=preserve,
-    )  # fmt: skip
+        rule=rule, structure=structure, every=1, sample=sample, rank=rank, preserve_function=preserve, **own
+    )
     subject = Subject(layer, config, optimizer, dtype)
-    for _ in range(2):  # in the first one "auto" chooses
+    for _ in range(2):
         subject.step(NORMAL)
     for trouble in inputs:
         if rule != "whiten":  # test_an_iteration_that_diverges has those

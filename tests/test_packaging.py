@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 import timm_decor
-from timm_decor.config import RULE_STRUCTURES, STRUCTURES
+from timm_decor.config import RULE_STRUCTURES, structures
 from timm_decor.models import FAMILIES, PREFIX
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,7 +67,7 @@ class TestPages:
 
     @pytest.mark.parametrize("name", ["README.md", "docs/decorrelation.md"])
     def test_pages_name_every_choice(self, name: str) -> None:
-        assert [choice for choice in (*RULE_STRUCTURES, *STRUCTURES) if f"`{choice}`" not in page(name)] == []
+        assert [choice for choice in (*RULE_STRUCTURES, *structures()) if f"`{choice}`" not in page(name)] == []
 
     @pytest.mark.parametrize("name", ["README.md", "docs/zoo.md"])
     def test_pages_name_every_family(self, name: str) -> None:

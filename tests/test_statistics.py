@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from timm.layers import Conv2dSame
 from torch import nn
 
-from timm_decor import DecorConv2d, DecorConv2dSame, DecorLinear, statistics
-from timm_decor.statistics import ConvShape, mean_correlation, sample_images
+from timm_decor import DecorConv2d, DecorConv2dSame, DecorLinear
+from timm_decor import moments as moments_module
+from timm_decor.moments import ConvShape, mean_correlation, sample_images
 
 
 @st.composite
@@ -70,9 +71,9 @@ def test_moments_of_same_padding(size, kernel, stride, dilation):
 def test_chunks_change_nothing(monkeypatch):
     x = torch.randn(7, 4, 8, 8, dtype=torch.float64)
     shape = ConvShape((3, 3), (1, 1), (1, 1), 2)
-    whole = statistics.patch_moment(x, shape), statistics.space_moment(x, shape)
-    monkeypatch.setattr(statistics, "_CHUNK_ELEMENTS", 2 * 4 * 64 * 9)
-    torch.testing.assert_close((statistics.patch_moment(x, shape), statistics.space_moment(x, shape)), whole)
+    whole = moments_module.patch_moment(x, shape), moments_module.space_moment(x, shape)
+    monkeypatch.setattr(moments_module, "_CHUNK_ELEMENTS", 2 * 4 * 64 * 9)
+    torch.testing.assert_close((moments_module.patch_moment(x, shape), moments_module.space_moment(x, shape)), whole)
 
 
 def test_micro_batches_add_up():

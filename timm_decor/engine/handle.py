@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 import logging
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from timm_decor.convert import decor_layers, mark_attached, norms_behind, replan
 from timm_decor.engine import checkpoint
 from timm_decor.engine.coordinates import transformed, unbatched
 from timm_decor.engine.flight import StepInFlight
-from timm_decor.engine.group import LayerGroup, grouped
+from timm_decor.engine.group import LayerGroup, Refreshed, grouped
 from timm_decor.engine.hooks import StepHooks
 from timm_decor.engine.optimizers import is_linear, is_zero, rates
 from timm_decor.engine.watch import Watch
@@ -218,8 +219,7 @@ class DecorHandle:
         try:
             flight.leave()
             proposed = flight.refresh() if flight.counts and self.refresh_due else None
-            # The only look at what is on the device, once for all layers.
-            looked = torch.cat([each.flags.cpu() for each in proposed], 1) if proposed else None
+            looked = look_at([each.flags for each in proposed]) if proposed else None
         except BaseException:
             self._abort()
             raise
@@ -236,15 +236,16 @@ class DecorHandle:
         else:
             self._finish_refresh(flight, proposed, looked)
 
-    def _finish_refresh(self, flight: StepInFlight, proposed: Sequence[Any], looked: Tensor) -> None:
+    def _finish_refresh(
+        self, flight: StepInFlight, proposed: Sequence[Refreshed], looked: Sequence[list[list[bool]]]
+    ) -> None:
         """Take a refresh over, unless the step was none, or came early because an earlier one was none."""
         counted = self._counted
         self._settle()
         if self._counted == counted:
-            flags = looked.split([len(group.layers) for group in self._groups], 1)
-            for group, each, part, index in zip(self._groups, proposed, flags, flight.active, strict=True):
+            for group, each, flags, index in zip(self._groups, proposed, looked, flight.active, strict=True):
                 group.accept(each, index)
-                self._tell_skips(group, part.tolist(), index)
+                self._tell_skips(group, flags, index)
             self._watch.look()
             self._set_recording()
         elif not self.refresh_due:
@@ -372,6 +373,14 @@ class _TellOnce:
         if self.text:
             _logger.warning(self.text)
         self.text = ""
+
+
+def look_at(flags: Sequence[Tensor]) -> list[list[list[bool]]]:
+    """(3, n) flags of each group on the host: a refresh's only wait for the device, once for all layers."""
+    counts = [each.shape[1] for each in flags]
+    rows = torch.cat([each.to(flags[0].device) for each in flags], 1).tolist()
+    ends = list(itertools.accumulate(counts, initial=0))
+    return [[row[start:end] for row in rows] for start, end in itertools.pairwise(ends)]
 
 
 def _evaluated(

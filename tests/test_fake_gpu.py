@@ -1,0 +1,125 @@
+"""A GPU run without a GPU: under FakeTensorMode a model on `cuda` takes its steps, and each wait for the device is seen.
+
+Gradients are set by hand, because a backward pass needs a device.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+import timm.optim
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import timm_decor
+from timm_decor import DecorConfig
+from timm_decor.config import RULE_STRUCTURES
+from timm_decor.engine import handle as handle_module
+
+STEPS, EVERY = 25, 6
+PAIRS = [(rule, structure) for rule, structures in RULE_STRUCTURES.items() for structure in structures]
+OPTIMIZERS = {  # one of each kind of step (engine/coordinates.py), and their variants
+    "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
+    "sgd without momentum": lambda p: torch.optim.SGD(p, 0.1),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.01),
+    "adam": lambda p: torch.optim.Adam(p, 0.01, weight_decay=0.1),
+    "muon": lambda p: timm.optim.Muon(p, lr=0.01, capturable=True),
+}
+# Operations that make the host wait for the device. `eigh` is torch's own check of its solver.
+WAITS = ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "masked_select")
+SOLVERS = ("linalg_eigh", "_linalg_eigh")
+
+
+class Waits(TorchDispatchMode):
+    """Counts, by name, what waits for the device and what comes back from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::").partition(".")[0]
+        out = func(*args, **(kwargs or {}))
+        on_gpu = any(isinstance(arg, torch.Tensor) and arg.device.type == "cuda" for arg in args)
+        if on_gpu and (name in WAITS or name in SOLVERS):
+            self.seen[name] += 1
+        if on_gpu and name in ("_to_copy", "copy_") and isinstance(out, torch.Tensor) and out.device.type == "cpu":
+            self.seen["look"] += 1
+        return out
+
+
+class Net(nn.Module):
+    """Layers of each kind, two of them of equal shape; a BatchNorm behind one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1, bias=False),
+            nn.BatchNorm2d(8),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.Conv2d(8, 8, (3, 2), groups=2, stride=2),
+        )
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.body(x).mean((2, 3)))
+
+
+@pytest.fixture(autouse=True)
+def _looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refresh's look cannot be answered by tensors without values: it is counted, and every layer takes its R."""
+
+    def look_at(flags: Sequence[torch.Tensor]) -> list[list[list[bool]]]:
+        torch.zeros((), device="cuda").cpu()  # what is counted
+        return [[[True] * each.shape[1]] * 3 for each in flags]
+
+    monkeypatch.setattr(handle_module, "look_at", look_at)
+
+
+def train(config: DecorConfig, opt: str, plain: bool = False) -> list[Counter[str]]:
+    """What each step waited for."""
+    found = []
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            model = Net().train()
+        if not plain:
+            timm_decor.decorrelate(model, config)
+        optimizer = OPTIMIZERS[opt](model.parameters())
+        handle = None if plain else timm_decor.attach(model, optimizer)
+        for _ in range(STEPS):
+            model(torch.randn(4, 3, 9, 9, device="cuda"))
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            with Waits() as waits:
+                optimizer.step()
+            found.append(waits.seen)
+        if handle is not None:
+            tensors = [t for group in handle._groups for t in (*group.sides.tensors().values(), *group.moments.values())]
+            assert {t.device.type for t in tensors} == {"cuda"}
+            groups = [len(group.layers) for group in handle._groups]
+            assert max(groups) == 2, "layers of equal shape are stacked on a GPU"
+    return found
+
+
+@pytest.mark.parametrize("opt", OPTIMIZERS)
+@pytest.mark.parametrize("rule,structure", PAIRS)
+@pytest.mark.parametrize("sides,preserve", [("auto", True), ("both", False)])
+def test_nothing_waits_but_a_refresh(rule: str, structure: str, opt: str, sides: str, preserve: bool) -> None:
+    """Between refreshes no wait that the plain optimizer does not have; at one a single look, and eigh's own checks."""
+    config = DecorConfig(
+        rule=rule, structure=structure, every=EVERY, sides=sides, preserve_function=preserve, output_every=2
+    )
+    plain, ours = train(config, opt, plain=True), train(config, opt)
+    for step, (theirs, own) in enumerate(zip(plain, ours, strict=True)):
+        more = own - theirs
+        for solver in SOLVERS:
+            more.pop(solver, None)
+        looks = more.pop("look", 0)
+        assert not more, f"step {step} waits: {more}"
+        assert looks == (step % EVERY == 0), f"step {step}: {looks} looks"
