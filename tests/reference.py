@@ -146,10 +146,7 @@ class ExplicitLayer(nn.Module):
         config = self.config
         if config.structure == "full":
             eye = torch.eye(self.dim, dtype=sigma.dtype)
-            return [
-                torch.linalg.inv(torch.linalg.cholesky(s + config.damping * eye))
-                for s in self.average(sigma)
-            ]
+            return [torch.linalg.inv(torch.linalg.cholesky(s + config.damping * eye)) for s in self.average(sigma)]
         if config.structure == "space":
 
             def root(s, _):

@@ -70,9 +70,7 @@ def worker(rank, world_size, store, results, structure, opt):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    "structure,opt", [("kronecker", "sgd"), ("kronecker", "adamw"), ("full", "sgd")]
-)
+@pytest.mark.parametrize("structure,opt", [("kronecker", "sgd"), ("kronecker", "adamw"), ("full", "sgd")])
 def test_two_processes_equal_one(tmp_path, structure, opt):
     arguments = (2, tmp_path / "store", tmp_path, structure, opt)
     workers = [context().Process(target=worker, args=(rank, *arguments)) for rank in range(2)]

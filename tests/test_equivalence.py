@@ -137,7 +137,11 @@ def one_batch(monkeypatch):
     monkeypatch.setattr(group_module, "_STACKED_ELEMENTS", {})
 
 
-OWN = {"dbp": {"kappa": 0.3, "decor_lr": 0.05}, "crgd": {"decor_lr": 0.05}, "whiten": {"damping": 0.5, "stat_decay": 0.3}}
+OWN = {  # knobs of one rule
+    "dbp": {"kappa": 0.3, "decor_lr": 0.05},
+    "crgd": {"decor_lr": 0.05},
+    "whiten": {"damping": 0.5, "stat_decay": 0.3},
+}
 
 
 def knobs(rule, structure, **others):

@@ -1,4 +1,4 @@
-"""A GPU run without a GPU: under FakeTensorMode a model on `cuda` takes its steps, and each wait for the device is seen.
+"""A GPU run without a GPU: under FakeTensorMode a model on `cuda` takes steps, and each wait for the device is seen.
 
 Gradients are set by hand, because a backward pass needs a device.
 """
@@ -100,8 +100,9 @@ def train(config: DecorConfig, opt: str, plain: bool = False) -> list[Counter[st
                 optimizer.step()
             found.append(waits.seen)
         if handle is not None:
-            tensors = [t for group in handle._groups for t in (*group.sides.tensors().values(), *group.moments.values())]
-            assert {t.device.type for t in tensors} == {"cuda"}
+            for group in handle._groups:
+                held = (*group.sides.tensors().values(), *group.moments.values())
+                assert {tensor.device.type for tensor in held} == {"cuda"}
             groups = [len(group.layers) for group in handle._groups]
             assert max(groups) == 2, "layers of equal shape are stacked on a GPU"
     return found

@@ -1,4 +1,4 @@
-"""decorrelate(model) and to_plain(model): which layers can be decorrelated, which stay plain, and why."""
+"""decorrelate(model) and to_plain(model): layers become able to be decorrelated, and plain again."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from timm_decor.config import DecorConfig
+from timm_decor.eligibility import Reasons, candidates, own_matrices
 from timm_decor.layers import DECOR_TYPES, PLAIN_TYPES, DecorConv2d, DecorLayer, DecorLinear
 from timm_decor.plan import LayerPlan, plan, unfit
 from timm_decor.reporting import ConversionReport, LayerRow
@@ -41,7 +42,7 @@ def decorrelate(model: nn.Module, config: DecorConfig | None = None, filter_fn: 
         model: any module.
         config: `DecorConfig()` if None.
         filter_fn: called with (name, layer); layers for which it is false stay plain. If None, those stay plain that
-            are better left so: see `better_plain`.
+            are better left so: channel gates, and depthwise convolutions with a kernel below 7x7.
 
     Returns:
         The same model.
@@ -51,33 +52,24 @@ def decorrelate(model: nn.Module, config: DecorConfig | None = None, filter_fn: 
     """
 
     def leave_out(name: str, layer: nn.Module) -> str:
-        if filter_fn is None:
-            return better_plain(name, layer)
+        assert filter_fn is not None
         return "" if filter_fn(name, layer) else "excluded by filter_fn"
 
     _refuse_wrapped(model)
-    return convert(model, config or DecorConfig(), leave_out)
-
-
-def better_plain(name: str, layer: nn.Module) -> str:
-    """Why a layer that can be decorrelated is better left plain; "" for most.
-
-    Channel gates see one vector an image, so that R comes from few rows (measured by benchmarks/zoo_study.py).
-    """
-    # timm's name for them, whatever their class
-    return "a channel gate: decorrelated, it costs accuracy" if "se" in name.split(".") else ""
+    better_plain = Reasons(model).better_plain
+    return convert(model, config or DecorConfig(), leave_out if filter_fn is not None else better_plain)
 
 
 def convert(model: nn.Module, config: DecorConfig, leave_out: ReasonFn) -> nn.Module:
     """`decorrelate`, with a function that says why a layer is to be left plain ("" where it is not)."""
     rows = []
     left_out: dict[str, str] = {}
-    shared, read_past = _shared_weights(model), _read_past_forward(model)
-    candidates = [(name, module) for name, module in model.named_modules() if _has_matrix_weight(module)]
-    _refuse_attached(module for _, module in candidates)
-    for name, module in candidates:
-        weight_bytes = module.weight.numel() * module.weight.element_size()
-        reason = _kind_reason(module, id(module.weight) in shared, module in read_past)
+    reasons, found = Reasons(model), list(candidates(model))
+    _refuse_attached(module for _, module in found)
+    module: Any
+    for name, module in found:
+        weight_bytes = sum(weight.numel() * weight.element_size() for weight in own_matrices(module))
+        reason = reasons.unfit(module)
         if not reason and (reason := leave_out(name, module)):
             left_out[name] = reason
         if not reason:
@@ -92,8 +84,8 @@ def convert(model: nn.Module, config: DecorConfig, leave_out: ReasonFn) -> nn.Mo
         rows.append(LayerRow(name, type(module).__name__, done, weight_bytes))
     report = ConversionReport(config, tuple(rows), left_out)
     if not report.decorrelated:
-        reasons = Counter(row.plain_reason for row in rows).most_common(1)
-        why = f"; most often: {reasons[0][0]}" if reasons else ", nor any other convolution or linear layer"
+        most = Counter(row.plain_reason for row in rows).most_common(1)
+        why = f"; most often: {most[0][0]}" if most else ", nor any other convolution or linear layer"
         raise ValueError(f"{type(model).__name__} has no layer that can be decorrelated{why}")
     model.decor_report = report  # type: ignore[assignment]
     _logger.info("%s: %s", type(model).__name__, report.summary())
@@ -190,43 +182,6 @@ def replan(model: nn.Module, plans: Mapping[str, LayerPlan]) -> None:
 def convertible(module: nn.Module) -> bool:
     """Whether a module's class is one that `decorrelate` takes."""
     return type(module) in DECOR_TYPES
-
-
-def _has_matrix_weight(module: nn.Module) -> bool:
-    """Whether a user would expect the layer in the report: it multiplies its input by a weight matrix."""
-    if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
-        return getattr(module, "weight", None) is not None
-    # Layers of timm's own that are neither, such as CondConv2d. An embedding looks its rows up.
-    weight = module._parameters.get("weight")
-    return weight is not None and weight.dim() >= 2 and not isinstance(module, nn.Embedding)
-
-
-def _kind_reason(module: nn.Module, is_shared: bool, is_read_past_forward: bool) -> str:
-    # The exact type: a subclass may standardise its weight, or mix it with another, and then A = W R does not hold.
-    if type(module) not in DECOR_TYPES and type(module) not in PLAIN_TYPES:
-        return f"{type(module).__name__} may not multiply its input by its weight as it is"
-    if is_read_past_forward:
-        return "the module above it reads its weight past its forward, so its input is not seen"
-    if isinstance(module.weight, nn.parameter.UninitializedParameter):
-        return "its shape is not known before the first forward pass"
-    if is_shared:
-        return "its weight is shared with another layer, whose inputs differ"
-    return ""
-
-
-def _shared_weights(model: nn.Module) -> set[int]:
-    """ids of Parameters that several modules hold."""
-    holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    return {key for key, count in holders.items() if count > 1}
-
-
-def _read_past_forward(model: nn.Module) -> set[nn.Module]:
-    """Layers whose weight the module above them uses itself.
-
-    timm's attention of BEiT, EVA and Swin V2 adds biases of its own: F.linear(x, self.qkv.weight, cat(q_bias, ...)).
-    """
-    parents = (module for module in model.modules() if getattr(module, "q_bias", None) is not None)
-    return {layer for layer in (getattr(parent, "qkv", None) for parent in parents) if isinstance(layer, nn.Module)}
 
 
 def _make_plain(module: Any) -> None:

@@ -7,6 +7,7 @@ belongs to the optimizer (see attach.py), so a checkpoint of these layers is a c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
@@ -21,7 +22,9 @@ from timm_decor import moments
 from timm_decor.moments import MEAN, ConvShape
 from timm_decor.shape import LayerShape
 
-RECORDER_STATE = ("recording", "sample", "max_rows", "wanted", "moments", "rows")  # attributes of a layer that records
+RECORDER_STATE = (  # attributes of a layer that records
+    "recording", "sample", "max_rows", "wanted", "moments", "rows", "unrecorded", "writes", "on_outside",
+)  # fmt: skip
 
 
 class DecorMixin:
@@ -36,6 +39,8 @@ class DecorMixin:
 
     unrecorded: int = 0  # training forward passes whose input could not be recorded
     without_grad: bool = False  # record while gradients are off, too
+    writes: tuple[int, int] = (0, 0)  # the weight's version when last seen, and how often it was another
+    on_outside: Callable[[], None] | None = None
 
     unbatched_dim: int  # dimensions of an input without a batch axis
 
@@ -52,7 +57,7 @@ class DecorMixin:
         raise NotImplementedError
 
     def grouped(self, tensor: Tensor) -> Tensor:
-        """A view of a tensor shaped like the weight as (g, O, C, S)."""
+        """A tensor shaped like the weight as (g, O, C, S): a view, but for rare memory formats."""
         raise NotImplementedError
 
     def is_grouped_view(self, tensor: Tensor) -> bool:
@@ -63,9 +68,24 @@ class DecorMixin:
         """(g, O, C, S) in the weight's shape, a view where that is possible."""
         return rows.reshape(self.weight.shape)
 
-    def start_recording(self, wanted: tuple[str, ...], sample: float, max_rows: int = 2**63 - 1) -> None:
-        """Forget earlier statistics and record from the next training forward on."""
+    def start_recording(
+        self,
+        wanted: tuple[str, ...],
+        sample: float,
+        max_rows: int = 2**63 - 1,
+        on_outside: Callable[[], None] | None = None,
+    ) -> None:
+        """Forget earlier statistics and record from the next training forward on.
+
+        Args:
+            wanted: names of the moments.
+            sample: share of the images.
+            max_rows: whole images are recorded up to about this many rows, unless the share is 1.0.
+            on_outside: called when the weight is moved by somebody again and again while the recording waits for the
+                optimizer's step.
+        """
         self.moments, self.rows = {}, torch.zeros(1, device=self.weight.device)
+        self.unrecorded, self.writes, self.on_outside = 0, (self.weight._version, 0), on_outside
         self.wanted, self.sample, self.max_rows, self.recording = wanted, sample, max_rows, True
 
     def stop_recording(self) -> None:
@@ -85,11 +105,18 @@ class DecorMixin:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the layer (EMA, a saved model) is attached to nothing and must not go on recording.
-        return {name: value for name, value in self.__dict__.items() if name not in RECORDER_STATE}
+        return {name: value for name, value in self.__dict__.items() if name not in (*RECORDER_STATE, "without_grad")}
 
     def _record(self, x: Tensor) -> None:
         # Validation inside the step and activation checkpointing's first, gradient-free pass are not training inputs.
-        if not (self.training and torch.is_grad_enabled()) or x.numel() == 0:
+        if not (self.training and (torch.is_grad_enabled() or self.without_grad)):
+            return
+        if not torch.compiler.is_compiling():
+            self._notice_writes()
+            if not _is_plain(x):
+                self.unrecorded += 1
+                return
+        if x.numel() == 0:
             return
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             x = x.detach() if x.dim() > self.unbatched_dim else x.detach()[None]
@@ -106,6 +133,14 @@ class DecorMixin:
                 self.moments[name] = self.moments[name] + total if name in self.moments else total
             self.rows = self.rows + finite * count
 
+    def _notice_writes(self) -> None:
+        """Tell when the weight moves a second time: a step of the optimizer would have ended this recording."""
+        version, count = self.writes
+        if self.weight._version != version:
+            self.writes = self.weight._version, count + 1
+            if count == 1 and self.on_outside is not None:
+                self.on_outside()
+
     def _rows_seen(self, x: Tensor) -> Tensor:
         """The input as the weight meets it, padding included."""
         return x
@@ -117,6 +152,13 @@ class DecorMixin:
     def _moment(self, name: str, x: Tensor) -> Tensor:
         """Sum over those rows of the moment with that name; see `moments.moment_shape`."""
         raise NotImplementedError
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether an input's moments can be taken: not under vmap, grad or jvp, not nested, sparse or complex."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return x.layout == torch.strided and not x.is_nested and x.is_floating_point()
 
 
 if torch.__version__ < (2, 6):  # type: ignore[operator]
@@ -143,8 +185,15 @@ class DecorConv2d(DecorMixin, nn.Conv2d):
         return LayerShape(self.groups, self.in_channels // self.groups, positions, self.out_channels // self.groups)
 
     def grouped(self, tensor: Tensor) -> Tensor:
-        # view, not reshape: a copy would be written to and lost
-        return tensor.view(self.groups, -1, tensor.shape[1], tensor.shape[2] * tensor.shape[3])
+        return tensor.reshape(self.groups, -1, tensor.shape[1], tensor.shape[2] * tensor.shape[3])
+
+    def _notice_writes(self) -> None:
+        """Tell when the weight moves a second time: a step of the optimizer would have ended this recording."""
+        version, count = self.writes
+        if self.weight._version != version:
+            self.writes = self.weight._version, count + 1
+            if count == 1 and self.on_outside is not None:
+                self.on_outside()
 
     def _rows_seen(self, x: Tensor) -> Tensor:
         return self._padded(x)

@@ -24,9 +24,7 @@ from timm_decor.reporting import ConversionReport
 from timm_decor.table import markdown_table, text_table
 
 # The default first. What "auto" holds is known after the first step alone: it depends on the batch.
-LISTED = sorted(
-    structures(), key=lambda name: name != DecorConfig().structure
-)
+LISTED = sorted(structures(), key=lambda name: name != DecorConfig().structure)
 HEADER = (
     "params, M",
     "decorrelated layers",

@@ -123,7 +123,9 @@ def without_entries(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict
     return {**rest, "state": state}, state_dict.get(STATE_KEY, found)
 
 
-def check_loadable(saved: Mapping[str, Any], kind: str, layers: Sequence[tuple[str, DecorLayer]], config: DecorConfig) -> None:
+def check_loadable(
+    saved: Mapping[str, Any], kind: str, layers: Sequence[tuple[str, DecorLayer]], config: DecorConfig
+) -> None:
     """Refuse the state of another version, model or kind of optimizer.
 
     Raises:

@@ -2,9 +2,9 @@
 
 `General` asks nothing of the update rule: during the step the weight is W, and afterwards A moves by
 L (W_after - W_before) R. `Decaying` is for optimizers that do nothing with a weight but decay it (AdamW, Muon): they
-step from zero, and A is decayed directly; no W is formed. `Linear` is for optimizers whose update is linear in gradient,
-weight and momentum (SGD): the step on W is then, in A's own terms, the step with gradient L L^T G R^T R. All are the
-explicit step exactly; tests/test_equivalence.py holds them against it.
+step from zero, and A is decayed directly; no W is formed. `Linear` is for optimizers whose update is linear in
+gradient, weight and momentum (SGD): the step on W is then, in A's own terms, the step with gradient L L^T G R^T R. All
+are the explicit step exactly; tests/test_equivalence.py holds them against it.
 
 Each works on a batch of layers of equal shape, whose R are one batch as well: one product for all of them. An object
 here is one batch's part of one step: made before it, and landed or aborted after it.
@@ -199,9 +199,7 @@ def step_type(optimizer: Optimizer) -> type[StepOnW]:
     return Decaying if type(optimizer) in DECAYING else General
 
 
-def moves(
-    step: StepOnW, new: Sides, optimizer: Optimizer, preserve_function: bool
-) -> list[Move]:
+def moves(step: StepOnW, new: Sides, optimizer: Optimizer, preserve_function: bool) -> list[Move]:
     """What else must change when L and R do, for the layers of a step that has not landed.
 
     A stays, unless the function is not to be preserved. State that is kept in A's coordinates (SGD's momentum) stays

@@ -1,8 +1,8 @@
 """A step in flight: one object that lands as a whole or is aborted as a whole.
 
 Made when every other pre-hook has run, with everything that a step may change: until it lands, the engine's state is
-that of before the step, and `abort` gives every decorrelated weight and gradient back. The optimizer's own state is left
-as torch leaves it.
+that of before the step, and `abort` gives every decorrelated weight and gradient back. The optimizer's own state is
+left as torch leaves it.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ group. On a CPU a group is one layer (see `_STACKED_ELEMENTS`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -106,10 +106,10 @@ class LayerGroup:
         tensors = self.sides.tensors() if sides is None else sides
         return self.sides.with_tensors(selected(tensors, len(self.layers), index))
 
-    def start_recording(self) -> None:
-        """Record the statistics of the next training forward passes."""
+    def start_recording(self, on_outside: Callable[[], None]) -> None:
+        """Record the statistics of the next training forward passes; see `DecorMixin.start_recording`."""
         for layer in self.layers:
-            layer.start_recording(self._recorded, self._config.sample, self._config.max_rows)
+            layer.start_recording(self._recorded, self._config.sample, self._config.max_rows, on_outside)
 
     def stop_recording(self) -> None:
         """Record no more."""

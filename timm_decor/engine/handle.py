@@ -141,10 +141,10 @@ class DecorHandle:
     def recording(self) -> Iterator[None]:
         """Record inputs while gradients are off, too: for training whose gradients come from elsewhere.
 
-            with handle.recording(), torch.no_grad():
-                loss = criterion(model(x), y)
-            for parameter, gradient in zip(model.parameters(), estimates): parameter.grad = gradient
-            optimizer.step()
+        with handle.recording(), torch.no_grad():
+            loss = criterion(model(x), y)
+        for parameter, gradient in zip(model.parameters(), estimates): parameter.grad = gradient
+        optimizer.step()
         """
         for _, layer in self._layers:
             layer.without_grad = True
@@ -285,7 +285,7 @@ class DecorHandle:
     def _set_recording(self) -> None:
         for group in self._groups:
             if self.refresh_due:
-                group.start_recording()
+                group.start_recording(self._watch.outside)
             else:
                 group.stop_recording()
 
@@ -383,9 +383,7 @@ def look_at(flags: Sequence[Tensor]) -> list[list[list[bool]]]:
     return [[row[start:end] for row in rows] for start, end in itertools.pairwise(ends)]
 
 
-def _evaluated(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def _evaluated(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """The arguments of `step` with the value of its closure in the closure's place, if there is one.
 
     The closure runs here, on kernels; torch runs it in the step, where the weights are W. Lightning gives one to every

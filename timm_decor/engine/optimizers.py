@@ -1,4 +1,4 @@
-"""What the engine knows of optimizers: where a wrapper keeps the inner one, how its step is made on A, which it refuses."""
+"""What the engine knows of optimizers: where wrappers keep the inner one, how its step is made on A, what it refuses."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def refuse(optimizer: Optimizer, weights: Iterable[Tensor]) -> None:
     """
     kind = type(optimizer).__name__
     if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError(f"{kind} evaluates its closure several times a step, between which the weights are not kernels")
+        raise ValueError(f"{kind} evaluates its closure several times a step, when the weights are not kernels")
     if getattr(optimizer, "is_second_order", False):
         raise ValueError(f"{kind} differentiates the gradient, which here is changed before the step")
     wanted = {id(weight): weight.dim() for weight in weights}

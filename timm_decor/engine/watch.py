@@ -30,7 +30,7 @@ class Watch:
         self._frozen = self._not_attached()
 
     def unfrozen(self) -> list[tuple[str, DecorLayer]]:
-        """Layers that were frozen and have a gradient now, to be attached. In most trainings there is none to look at."""
+        """Layers that were frozen and have a gradient now, to be attached. Mostly there is none to look at."""
         ready = [(name, layer) for name, layer in self._frozen if layer.weight.grad is not None]
         if not ready:
             return []
@@ -52,6 +52,11 @@ class Watch:
             if not layer.weight.requires_grad:
                 self._tell(name, "it was frozen after attach: it keeps its R")
 
+    def outside(self) -> None:
+        """The weights move, and no step ends: the attached optimizer is not the one that steps."""
+        kind = type(self._optimizer).__name__
+        self._tell("", f"the weights move, but step() of the attached {kind} is not called: training is plain")
+
     def _not_attached(self) -> list[tuple[str, DecorLayer]]:
         mine = {id(layer) for _, layer in self._attached}
         return [(name, layer) for name, layer in decor_layers(self._model) if id(layer) not in mine]
@@ -59,4 +64,4 @@ class Watch:
     def _tell(self, name: str, why: str) -> None:
         if name not in self._told:
             self._told.add(name)
-            _logger.warning("layer %s is plain: %s", name, why)
+            _logger.warning("%s%s", f"layer {name} is plain: " if name else "", why)

@@ -33,7 +33,8 @@ from timm.models import (
 from torch import nn
 
 from timm_decor.config import DecorConfig
-from timm_decor.convert import better_plain, convert
+from timm_decor.convert import convert
+from timm_decor.eligibility import Reasons
 from timm_decor.models.families import Family
 from timm_decor.models.staged import own_cfgs, unavailable
 
@@ -125,9 +126,14 @@ def _register_twin(
     own = own_cfgs(name)
     has_cfgs = bool(own or get_arch_pretrained_cfgs(name))
 
-    def leave_out(layer_name: str, layer: nn.Module) -> str:
-        reasons = (why for pattern, why in plain.items() if fnmatch.fnmatch(layer_name, pattern))
-        return next(reasons, "") or better_plain(layer_name, layer)
+    def leaves_out(model: nn.Module) -> Callable[[str, nn.Module], str]:
+        better_plain = Reasons(model).better_plain
+
+        def leave_out(layer_name: str, layer: nn.Module) -> str:
+            reasons = (why for pattern, why in plain.items() if fnmatch.fnmatch(layer_name, pattern))
+            return next(reasons, "") or better_plain(layer_name, layer)
+
+        return leave_out
 
     def entrypoint(
         pretrained: bool = False,
@@ -154,7 +160,7 @@ def _register_twin(
             raise
         if isinstance(decor_config, dict):
             decor_config = DecorConfig.from_dict(decor_config)
-        convert(model, decor_config or DecorConfig(), leave_out)
+        convert(model, decor_config or DecorConfig(), leaves_out(model))
         for pattern in plain if tells_unmatched else ():  # a family's wildcards are for all of its members
             if not fnmatch.filter((layer_name for layer_name, _ in model.named_modules()), pattern):
                 _logger.warning("%s: no layer matches %r, which was to stay plain", variant, pattern)

@@ -21,17 +21,14 @@ class Family:
     plain: Mapping[str, str] = field(default_factory=dict)
 
 
-# Measured on MobileNetV3 by benchmarks/zoo_study.py. ConvNeXt's 7x7 ones, on the contrary, gain.
-_DEPTHWISE = dict.fromkeys(("*conv_dw*", "*.dw_*"), "a depthwise convolution: decorrelated, it costs accuracy here")
-
 FAMILIES = (
     Family("resnet", "resnet18"),
     Family("vgg", "vgg11_bn"),
     Family("regnet", "regnety_002"),
     Family("densenet", "densenet121"),
     Family("convnext", "convnext_atto"),
-    Family("mobilenetv3", "mobilenetv3_small_100", plain=_DEPTHWISE),
-    Family("efficientnet", "efficientnet_b0", plain=_DEPTHWISE),
+    Family("mobilenetv3", "mobilenetv3_small_100"),
+    Family("efficientnet", "efficientnet_b0"),
     Family("vision_transformer", "vit_tiny_patch16_224"),
     Family("deit", "deit_tiny_patch16_224"),
     Family("mlp_mixer", "mixer_s16_224"),

@@ -96,7 +96,7 @@ class Structure(ABC):
         return (grad.flatten(2) @ self.dense().mT).view(grad.shape)
 
     def apply_gram(self, grad: Tensor, scale: Tensor | None = None, plus: LowRank | None = None) -> Tensor:
-        """scale G R^T R + (a term of low rank): the gradient for W, as a direction for A. Shape of grad: (n g, O, C, S).
+        """scale G R^T R + (a term of low rank): the gradient for W, as a direction for A, (n g, O, C, S).
 
         Args:
             grad: G.

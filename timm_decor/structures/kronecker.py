@@ -69,7 +69,7 @@ class KroneckerR(Structure):
 
     def add_product(self, target: Tensor, w: Tensor, beta: float | Tensor) -> None:
         rows = target.transpose(2, 3)
-        if isinstance(beta, Tensor) or not rows.is_contiguous():  # what cannot be done in place on channels_last weights
+        if isinstance(beta, Tensor) or not rows.is_contiguous():  # in place on channels_last weights alone
             super().add_product(target, w, beta)
         else:
             self._power(1).multiply(w, out=rows, beta=beta)
