@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -61,7 +62,7 @@ class Reasons:
         self._shared, self._read_past = _shared_weights(model), _read_past_forward(model)
         self._gates = _gates(model)
 
-    def unfit(self, module: nn.Module) -> str:
+    def unfit(self, module: Any) -> str:
         """Why a layer cannot be decorrelated; "" if it can, as far as its class and weight go."""
         kind = type(module).__name__
         if isinstance(module, _UNSEEN):

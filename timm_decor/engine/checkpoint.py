@@ -95,32 +95,62 @@ def with_entries(optimizer: Optimizer, state_dict: dict[str, Any], weights: Mapp
         state_dict: with decorrelation's state under `STATE_KEY`.
         weights: of the layers, by the layers' names.
     """
-    position = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    position = {id(p): i for i, p in enumerate(_parameters(optimizer))}
     saved, state = state_dict[STATE_KEY], dict(state_dict["state"])
-    facts = {key: saved[key] for key in ("format", "config", "kind", "step")}
+    common = {key: value for key, value in saved.items() if key != "layers"}
     for name, weight in weights.items():
-        number = position[id(weight)]
+        number, layer = position[id(weight)], saved["layers"][name]
         # A weight's first step fills an entry that is empty, and would take ours for the optimizer's.
         if state.get(number) or not any(state.values()):
-            state[number] = {**state.get(number, {}), STATE_KEY: {"name": name, **facts, **saved["layers"][name]}}
+            tensors = {key: value for key, value in layer.items() if isinstance(value, dict)}
+            facts = {key: value for key, value in layer.items() if key not in tensors}
+            entry = {"facts": _as_tensor({"common": common, "layer": facts}), **tensors}
+            state[number] = {**state.get(number, {}), STATE_KEY: entry}
     return {**state_dict, "state": state}
 
 
-def without_entries(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """An optimizer's state as torch is to load it, and decorrelation's out of it; None where there is none."""
+def without_entries(
+    optimizer: Optimizer, state_dict: Mapping[str, Any], weights: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """An optimizer's state as torch is to load it, and decorrelation's out of it; None where there is none.
+
+    Args:
+        optimizer: that is to load it; its parameters are in the order of the state's.
+        state_dict: with numbers or names for parameters.
+        weights: of the layers, by the layers' names.
+    """
+    keys = [key for group in state_dict.get("param_groups", ()) for key in group["params"]]
+    names = {id(weight): name for name, weight in weights.items()}
+    layer_of = {key: names.get(id(p)) for key, p in zip(keys, _parameters(optimizer), strict=False)}
     found: dict[str, Any] | None = None
-    layers: dict[str, Any] = {}
     state = {}
     for key, entry in state_dict.get("state", {}).items():
         if isinstance(entry, Mapping) and STATE_KEY in entry:
-            own = dict(entry[STATE_KEY])
-            layers[own.pop("name")] = own
-            found = {**{name: own[name] for name in ("format", "config", "kind", "step")}, "layers": layers}
+            own, name = dict(entry[STATE_KEY]), layer_of.get(key)
+            facts = _from_tensor(own.pop("facts"))
+            found = found or {**facts["common"], "layers": {}}
+            if name is not None:
+                found["layers"][name] = {**facts["layer"], "recorded": {}, **own}
             entry = {name: value for name, value in entry.items() if name != STATE_KEY}
-        if entry or not layers:
-            state[key] = entry
+            if not entry:
+                continue
+        state[key] = entry
     rest = {key: value for key, value in state_dict.items() if key != STATE_KEY}
     return {**rest, "state": state}, state_dict.get(STATE_KEY, found)
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    """In the order in which an optimizer's state numbers them."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _as_tensor(facts: dict[str, Any]) -> Tensor:
+    """Facts as bytes of JSON: torch.distributed.checkpoint flattens no text and no lists."""
+    return torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
+
+
+def _from_tensor(text: Tensor) -> dict[str, Any]:
+    return json.loads(bytes(text.tolist()))
 
 
 def check_loadable(

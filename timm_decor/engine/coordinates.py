@@ -211,11 +211,11 @@ def moves(step: StepOnW, new: Sides, optimizer: Optimizer, preserve_function: bo
         return new.apply(old.apply_inverse(rows))
 
     states: list[dict[str, Any]] = [optimizer.state.get(layer.weight, {}) for layer in layers]
-    pairs = []
+    pairs: list[tuple[list[Tensor], list[Tensor]]] = []
     for name in LINEAR.get(type(optimizer), ()):
         kept = [state.get(name) for state in states]
         if any(value is not None for value in kept):  # one that has none yet, because it was frozen, moves a zero
-            kept = [torch.zeros_like(a) if m is None else m for m, a in zip(kept, step.kernels, strict=True)]
-            pairs.append((kept, kept))
+            momenta = [torch.zeros_like(a) if m is None else m for m, a in zip(kept, step.kernels, strict=True)]
+            pairs.append((momenta, momenta))
     pairs += [] if preserve_function else [(step.kernels, step.result())]
     return [(targets, transformed(layers, turned, sources)) for targets, sources in pairs]

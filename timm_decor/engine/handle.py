@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 import logging
 import weakref
@@ -179,7 +180,7 @@ class DecorHandle:
             for i, (name, layer) in enumerate(zip(group.names, group.layers, strict=True)):
                 if (key := f"{name}.weight") in out:
                     sides, value = group.sides_of([i]), out[key]
-                    new = transformed([layer], lambda rows, sides=sides: product(sides, rows), [value])
+                    new = transformed([layer], functools.partial(product, sides), [value])
                     (out[key],) = unbatched([layer], new, [value])
         return out
 
@@ -193,6 +194,10 @@ class DecorHandle:
             "step": self.step,
             "layers": {name: states[name] for name in self.names},
         }
+
+    @property
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: layer.weight for name, layer in self._layers}
 
     @property
     def _kind(self) -> str:
@@ -316,10 +321,10 @@ class DecorHandle:
     def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         self._recover()
         state_dict[checkpoint.STATE_KEY] = self.state()
-        return checkpoint.with_entries(optimizer, state_dict, {name: layer.weight for name, layer in self._layers})
+        return checkpoint.with_entries(optimizer, state_dict, self._weights)
 
     def _load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        rest, saved = checkpoint.without_entries(state_dict)
+        rest, saved = checkpoint.without_entries(optimizer, state_dict, self._weights)
         if saved is None:
             _logger.warning("the optimizer state has no decorrelation state: R starts from the identity")
             self._continue({}, 0)

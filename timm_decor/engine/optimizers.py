@@ -1,4 +1,4 @@
-"""What the engine knows of optimizers: where wrappers keep the inner one, how its step is made on A, what it refuses."""
+"""What the engine knows of optimizers: where wrappers keep the inner one, how it steps on A, what is refused."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def _state_after(optimizer: Optimizer, gradients: Iterable[Tensor]) -> dict[str,
         optimizer.step()
     kept = {name: value for name, value in vars(optimizer).items() if name not in ("state", "param_groups", "defaults")}
     others = {name: value for name, value in group.items() if name != "params"}
-    found = [*_tensors(optimizer.state.get(parameter, {}), ""), *_tensors(others, "group."), *_tensors(kept, "self.")]
+    found = [*_tensors(optimizer.state.get(parameter, {}), ""), *_tensors(others, "group"), *_tensors(kept, "self")]
     return {path: tensor for path, tensor in found if tensor is not parameter}
 
 
@@ -185,4 +185,4 @@ def _tensors(tree: Any, path: str) -> Iterator[tuple[str, Tensor]]:
             yield path, tree
     elif isinstance(tree, Mapping | list | tuple):
         for key, branch in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
-            yield from _tensors(branch, f"{path}.{key}".lstrip("."))
+            yield from _tensors(branch, f"{path}.{key}" if path else str(key))

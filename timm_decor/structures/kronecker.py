@@ -62,7 +62,7 @@ class KroneckerR(Structure):
     def apply(self, w: Tensor) -> Tensor:
         return self._power(1).multiply(w)
 
-    apply_transposed = apply  # R is symmetric
+    apply_transposed = apply  # type: ignore[assignment]  # R is symmetric
 
     def apply_gram(self, grad: Tensor, scale: Tensor | None = None, plus: LowRank | None = None) -> Tensor:
         return self._power(2).multiply(grad, scale=scale, plus=plus)
@@ -77,7 +77,7 @@ class KroneckerR(Structure):
     def apply_inverse(self, a: Tensor) -> Tensor:
         return self._power(-1).multiply(a)
 
-    apply_inverse_transposed = apply_inverse
+    apply_inverse_transposed = apply_inverse  # type: ignore[assignment]
 
     def errors(self, grad: Tensor, channels: slice) -> Tensor:
         return self._power(1).multiply(grad, channels)
