@@ -124,26 +124,37 @@ class _FromStart(StepOnW):
         self._moved = self._differences([layer.weight.data for layer in self.layers])
         self._restore()
         self._decays = self._factors()
+        # What can fail for want of memory is done before a single weight moves.
+        self._increments = None if self._is_in_place() else self._product()
 
     def _differences(self, ends: list[Tensor]) -> list[Tensor]:
         return ends
 
     def land(self, skipped: Tensor | None) -> None:
-        if len(self.layers) == 1 and self.kernels[0].dtype == self._moved[0].dtype and skipped is None:
-            (layer,), (kernel,), (moved,), (decay,) = self.layers, self.kernels, self._moved, self._decays
-            if layer.is_grouped_view(kernel) and at_least_float32(kernel) is kernel:
-                with torch.autocast(kernel.device.type, enabled=False):
-                    self.sides.add_product(layer.grouped(kernel), layer.grouped(moved), decay)
-                return
-        for kernel, increment, decay in zip(self.kernels, self._increments(), self._decays, strict=True):
-            # A fused optimizer leaves a weight alone where it finds that it must not step.
-            kernel.mul_(decay if skipped is None else torch.where(skipped, 1.0, decay)).add_(increment)
+        # A fused optimizer leaves a weight alone where it finds that it must not step.
+        factors = self._decays if skipped is None else [_unless(skipped, d, k) for d, k in self._pairs()]
+        if self._increments is None:
+            (layer,), (kernel,), (moved,), (factor,) = self.layers, self.kernels, self._moved, factors
+            with torch.autocast(kernel.device.type, enabled=False):
+                self.sides.add_product(layer.grouped(kernel), layer.grouped(moved), factor)
+            return
+        for kernel, increment, factor in zip(self.kernels, self._increments, factors, strict=True):
+            kernel.mul_(factor).add_(increment)
 
     def result(self) -> list[Tensor]:
-        triples = zip(self.kernels, self._increments(), self._decays, strict=True)
-        return [kernel * decay + increment for kernel, increment, decay in triples]
+        increments = self._increments or self._product()
+        return [k * decay + i for (decay, k), i in zip(self._pairs(), increments, strict=True)]
 
-    def _increments(self) -> list[Tensor]:
+    def _pairs(self) -> list[tuple[Any, Tensor]]:
+        return list(zip(self._decays, self.kernels, strict=True))
+
+    def _is_in_place(self) -> bool:
+        """Whether A can take the product up as it is made: fewer passes over memory, which is what a step costs."""
+        layer, kernel = self.layers[0], self.kernels[0]
+        is_one = len(self.layers) == 1 and kernel.device.type == "cpu"
+        return is_one and at_least_float32(kernel) is kernel and layer.is_grouped_view(kernel)
+
+    def _product(self) -> list[Tensor]:
         return unbatched(self.layers, transformed(self.layers, self.sides.apply, self._moved), self.kernels)
 
     def abort(self) -> None:
@@ -190,6 +201,13 @@ class Linear(StepOnW):
         self._restore()
         for kernel, before in zip(self.kernels, self._before, strict=True):
             kernel.copy_(before)
+
+
+def _unless(skipped: Tensor, factor: Any, like: Tensor) -> Tensor:
+    """A factor of a weight, or 1 where the device says that there was no step."""
+    if not isinstance(factor, Tensor):
+        factor = torch.full((), factor, dtype=at_least_float32(like[:0]).dtype, device=like.device)
+    return torch.where(skipped.to(like.device), torch.ones_like(factor), factor)
 
 
 def step_type(optimizer: Optimizer) -> type[StepOnW]:

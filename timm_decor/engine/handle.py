@@ -261,6 +261,8 @@ class DecorHandle:
         for i in group.count(moved, index):
             if not seen[i]:
                 reason = "it saw no input in training mode, or none that is finite"
+                if unrecorded := group.layers[i].unrecorded:
+                    reason = f"none of {unrecorded} inputs could be recorded (nested or sparse tensors, torch.func)"
             elif not alive[i]:
                 reason = "the layer's inputs are all zero, or all the same"
             else:
