@@ -3,7 +3,7 @@
 
 import sys
 
-from timm_decor.training.errors import exit_code
+from timm_decor.errors import exit_code
 from timm_decor.training.validation import main
 
 if __name__ == "__main__":

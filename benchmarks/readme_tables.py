@@ -22,8 +22,8 @@ from study import pictures, tables
 from study.protocol import Row
 from study.results import Results
 from study.stages import read_table
-from timm_decor.table import markdown_table
-from timm_decor.training.errors import UserError, exit_code
+from timm_decor.errors import UserError, exit_code
+from timm_decor.text import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -39,9 +39,9 @@ import timm_decor
 from study.peer import SETTINGS, Peer, describe
 from study.pictures import case_text, step_cost_picture
 from study.results import session
-from timm_decor import DecorConfig
-from timm_decor.table import text_table
-from timm_decor.training.errors import UserError, exit_code, first_line
+from timm_decor import DecorConfig, knobs
+from timm_decor.errors import UserError, exit_code, first_line
+from timm_decor.text import text_table
 
 SMOKE = {"img_size": [32], "batch_size": [16], "blocks": 2, "steps_per_block": 2}
 
@@ -262,12 +262,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the results there, and a picture beside it")
     parser.add_argument("--smoke", action="store_true", help=f"a seconds-long check that it runs: {SMOKE}")
     group = parser.add_argument_group("decorrelation (its defaults are DecorConfig's)")
-    for spec in dataclasses.fields(DecorConfig):
-        kind: Any = type(spec.default)
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        flag = f"--decor-{spec.name.removeprefix('decor_').replace('_', '-')}"
-        text = f"{spec.metadata['help']} (default: {spec.default})".replace("%", "%%")
-        group.add_argument(flag, dest=f"knob_{spec.name}", default=spec.default, help=text, **how)
+    knobs.add_arguments(group)
     return parser
 
 
@@ -275,8 +270,7 @@ def main(argv: list[str]) -> None:
     args = build_parser().parse_args(argv)
     if args.smoke:
         vars(args).update(SMOKE)
-    knobs = {name.removeprefix("knob_"): vars(args).pop(name) for name in list(vars(args)) if name.startswith("knob_")}
-    config = DecorConfig(**knobs)
+    config = knobs.from_arguments(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     peer = Peer(args.peer_path) if args.peer_path else None

@@ -37,8 +37,8 @@ from study.results import Results, session
 from study.stages import Bench, grids, read_table, report, table_of, tune
 from study.training import PLAIN
 from timm_decor import DecorConfig
-from timm_decor.table import text_table
-from timm_decor.training.errors import UserError, exit_code, near
+from timm_decor.errors import UserError, exit_code
+from timm_decor.text import near, text_table
 from timm_decor.training.sources import Parquet, ParquetColumns
 
 RESULTS = Path(__file__).parent / "results" / "time_to_accuracy"

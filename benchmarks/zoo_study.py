@@ -28,8 +28,8 @@ from torch import nn
 
 import timm_decor
 from study.images import Images, Split, load
-from timm_decor.table import text_table
-from timm_decor.training.errors import exit_code
+from timm_decor.errors import exit_code
+from timm_decor.text import text_table
 
 BATCH = 128
 EVERY_LAYER = "every layer"

@@ -21,7 +21,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from hub import card, repository
 from hub.trained import Trained, find, read
 from hub.upload import Target, log_in, upload
-from timm_decor.training.errors import UserError, exit_code, first_line, message
+from timm_decor.errors import UserError, exit_code, first_line, message
 from timm_decor.training.folder import RunFolder
 from timm_decor.training.parser import Parser
 

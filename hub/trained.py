@@ -12,9 +12,9 @@ import yaml
 from timm.models import is_model
 
 from hub.datasets import Data, known
+from timm_decor.errors import UserError, first_line
 from timm_decor.training.build import EMA_SUFFIX, safetensors_metadata
 from timm_decor.training.compare import SIDES, Side
-from timm_decor.training.errors import UserError, first_line
 from timm_decor.training.folder import ARGS_FILE, SUMMARY_FILE
 
 WEIGHTS = "last.safetensors"

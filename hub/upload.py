@@ -21,7 +21,7 @@ from huggingface_hub.utils import (
 )
 
 from hub.repository import CONFIG, FILES
-from timm_decor.training.errors import UserError, first_line
+from timm_decor.errors import UserError, first_line
 
 
 @dataclass(frozen=True)

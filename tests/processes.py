@@ -50,7 +50,7 @@ def _run(words: list[str], log: str, prepare: Callable[..., None] | None, args: 
     multiprocessing.set_start_method("fork", force=True)  # of its DataLoader workers, as ever on Linux
     import torch
 
-    from timm_decor.training.errors import exit_code
+    from timm_decor.errors import exit_code
     from timm_decor.training.run import main
 
     torch.set_num_threads(1)

@@ -17,7 +17,7 @@ import step_cost
 from PIL import Image
 
 from study import pictures
-from timm_decor.training.errors import UserError
+from timm_decor.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 

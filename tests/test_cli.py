@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from training_runs import DECOR, ROOT, TINY, history, reset_accelerate, train
 
 from timm_decor import DecorConfig
+from timm_decor.errors import UserError, exit_code
 from timm_decor.training import run as train_module
 from timm_decor.training import validation
 from timm_decor.training.args import as_recipe, decor_config, train_parser
-from timm_decor.training.errors import UserError, exit_code
 from timm_decor.training.run import parse
 
 DIGITS = ("--dataset", "digits", "--device", "cpu", "-j", "0", "--split", "test[:70]")
@@ -55,7 +55,8 @@ TRAIN_ERRORS = [
     ("--decor --decor-rule witen", "unknown rule 'witen'; did you mean 'whiten'?"),
     ("--decor --decor-structure kroneker", "unknown structure 'kroneker'; did you mean 'kronecker'?"),
     ("--decor --decor-rule dbp --decor-structure kronecker", "rule 'dbp' does not go with structure 'kronecker'"),
-    ("--decor --decor-kappa 1.5", "kappa=1.5: must be in [0, 1]"),
+    ("--decor --decor-rule dbp --decor-structure full --decor-kappa 1.5", "kappa=1.5: must be in [0, 1]"),
+    ("--decor --decor-kappa 0.9", "kappa=0.9: rule 'whiten' has no kappa (dbp)"),
     ("--decor --decor-damping -1", "damping=-1.0"),
     ("--decor --decor-every 0", "every=0"),
     ("--decor-damping 2", "--decor-damping does nothing for plain test_resnet: add --decor"),
@@ -150,9 +151,20 @@ class TestRecipes:
 
 
 class TestParser:
+    @pytest.mark.parametrize("words", [["--decor-warmup", "3"], ["--decor-follow-lr"], ["--no-decor-follow-lr"],
+                                       ["--decor-block-dim=9"]])  # fmt: skip
+    def test_a_knob_that_was_removed_says_why(self, words, tmp_path):
+        flag = words[0].split("=")[0].replace("--no-", "--")
+        with pytest.raises(UserError, match=f"^{flag} was removed: [^\n]+$"):
+            train_module.parse(words)
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(f"{flag[2:]}: 3\n")
+        with pytest.raises(UserError, match=f"recipe .*: {flag} was removed: "):
+            train_module.parse(["-c", str(recipe)])
+
     def test_every_knob_of_decorrelation_has_an_argument(self):
-        args = parse(["--decor-lr", "0.125", "--no-decor-preserve-function", "--decor-structure", "space"])
-        expected = dataclasses.replace(DecorConfig(), decor_lr=0.125, preserve_function=False, structure="space")
+        args = parse(["--decor-damping", "0.125", "--no-decor-preserve-function", "--decor-structure", "space"])
+        expected = dataclasses.replace(DecorConfig(), damping=0.125, preserve_function=False, structure="space")
         assert decor_config(args) == expected
         flags = train_parser().format_help()
         for spec in dataclasses.fields(DecorConfig):

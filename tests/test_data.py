@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from training_runs import TINY, reset_accelerate
 
+from timm_decor.errors import UserError, message
 from timm_decor.training.args import validate_parser
 from timm_decor.training.datasets import open_source
-from timm_decor.training.errors import UserError, message
 from timm_decor.training.loaders import eval_loader, train_loader
 from timm_decor.training.run import parse
 from timm_decor.training.runtime import make_accelerator

@@ -19,8 +19,8 @@ from training_runs import DECOR, TINY, history, reset_accelerate
 
 import timm_decor
 from timm_decor import DecorConfig
+from timm_decor.errors import UserError
 from timm_decor.training.build import freeze, synchronized
-from timm_decor.training.errors import UserError
 from timm_decor.training.runtime import make_accelerator
 
 STEPS = 10

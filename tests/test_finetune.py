@@ -15,9 +15,9 @@ from torch import nn
 from training_runs import DECOR, train
 
 import timm_decor
+from timm_decor.errors import UserError
 from timm_decor.training import build
 from timm_decor.training.args import train_parser
-from timm_decor.training.errors import UserError
 from timm_decor.training.optim import make_optimizer, make_scheduler
 
 FROZEN = ("conv1", "bn1", "layer1")

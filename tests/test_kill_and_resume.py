@@ -16,10 +16,10 @@ from processes import start
 from safetensors.torch import load_file
 from training_runs import DECOR, TINY, train
 
+from timm_decor.errors import Stopped, UserError
 from timm_decor.training import checkpoints as checkpoints_module
 from timm_decor.training import run as run_module
 from timm_decor.training.arm import Arm
-from timm_decor.training.errors import Stopped, UserError
 from timm_decor.training.folder import read_resume
 
 # Five batches an epoch, and three updates, the last one from a single batch.

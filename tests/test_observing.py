@@ -16,10 +16,10 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from training_runs import DECOR, TINY, history, train
 
+from timm_decor.errors import UserError
 from timm_decor.training import charts, report, trackers
 from timm_decor.training.clock import PHASES, StepClock
 from timm_decor.training.compare import Side
-from timm_decor.training.errors import UserError
 from timm_decor.training.losswatch import LossWatch
 from timm_decor.training.observe import Series, phase_times
 from timm_decor.training.run import parse

@@ -31,6 +31,10 @@ def test_public_names_exist() -> None:
     assert all(hasattr(timm_decor, name) for name in timm_decor.__all__)
 
 
+def test_dir_shows_the_public_names_alone() -> None:
+    assert dir(timm_decor) == sorted(timm_decor.__all__)
+
+
 def test_version_is_single_sourced() -> None:
     assert version("timm-decor") == timm_decor.__version__
 
@@ -87,7 +91,9 @@ class TestContributing:
     def test_files(self) -> None:
         paths = [name for name in self.NAMES if re.fullmatch(r"[\w./]+(/|\.(py|md|cff|toml|yaml))", name)]
         assert len(paths) > 30, "the pattern finds them"
-        made = {"dist/", "hub/staged/NAME/", "timm_decor/staged/NAME/"}  # by make dist, or not there in every checkout
+        made = {"dist/", "hub/staged/NAME/", "timm_decor/staged/NAME/"} | {
+            f"timm_decor/{r}/NAME.py" for r in ("rules", "structures")
+        }  # by make dist, or not there in every checkout
         assert [path for path in paths if path not in made and not (ROOT / path).exists()] == []
 
     def test_tests_and_code(self) -> None:

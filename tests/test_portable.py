@@ -16,7 +16,7 @@ import timm_decor
 from timm_decor import DecorConfig
 from timm_decor.engine.checkpoint import read_r
 from timm_decor.engine.handle import DecorHandle
-from timm_decor.training.errors import UserError
+from timm_decor.errors import UserError
 
 CONFIG = DecorConfig(every=2, sample=1.0)
 

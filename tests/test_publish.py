@@ -20,8 +20,8 @@ from training_runs import DECOR, ROOT, reset_accelerate, train
 
 from hub.publish import main
 from hub.repository import FILES
+from timm_decor.errors import UserError, exit_code
 from timm_decor.training import validation
-from timm_decor.training.errors import UserError, exit_code
 
 REPO = "me/digits"
 

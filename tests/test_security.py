@@ -16,9 +16,9 @@ from PIL import Image
 from safetensors import safe_open
 from training_runs import DECOR, TINY, train
 
+from timm_decor.errors import UserError
 from timm_decor.training import run as train_module
 from timm_decor.training import validation
-from timm_decor.training.errors import UserError
 from timm_decor.training.privacy import published, published_command, refuse_secrets, without_paths
 from timm_decor.training.run import parse
 

@@ -19,7 +19,7 @@ from processes import context, start
 from test_kill_and_resume import command, final, same, stop_at, untimed
 from training_runs import DECOR, TINY, train
 
-from timm_decor.training.errors import Stopped, UserError
+from timm_decor.errors import Stopped, UserError
 from timm_decor.training.folder import RunFolder, find_resume, read_resume
 
 WORDS = [*DECOR, "--recovery-interval", "1"]

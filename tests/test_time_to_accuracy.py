@@ -25,7 +25,7 @@ from study.presets import PRESETS, Preset
 from study.results import Results
 from study.training import Record, Run, Spec, schedule, train_in_turns
 from timm_decor import DecorConfig
-from timm_decor.training.errors import UserError
+from timm_decor.errors import UserError
 
 SMOKE = PRESETS["smoke"]
 BUDGETS = (0.25, 0.5, 0.75)

@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 from training_runs import DECOR, ROOT, TINY, history, reset_accelerate, train, untimed
 
 from timm_decor import DecorHandle
+from timm_decor.errors import UserError
 from timm_decor.reporting import AttachReport
 from timm_decor.training import arm as arm_module
 from timm_decor.training import folder as folder_module
 from timm_decor.training import run as run_module
 from timm_decor.training.compare import Side, markdown, summary, verdict
-from timm_decor.training.errors import UserError
 from timm_decor.training.loaders import Batches
 from timm_decor.training.validation import main as validate
 

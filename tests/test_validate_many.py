@@ -17,8 +17,8 @@ from timm.data import create_dataset
 from torch import nn
 from training_runs import DECOR, history, reset_accelerate, train
 
+from timm_decor.errors import UserError
 from timm_decor.training import validation
-from timm_decor.training.errors import UserError
 from timm_decor.training.mistakes import confusion
 from timm_decor.training.sources import Digits, TimmDataset
 

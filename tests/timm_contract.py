@@ -27,7 +27,7 @@ import torch
 
 import timm_decor
 from timm_decor.models import FAMILIES, PREFIX
-from timm_decor.table import markdown_table
+from timm_decor.text import markdown_table
 
 # What needs no network. Left out: test_model_inference, test_model_load_pretrained, test_model_features_pretrained
 # (weights from the Hub), and the tests that are of one plain model by name.

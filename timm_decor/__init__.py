@@ -35,3 +35,8 @@ __all__ = [
     "register_decorrelated",
     "to_plain",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names alone: the rooms behind them may move."""
+    return sorted(__all__)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 from dataclasses import dataclass, field
 from typing import Any
+
+from timm_decor.text import closest
 
 # Which rule can refresh which structure. `dbp` and `crgd` iterate on R itself, so R must be stored as a matrix; the
 # Kronecker structure is defined by the eigenbasis of two factors, which only `whiten` computes.
@@ -41,7 +42,7 @@ def _knob(default: Any, text: str, rules: tuple[str, ...] = ()) -> Any:
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value in choices:
         return
-    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
+    near = closest(str(value), choices, count=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"unknown {name} {value!r}{hint} ({name}s: {', '.join(choices)})")
 

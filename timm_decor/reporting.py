@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from timm_decor.config import DecorConfig
 from timm_decor.plan import LayerPlan
-from timm_decor.table import text_table
+from timm_decor.text import text_table
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_decor.training.errors import UserError
+from timm_decor.errors import UserError
 from timm_decor.training.sources import Parquet, ParquetColumns, read
 
 CLASSES = 10  # of generated images

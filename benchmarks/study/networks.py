@@ -8,7 +8,7 @@ import timm
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_decor.training.errors import UserError, first_line
+from timm_decor.errors import UserError, first_line
 
 
 class Block(nn.Module):

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from timm_decor.training.errors import UserError, first_line
+from timm_decor.errors import UserError, first_line
 
 SETTINGS = {"decor_lr": 1e-4, "kappa": 0.01, "downsample_perc": 0.1, "method": "standard"}
 

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from study.training import PLAIN, Record
-from timm_decor.training.errors import UserError
+from timm_decor.errors import UserError
 
 Point = tuple[float, float]  # learning rate, weight decay
 TUNED_BUDGETS = (1.0, 0.5)  # shares of N epochs

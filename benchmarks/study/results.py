@@ -19,7 +19,7 @@ import torch
 
 from study.training import Record, Spec
 from timm_decor import DecorConfig
-from timm_decor.training.errors import UserError, first_line
+from timm_decor.errors import UserError, first_line
 from timm_decor.training.runtime import available_cpus, cpu_name, versions
 
 FORMAT = 1

@@ -18,7 +18,7 @@ from study.images import Split, generate, load
 from study.presets import OPTIMIZERS, Preset
 from study.results import Results, same_config
 from study.training import Record, Spec, train_in_turns
-from timm_decor.training.errors import UserError
+from timm_decor.errors import UserError
 
 MAX_EXTENSIONS = 8
 TUNED_FOR = ("model", "stem", "batch_size", "shift", "amp", "data", "images", "steps")  # equal in tune and report

@@ -6,7 +6,6 @@ registers. So every family gets a module, made here from its row in families.py.
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import logging
 import sys
@@ -37,6 +36,7 @@ from timm_decor.convert import convert
 from timm_decor.eligibility import Reasons
 from timm_decor.models.families import Family
 from timm_decor.models.staged import own_cfgs, unavailable
+from timm_decor.text import near
 
 _logger = logging.getLogger(__name__)
 
@@ -90,9 +90,10 @@ def register_decorrelated(name: str, plain: Mapping[str, str] | None = None) -> 
         ValueError: timm knows no such model, or it is a twin already.
     """
     if not is_model(name) or split_model_name_tag(name)[1]:
-        near = difflib.get_close_matches(name, list_models(), n=3)
-        hint = f"; near: {', '.join(near)}" if near else ""
-        raise ValueError(f"timm has no model {name!r} (decorate its entrypoint with timm.models.register_model){hint}")
+        raise ValueError(
+            f"timm has no model {name!r} (decorate its entrypoint with timm.models.register_model)"
+            + near(name, list_models())
+        )
     if name.startswith(PREFIX):
         raise ValueError(f"{name} is a decorrelated twin itself")
     module = _module(model_entrypoint(name).__module__.split(".")[-1])

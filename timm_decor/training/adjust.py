@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from timm_decor.training.errors import UserError
+from timm_decor.errors import UserError
 
 
 def set_batch_norm(model: nn.Module, momentum: float | None, eps: float | None) -> None:

@@ -8,11 +8,11 @@ recipe, schedules step on every update, `--pretrained-path` needs no `--pretrain
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from typing import Any
 
+from timm_decor import knobs
 from timm_decor.config import DecorConfig
-from timm_decor.training.errors import UserError
+from timm_decor.errors import UserError
 from timm_decor.training.parser import KeyValues, Names, Parser, amount, count, index, positive, share
 
 _SWITCH = argparse.BooleanOptionalAction
@@ -141,21 +141,11 @@ def add_model_arguments(parser: Parser, default_model: str | None) -> None:
     group.add_argument("--amp-dtype", default="float16", choices=("float16", "bfloat16"), help="AMP's dtype")
 
 
-def _decor_dest(name: str) -> str:
-    return "decor_" + name.removeprefix("decor_")
-
-
 def _add_decor_arguments(parser: Parser) -> None:
-    """`--decor` and one `--decor-*` argument per field of DecorConfig: a new knob appears here by itself."""
+    """`--decor` and the knobs."""
     group = parser.add_argument_group("decorrelation", "For decor_ models, and for any other with --decor.")
     group.add_argument("--decor", action=_SWITCH, default=False, help="decorrelate a plain timm model")
-    for spec in dataclasses.fields(DecorConfig):
-        flag = "--" + _decor_dest(spec.name).replace("_", "-")
-        text = spec.metadata.get("help", spec.name)
-        if isinstance(spec.default, bool):
-            group.add_argument(flag, action=_SWITCH, default=spec.default, help=text)
-        else:
-            group.add_argument(flag, type=type(spec.default), default=spec.default, metavar="X", help=text)
+    knobs.add_arguments(group)
 
 
 def decor_config(args: argparse.Namespace) -> DecorConfig:
@@ -165,15 +155,9 @@ def decor_config(args: argparse.Namespace) -> DecorConfig:
         UserError: what DecorConfig refuses, in its words.
     """
     try:
-        return DecorConfig(**{s.name: getattr(args, _decor_dest(s.name)) for s in dataclasses.fields(DecorConfig)})
+        return knobs.from_arguments(args)
     except (ValueError, TypeError) as error:
         raise UserError(f"--decor-*: {error}") from error
-
-
-def changed_decor_flags(args: argparse.Namespace) -> list[str]:
-    """The `--decor-*` arguments that differ from their defaults."""
-    specs = [(_decor_dest(spec.name), spec.default) for spec in dataclasses.fields(DecorConfig)]
-    return ["--" + dest.replace("_", "-") for dest, default in specs if getattr(args, dest) != default]
 
 
 def _add_optimizer_arguments(parser: Parser) -> None:

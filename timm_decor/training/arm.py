@@ -21,11 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import timm_decor
+from timm_decor.errors import UserError
 from timm_decor.training.args import decor_config
 from timm_decor.training.build import check_fit, place
 from timm_decor.training.clock import StepClock
 from timm_decor.training.display import Display
-from timm_decor.training.errors import UserError
 from timm_decor.training.evaluate import Metrics, evaluate
 from timm_decor.training.losswatch import LossWatch, NonFiniteLoss
 from timm_decor.training.observe import Observer

@@ -22,10 +22,12 @@ from timm.models import get_arch_pretrained_cfgs, is_model, list_models, load_st
 from torch import nn
 
 import timm_decor
+from timm_decor import knobs
+from timm_decor.errors import UserError, first_line, load_failure
 from timm_decor.models import PREFIX, plain_name
+from timm_decor.text import near
 from timm_decor.training.adjust import init_head, set_batch_norm
-from timm_decor.training.args import changed_decor_flags, decor_config
-from timm_decor.training.errors import UserError, first_line, load_failure, near
+from timm_decor.training.args import decor_config
 
 # What timm raises on arguments that it cannot follow.
 CREATION_ERRORS = (
@@ -44,7 +46,7 @@ def is_decorrelated(args: argparse.Namespace) -> bool:
     """
     if args.model.startswith(PREFIX) or args.decor:
         return True
-    changed = changed_decor_flags(args)
+    changed = knobs.changed_flags(args)
     if changed:
         raise UserError(f"{changed[0]} does nothing for plain {args.model}: add --decor, or use a {PREFIX} model")
     return False

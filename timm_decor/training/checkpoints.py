@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from timm_decor.errors import Stopped, UserError
 from timm_decor.training.arm import Arm
 from timm_decor.training.build import EMA_SUFFIX
-from timm_decor.training.errors import Stopped, UserError
 from timm_decor.training.folder import RESUME_FILE, RunFolder, find_resume, read_resume
 from timm_decor.training.stopping import StopRequest
 

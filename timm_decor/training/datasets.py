@@ -9,7 +9,8 @@ from pathlib import Path
 from timm.data import create_dataset
 from timm.data.readers.class_map import load_class_map
 
-from timm_decor.training.errors import UserError, first_line, near
+from timm_decor.errors import UserError, first_line
+from timm_decor.text import near
 from timm_decor.training.sources import (
     EVAL_NAMES,
     TRAIN_NAMES,

@@ -17,8 +17,8 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn import functional
 
+from timm_decor.errors import UserError, first_line
 from timm_decor.training import build
-from timm_decor.training.errors import UserError, first_line
 
 
 class Distillation(nn.Module):

@@ -25,8 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from timm_decor.errors import UserError, first_line, load_failure
 from timm_decor.training.build import EMA_SUFFIX
-from timm_decor.training.errors import UserError, first_line, load_failure
 
 RESUME_FILE = "resume.pt"
 PREVIOUS_FILE = "resume-previous.pt"

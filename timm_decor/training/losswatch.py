@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from timm_decor.training.errors import UserError
+from timm_decor.errors import UserError
 
 
 class NonFiniteLoss(UserError):

@@ -11,7 +11,8 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import nn
 from torch.optim import Optimizer
 
-from timm_decor.training.errors import UserError, first_line, near
+from timm_decor.errors import UserError, first_line
+from timm_decor.text import near
 from timm_decor.training.loaders import mixes
 
 

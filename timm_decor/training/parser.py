@@ -14,7 +14,9 @@ from typing import Any, NoReturn
 
 import yaml
 
-from timm_decor.training.errors import UserError, first_line, near
+from timm_decor.errors import UserError, first_line
+from timm_decor.knobs import removed
+from timm_decor.text import near
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,6 +36,8 @@ class Parser(argparse.ArgumentParser):
         """
         args, unknown = self.parse_known_args(list(argv))
         if unknown:
+            if reason := removed(unknown):
+                raise UserError(reason)
             flag = unknown[0].split("=", 1)[0]
             raise UserError(f"unknown argument '{flag}'{near(flag, self._option_string_actions)}")
         return args
@@ -60,6 +64,8 @@ class Parser(argparse.ArgumentParser):
         words: list[str] = []
         for key, value in recipe.items():
             action = by_dest.get(str(key).replace("-", "_"))
+            if action is None and (reason := removed([str(key)])):
+                raise UserError(f"recipe {path}: {reason}")
             if action is None or action.dest in ("config", "help"):
                 raise UserError(f"recipe {path}: unknown key '{key}'{near(str(key).replace('-', '_'), by_dest)}")
             words += _words(action, value, f"recipe {path}: {key}")

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from timm_decor.training.errors import UserError
+from timm_decor.errors import UserError
 
 # Arguments that name places on somebody's machine: kept out of files that are made to be published.
 PRIVATE = (

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from timm_decor.training.errors import UserError
+from timm_decor.errors import UserError
 from timm_decor.training.losswatch import LossWatch
 from timm_decor.training.runtime import random_state
 

@@ -20,6 +20,7 @@ from timm.models import safe_model_name
 from torch import nn
 from torch.utils.data import DataLoader
 
+from timm_decor.errors import UserError, first_line
 from timm_decor.reporting import AttachReport, ConversionReport
 from timm_decor.training import build, compare, report, trackers
 from timm_decor.training.args import as_recipe, decor_config, train_parser
@@ -27,7 +28,6 @@ from timm_decor.training.arm import Arm
 from timm_decor.training.checkpoints import Keeper, load_states
 from timm_decor.training.datasets import open_source
 from timm_decor.training.distill import make_distillation
-from timm_decor.training.errors import UserError, first_line
 from timm_decor.training.folder import ARGS_FILE, RESUME_FILE, RunFolder, holds_run
 from timm_decor.training.loaders import eval_loader, train_loader
 from timm_decor.training.losswatch import NonFiniteLoss

@@ -19,7 +19,7 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 
-from timm_decor.training.errors import UserError, first_line
+from timm_decor.errors import UserError, first_line
 from timm_decor.version import __version__
 
 

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from timm_decor.training.errors import UserError, first_line, near
+from timm_decor.errors import UserError, first_line
+from timm_decor.text import near
 
 TRAIN_NAMES = ("train", "training")
 EVAL_NAMES = ("validation", "val", "valid", "eval", "test")

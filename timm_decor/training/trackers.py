@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 
-from timm_decor.training.errors import UserError, first_line
+from timm_decor.errors import UserError, first_line
 from timm_decor.training.privacy import published
 
 NAMES = ("tensorboard", "wandb", "trackio")

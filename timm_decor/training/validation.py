@@ -17,10 +17,10 @@ from accelerate import Accelerator
 from timm.layers import TestTimePoolHead
 from torch import nn
 
+from timm_decor.errors import UserError, message
 from timm_decor.training import build
 from timm_decor.training.args import validate_parser
 from timm_decor.training.datasets import open_source
-from timm_decor.training.errors import UserError, message
 from timm_decor.training.evaluate import evaluate
 from timm_decor.training.folder import RESUME_FILES, RunFolder
 from timm_decor.training.loaders import eval_loader

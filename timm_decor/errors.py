@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 
 class UserError(Exception):
@@ -23,12 +22,6 @@ class Stopped(Exception):
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
         self.signum = signum
-
-
-def near(name: str, known: Iterable[str], count: int = 3) -> str:
-    """The known names closest to `name`, as text to append to a message: `; near: a, b`, or nothing."""
-    matches = difflib.get_close_matches(name, list(known), n=count, cutoff=0.6)
-    return f"; near: {', '.join(matches)}" if matches else ""
 
 
 def first_line(error: BaseException) -> str:

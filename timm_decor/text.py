@@ -1,8 +1,20 @@
-"""Text and markdown tables for reports."""
+"""Text for people: tables, and the names that were probably meant."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+def closest(name: str, known: Iterable[str], count: int = 3, cutoff: float = 0.6) -> list[str]:
+    """The known names that are closest to a wrong one, the best first."""
+    return difflib.get_close_matches(name, list(known), n=count, cutoff=cutoff)
+
+
+def near(name: str, known: Iterable[str], count: int = 3) -> str:
+    """The known names closest to `name`, as text to append to a message: `; near: a, b`, or nothing."""
+    matches = closest(name, known, count)
+    return f"; near: {', '.join(matches)}" if matches else ""
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
