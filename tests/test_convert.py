@@ -9,6 +9,7 @@ import torch
 from timm.layers import Conv2dSame
 from timm.layers import Linear as TimmLinear
 from torch import nn
+from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 
 import timm_decor
@@ -101,14 +102,69 @@ def test_depthwise_convolutions_share_one_r():
     assert (model.decor_report.rows[0].dim, model.decor_report.rows[0].bytes) == (9, 4 * 2 * 81)
 
 
-def test_gates_are_left_plain_unless_asked_for():
+def reasons(name, **kwargs):
+    with torch.device("meta"):
+        model = timm.create_model(name, **kwargs)
+    return {row.name: row.plain_reason for row in timm_decor.decorrelate(model).decor_report.rows}
+
+
+def test_gates_and_small_depthwise_kernels_are_left_plain_unless_asked_for():
     with torch.device("meta"):
         model = timm.create_model("efficientnet_b0")
     names = {row.name: row.plain_reason for row in timm_decor.decorrelate(model).decor_report.rows}
     assert "channel gate" in names["blocks.1.0.se.conv_reduce"] and type(model.blocks[1][0].se.conv_reduce) is nn.Conv2d
-    assert not any(reason for name, reason in names.items() if ".se." not in name)
+    assert "below 7x7" in names["blocks.1.0.conv_dw"]
+    assert not any(reason for name, reason in names.items() if ".se." not in name and "conv_dw" not in name)
     timm_decor.decorrelate(model, filter_fn=lambda name, layer: True)
     assert not model.decor_report.plain
+
+
+@pytest.mark.parametrize("name,gates,small,taken", [
+    ("ghostnet_050", ["blocks.3.0.se.conv_reduce"], ["blocks.0.0.ghost1.cheap_operation.0", "blocks.1.0.conv_dw"],
+     ["blocks.0.0.ghost1.primary_conv.0"]),
+    ("edgenext_xx_small", [], ["stages.0.blocks.0.conv_dw", "stages.1.blocks.0.conv_dw"],
+     ["stages.2.blocks.0.conv_dw", "stages.0.blocks.0.mlp.fc1"]),  # 3x3, 5x5; 7x7
+    ("convnext_atto", [], [], ["stages.0.blocks.0.conv_dw"]),
+    ("convmixer_1024_20_ks9_p14", [], [], ["blocks.0.0.fn.0"]),  # 9x9
+    ("resnest14d", ["layer1.0.conv2.fc1"], [], ["layer1.0.conv2.conv"]),
+    ("skresnet18", ["layer1.0.conv1.attn.fc_reduce"], [], ["layer1.0.conv1.paths.0.conv"]),
+    ("legacy_seresnet18", ["layer1.0.se_module.fc1"], [], ["layer1.0.conv1"]),
+    ("gcresnet33ts", ["stages.0.0.attn.mlp.fc1"], [], ["stages.0.0.conv1_1x1.conv"]),
+    ("resnet18", [], [], ["conv1", "fc"]),
+])  # fmt: skip
+def test_they_are_known_by_what_they_are(name, gates, small, taken):
+    """Whatever family they are in, and whatever they are called."""
+    names = reasons(name)
+    assert all("channel gate" in names[gate] for gate in gates)
+    assert all("below 7x7" in names[layer] for layer in small)
+    assert not any(names[layer] for layer in taken)
+
+
+def test_layers_that_cannot_be_are_listed_with_their_reason():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.taken = nn.Linear(4, 4)
+            self.complex = nn.Linear(4, 4, dtype=torch.cfloat)
+            self.lstm = nn.LSTM(4, 5)
+            self.cell = nn.GRUCell(4, 5)
+            self.attention = nn.MultiheadAttention(4, 2)
+            self.bilinear = nn.Bilinear(4, 4, 2)
+            self.normed = nn.utils.weight_norm(nn.Linear(4, 4))
+            self.spectral = nn.utils.spectral_norm(nn.Linear(4, 4))
+            self.pruned = prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5)
+            self.parametrized = weight_norm(nn.Linear(4, 4))
+            self.embedding, self.position = nn.Embedding(9, 4), nn.Parameter(torch.zeros(3, 4))
+
+    rows = {row.name: row for row in timm_decor.decorrelate(Net()).decor_report.rows}
+    assert [name for name, row in rows.items() if not row.plain_reason] == ["taken"]
+    assert "complex64: only real numbers" in rows["complex"].plain_reason
+    for name in ("lstm", "cell", "attention", "bilinear"):
+        assert "what its weights multiply is never seen" in rows[name].plain_reason
+    assert rows["lstm"].weight_bytes == 4 * (20 * 4 + 20 * 5) and rows["attention"].weight_bytes == 4 * 12 * 4
+    for name in ("normed", "spectral", "pruned", "parametrized"):
+        assert "its weight is computed from other parameters" in rows[name].plain_reason
+    assert "attention.out_proj" in rows and "embedding" not in rows
 
 
 @pytest.mark.parametrize("name,reason,plain", [

@@ -27,6 +27,9 @@ RECORDER_STATE = (  # attributes of a layer that records
 )  # fmt: skip
 
 
+Outside = Callable[[], Callable[[], None] | None]  # weak, so that a layer does not keep its optimizer alive
+
+
 class DecorMixin:
     """What both layers share. The class attributes are the state of a layer that nothing is attached to."""
 
@@ -40,7 +43,7 @@ class DecorMixin:
     unrecorded: int = 0  # training forward passes whose input could not be recorded
     without_grad: bool = False  # record while gradients are off, too
     writes: tuple[int, int] = (0, 0)  # the weight's version when last seen, and how often it was another
-    on_outside: Callable[[], None] | None = None
+    on_outside: Outside | None = None
 
     unbatched_dim: int  # dimensions of an input without a batch axis
 
@@ -73,7 +76,7 @@ class DecorMixin:
         wanted: tuple[str, ...],
         sample: float,
         max_rows: int = 2**63 - 1,
-        on_outside: Callable[[], None] | None = None,
+        on_outside: Outside | None = None,
     ) -> None:
         """Forget earlier statistics and record from the next training forward on.
 
@@ -81,8 +84,8 @@ class DecorMixin:
             wanted: names of the moments.
             sample: share of the images.
             max_rows: whole images are recorded up to about this many rows, unless the share is 1.0.
-            on_outside: called when the weight is moved by somebody again and again while the recording waits for the
-                optimizer's step.
+            on_outside: a weak reference to what is called when the weight is moved by somebody again and again while
+                the recording waits for the optimizer's step.
         """
         self.moments, self.rows = {}, torch.zeros(1, device=self.weight.device)
         self.unrecorded, self.writes, self.on_outside = 0, (self.weight._version, 0), on_outside
@@ -138,8 +141,9 @@ class DecorMixin:
         version, count = self.writes
         if self.weight._version != version:
             self.writes = self.weight._version, count + 1
-            if count == 1 and self.on_outside is not None:
-                self.on_outside()
+            tell = self.on_outside() if count == 1 and self.on_outside is not None else None
+            if tell is not None:
+                tell()
 
     def _rows_seen(self, x: Tensor) -> Tensor:
         """The input as the weight meets it, padding included."""
@@ -192,8 +196,9 @@ class DecorConv2d(DecorMixin, nn.Conv2d):
         version, count = self.writes
         if self.weight._version != version:
             self.writes = self.weight._version, count + 1
-            if count == 1 and self.on_outside is not None:
-                self.on_outside()
+            tell = self.on_outside() if count == 1 and self.on_outside is not None else None
+            if tell is not None:
+                tell()
 
     def _rows_seen(self, x: Tensor) -> Tensor:
         return self._padded(x)

@@ -32,7 +32,7 @@ def session(device: torch.device, threads: int | None, workers: int) -> dict[str
     return {
         "command": shlex.join(["python", "benchmarks/" + words[0], *words[1:]]),
         "versions": versions(),
-        "commit": _commit(),
+        "commit": commit_of(Path(__file__).parent),
         "machine": {
             "processor": cpu_name(),
             "cores": available_cpus(),
@@ -43,12 +43,11 @@ def session(device: torch.device, threads: int | None, workers: int) -> dict[str
     }
 
 
-def _commit() -> str | None:
-    """The checkout's commit, with a + where files differ from it; None outside a checkout."""
-    here = Path(__file__).parent
+def commit_of(folder: Path) -> str | None:
+    """A checkout's commit, with a + where files differ from it; None outside a checkout."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         asked = ["git", "describe", "--always", "--abbrev=10", "--exclude=*", "--dirty=+"]
-        return subprocess.run(asked, cwd=here, check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(asked, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
     return None
 
 

@@ -6,7 +6,7 @@ group. On a CPU a group is one layer (see `_STACKED_ELEMENTS`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from timm_decor.config import DecorConfig
 from timm_decor.engine.coordinates import Move, StepOnW, moves, transformed, write
-from timm_decor.layers import DecorLayer
+from timm_decor.layers import DecorLayer, Outside
 from timm_decor.moments import OUTPUT_MOMENT, gradient_moment, looked_at, mean_correlation, moment_shape
 from timm_decor.plan import LayerPlan
 from timm_decor.reporting import AttachedRow
@@ -106,7 +106,7 @@ class LayerGroup:
         tensors = self.sides.tensors() if sides is None else sides
         return self.sides.with_tensors(selected(tensors, len(self.layers), index))
 
-    def start_recording(self, on_outside: Callable[[], None]) -> None:
+    def start_recording(self, on_outside: Outside) -> None:
         """Record the statistics of the next training forward passes; see `DecorMixin.start_recording`."""
         for layer in self.layers:
             layer.start_recording(self._recorded, self._config.sample, self._config.max_rows, on_outside)

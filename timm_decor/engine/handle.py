@@ -292,7 +292,7 @@ class DecorHandle:
     def _set_recording(self) -> None:
         for group in self._groups:
             if self.refresh_due:
-                group.start_recording(self._watch.outside)
+                group.start_recording(weakref.WeakMethod(self._watch.outside))
             else:
                 group.stop_recording()
 

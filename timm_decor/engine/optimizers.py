@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 from collections import OrderedDict, defaultdict
@@ -12,6 +13,7 @@ import timm.optim
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
 _logger = logging.getLogger(__name__)
@@ -126,7 +128,7 @@ def _weights_in_state(optimizer: Optimizer, number: int, dim: int) -> str:
     It steps twice on a small weight with the same gradients, once from w and once from -w: what is odd in w, and looks
     like it, holds it. (A trust ratio depends on the weight's size, which is the same for both.)
     """
-    with _disable_current_modes(), torch.random.fork_rng(devices=[]), torch.no_grad():
+    with _without_global_hooks(), _disable_current_modes(), torch.random.fork_rng(devices=[]), torch.no_grad():
         generator = torch.Generator().manual_seed(0)
         shape = (6, 5, 1, 1)[:dim] if dim <= 4 else (6, 5, *[1] * (dim - 2))
         start = torch.randn(shape, generator=generator)
@@ -144,6 +146,19 @@ def _weights_in_state(optimizer: Optimizer, number: int, dim: int) -> str:
         if abs(share) > _LEAST_SHARE:
             return path
     return ""
+
+
+@contextlib.contextmanager
+def _without_global_hooks() -> Iterator[None]:
+    """Step hooks on all optimizers are not for one that is made to be looked at."""
+    kept = [(hooks, dict(hooks)) for hooks in (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)]
+    for hooks, _ in kept:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, before in kept:
+            hooks.update(before)
 
 
 def _twin(optimizer: Optimizer, number: int, weight: Tensor) -> Optimizer:

@@ -1,0 +1,230 @@
+"""One arm of step_cost: a model that takes timed steps. Needs no more of timm_decor than every version of it has.
+
+Run as a script it is a worker: another checkout of the package, in a process of its own, told what to do in lines of
+JSON. It waits on a read, so that it costs nothing while another arm is timed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import timm.optim
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+try:
+    from study.memory import PeakMemory, alive, storage_bytes
+except ImportError:  # as a worker, which has this folder alone
+    from memory import PeakMemory, alive, storage_bytes  # type: ignore[import-not-found,no-redef]
+
+import timm_decor
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all combinations share."""
+
+    device: str
+    num_classes: int
+    lr: float
+    threads: int | None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One combination."""
+
+    model: str
+    img_size: int
+    batch_size: int
+    opt: str
+    precision: str
+    compile: bool
+    channels_last: bool
+
+
+class Arm:
+    """One model with its optimizer and its (fixed, random) batch.
+
+    Args:
+        case: the combination.
+        options: of the command line.
+        decor: the DecorConfig's fields; None for the plain model and the peer.
+        peer: the authors' code, to be this arm.
+    """
+
+    def __init__(self, case: Case, options: Options, decor: dict[str, Any] | None, peer: Any = None) -> None:
+        self.device = torch.device(options.device)
+        self.amp = case.precision == "bfloat16"
+        layout = torch.channels_last if case.channels_last else torch.contiguous_format
+        torch.manual_seed(0)  # the same weights and batch for all arms
+        is_fixed = timm.models.get_pretrained_cfg_value(case.model, "fixed_input_size")
+        img_size = case.img_size if is_fixed else None  # timm drops None: most convolutional models take any size
+        model: nn.Module = timm.create_model(case.model, num_classes=options.num_classes, img_size=img_size)
+        if decor is not None:
+            timm_decor.decorrelate(model, timm_decor.DecorConfig(**decor))
+        if peer:
+            model = peer.convert(model)
+        model.to(self.device, memory_format=layout)  # type: ignore[call-overload]
+        size = (case.batch_size, 3, case.img_size, case.img_size)
+        self.images = torch.randn(size, device=self.device).contiguous(memory_format=layout)
+        self.labels = torch.randint(options.num_classes, (case.batch_size,), device=self.device)
+        self.optimizer = timm.optim.create_optimizer_v2(model, opt=case.opt, lr=options.lr, momentum=0.9)
+        if decor is not None:
+            timm_decor.attach(model, self.optimizer)
+        self.peer, self.peer_layers = peer, peer.layers(model) if peer else []
+        model.train()
+        self.plain_model = model
+        self.model = torch.compile(model) if case.compile else model
+        # The first step allocates the optimizer's state and, where there is one, refreshes R.
+        self.steps(1)
+        self.peak_bytes = self._peak()  # of an ordinary step, with all state in place
+        every = decor["every"] if decor else 2
+        self.steps(every - 2)
+        self.refresh_peak_bytes = self._peak() if decor else self.peak_bytes
+
+    def steps(self, count: int) -> float:
+        """Train `count` steps; returns their seconds."""
+        start = self._now()
+        for _ in range(count):
+            loss = self._gradients()
+            self._update()
+        seconds = self._now() - start
+        if count and not math.isfinite(loss.item()):
+            raise RuntimeError(f"the loss is {loss.item()}: such steps measure nothing; lower --lr")
+        return seconds
+
+    def _gradients(self) -> Tensor:
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
+            # the authors' linear layer gives (batch, 1, classes)
+            loss = F.cross_entropy(self.model(self.images).flatten(1), self.labels)
+        loss.backward()
+        return loss.detach()
+
+    def _update(self) -> None:
+        self.optimizer.step()
+        if self.peer:
+            self.peer.update(self.peer_layers)
+        self.optimizer.zero_grad()
+
+    def _peak(self) -> int:
+        """Bytes at the highest point within the update of one step: weights, gradients, state and temporaries."""
+        self._gradients()
+        before = alive(self.plain_model, self.optimizer)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            others = torch.cuda.memory_allocated(self.device) - storage_bytes(before)  # images, and other arms
+            self._update()
+            return torch.cuda.max_memory_allocated(self.device) - others
+        meter = PeakMemory(before)
+        del before  # gradients are let go of by `zero_grad`
+        with meter:
+            self._update()
+        return meter.peak_bytes
+
+    def held_bytes(self) -> int:
+        """Weights, buffers and optimizer state: momentum and the like, and decorrelation's (R, statistics)."""
+        return storage_bytes(alive(self.plain_model, self.optimizer))
+
+    def check_refreshes(self, wanted: int) -> None:
+        """Refuse a timing that would be a fiction: R was left alone, or refreshed in other steps than those timed."""
+        layers = self.optimizer.state_dict()["timm_decor"]["layers"].values()
+        skips, most = sum(layer["skips"] for layer in layers), max(layer["refreshes"] for layer in layers)
+        if skips or most != wanted:
+            raise RuntimeError(f"{skips} refreshes were skipped, and a layer had {most} of {wanted} that were timed")
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+class Worker:
+    """An arm with another checkout's timm_decor, in a process of its own. The same verbs as `Arm`.
+
+    Args:
+        path: the checkout.
+        case: the combination.
+        options: of the command line.
+        decor: DecorConfig's fields that differ from that checkout's defaults.
+    """
+
+    def __init__(self, path: Path, case: Case, options: Options, decor: dict[str, Any]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            env={**os.environ, "PYTHONPATH": str(path.resolve())},  # before what is installed
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        asked = {"case": dataclasses.asdict(case), "options": dataclasses.asdict(options), "decor": decor}
+        told = self._ask(asked)
+        self.config, self.peak_bytes = told["config"], told["peak_bytes"]
+        self.refresh_peak_bytes = told["refresh_peak_bytes"]
+
+    def steps(self, count: int) -> float:
+        """As `Arm.steps`."""
+        return self._ask({"steps": count})["seconds"]
+
+    def held_bytes(self) -> int:
+        """As `Arm.held_bytes`."""
+        return self._ask({"held": True})["bytes"]
+
+    def check_refreshes(self, wanted: int) -> None:
+        """As `Arm.check_refreshes`."""
+        self._ask({"refreshes": wanted})
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.stdin.close()  # type: ignore[union-attr]
+        self._process.wait()
+
+    def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(message) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError("the baseline's process ended; what it said is above")
+        return json.loads(line)
+
+
+def serve() -> None:
+    """Answer a `Worker`."""
+    arm: Arm | None = None
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if arm is None:
+            options = Options(**asked["options"])
+            if options.threads:
+                torch.set_num_threads(options.threads)
+            fields = {spec.name for spec in dataclasses.fields(timm_decor.DecorConfig)}
+            decor = {name: value for name, value in asked["decor"].items() if name in fields}
+            arm = Arm(Case(**asked["case"]), options, decor)
+            config = timm_decor.DecorConfig(**decor).to_dict()
+            answer: dict[str, Any] = {
+                "config": config, "peak_bytes": arm.peak_bytes, "refresh_peak_bytes": arm.refresh_peak_bytes
+            }  # fmt: skip
+        elif "steps" in asked:
+            answer = {"seconds": arm.steps(asked["steps"])}
+        elif "refreshes" in asked:
+            arm.check_refreshes(asked["refreshes"])
+            answer = {}
+        else:
+            answer = {"bytes": arm.held_bytes()}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
