@@ -9,8 +9,8 @@ Arguments with several values give every combination of them. A combination's ar
 alternating blocks, so that a slow minute of the machine meets all of them. Steps that refresh R are timed apart from
 the others, one a block; the amortised step is what a run pays on average with a refresh every `--decor-every` steps.
 A ratio is the median over blocks of (arm / plain). --peer-path adds the authors' public code, a checkout of
-github.com/artcogsys/decorbp (CC BY-NC, not part of this project): it updates every R in every step. --baseline-path adds
-the engine of another checkout of this project, in a process of its own that takes its turns with the others.
+github.com/artcogsys/decorbp (CC BY-NC, not part of this project): it updates every R in every step. --baseline-path
+adds the engine of another checkout of this project, in a process of its own that takes its turns with the others.
 
 Memory is held (weights, buffers, optimizer state) and at its peak within the update of a step: gradients and what the
 step itself makes come on top; on a CPU what an operation needs inside of itself is not seen.

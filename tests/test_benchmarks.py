@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 import readme_tables
 import step_cost
+import torch
 from PIL import Image
+from torch import nn
 
+import timm_decor
 from study import pictures
+from study.memory import PeakMemory, alive, storage_bytes
 from timm_decor.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,3 +113,57 @@ def write_images(path: Path, rng: np.random.Generator, count: int) -> None:
         Image.fromarray(image).save(file, "png")
         rows.append({"bytes": file.getvalue(), "path": None})
     pq.write_table(pa.table({"image": rows, "label": [i % 2 for i in range(count)]}), path)
+
+
+class TestPeakMemory:
+    """What step_cost reports of memory, on steps whose peak is known."""
+
+    @staticmethod
+    def peak(step: Callable[[], object]) -> int:
+        kept = torch.zeros(1000)
+        with PeakMemory([kept, kept.view(10, 100)]) as meter:  # one storage
+            step()
+        assert meter.bytes == 4000, "what was dropped is forgotten"
+        return meter.peak_bytes
+
+    def test_of_temporaries_one_after_the_other_and_at_once(self) -> None:
+        def one_after_the_other() -> None:
+            for _ in range(3):
+                torch.zeros(500)
+
+        def at_once() -> None:
+            first, second = torch.zeros(500), torch.zeros(250)
+            first.view(2, 250).add_(second)
+
+        assert self.peak(one_after_the_other) == 4000 + 2000
+        assert self.peak(at_once) == 4000 + 2000 + 1000
+
+    def test_of_optimizers(self) -> None:
+        """SGD without momentum makes nothing; decorrelated, it holds another gradient and the weights of before."""
+        ends = []
+        for decor in (False, True):
+            model = nn.Sequential(nn.Linear(64, 64, bias=False))
+            if decor:
+                timm_decor.decorrelate(model, timm_decor.DecorConfig(every=100))
+            optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            if decor:
+                timm_decor.attach(model, optimizer)
+            for _ in range(2):
+                model(torch.randn(8, 64)).sum().backward()
+                held = alive(model, optimizer)
+                with PeakMemory(held) as meter:
+                    optimizer.step()
+            ends.append((storage_bytes(held), meter.peak_bytes))
+        size = 4 * 64 * 64
+        assert ends[0] == (2 * size, 2 * size)
+        assert ends[1][1] - ends[1][0] >= 2 * size
+
+
+def test_another_checkouts_engine_takes_its_turns(tmp_path: Path) -> None:
+    out = tmp_path / "cost.json"
+    words = ["--smoke", "--model", "test_resnet", "--opt", "sgd", "--baseline-path", str(ROOT), "--json", str(out)]
+    step_cost.main(words)
+    (result,) = json.loads(out.read_text())["results"]
+    assert result["ratio"]["baseline"] > 0
+    assert result["held_bytes"]["baseline"] == result["held_bytes"]["decorrelated"] > result["held_bytes"]["plain"]
+    assert result["peak_bytes"]["baseline"] == result["peak_bytes"]["decorrelated"]

@@ -129,7 +129,7 @@ def test_gates_and_small_depthwise_kernels_are_left_plain_unless_asked_for():
     ("resnest14d", ["layer1.0.conv2.fc1"], [], ["layer1.0.conv2.conv"]),
     ("skresnet18", ["layer1.0.conv1.attn.fc_reduce"], [], ["layer1.0.conv1.paths.0.conv"]),
     ("legacy_seresnet18", ["layer1.0.se_module.fc1"], [], ["layer1.0.conv1"]),
-    ("gcresnet33ts", ["stages.0.0.attn.mlp.fc1"], [], ["stages.0.0.conv1_1x1.conv"]),
+    ("gcresnet33ts", ["stages.0.0.attn.mlp_add.fc1"], [], ["stages.0.0.conv1_1x1.conv"]),
     ("resnet18", [], [], ["conv1", "fc"]),
 ])  # fmt: skip
 def test_they_are_known_by_what_they_are(name, gates, small, taken):

@@ -365,7 +365,8 @@ def test_variables_reach_the_config():
     code = """
 import dataclasses
 import timm_decor.hook as hook
-assert hook.options({"TIMM_DECOR_RULE": "dbp", "OTHER": "x"}) == {"rule": "dbp"}
+from timm_decor.knobs import from_environment
+assert from_environment({"TIMM_DECOR_RULE": "dbp", "OTHER": "x"}) == {"rule": "dbp"}
 model = decor(rank=5, max_dim=100)
 optimizer = sgd(model)
 config = hook.handles()[0].config

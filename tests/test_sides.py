@@ -143,10 +143,10 @@ def test_the_scale_of_the_loss_does_not_matter():
 def test_of_a_wide_gradient_some_channels_are_looked_at():
     shape, rows = LayerShape(2, 500, 9, 4), torch.randn(2, 4, 500, 9, dtype=torch.float64)
     some = rows[:, :, looked_at(shape)]
-    assert some.shape[2:] == (125, 9), "at every position"
+    assert some.shape[2:] == (63, 9), "at every position"
     full = gradient_moment(rows)
-    assert 0.001 < (gradient_moment(some) - full).abs().max() < 0.2, "an estimate of all of them"
-    assert looked_at(LayerShape(1, 64, 9, 4)) == slice(None, None, 1)
+    assert 0.001 < (gradient_moment(some) - full).abs().max() < 0.3, "an estimate of all of them"
+    assert looked_at(LayerShape(1, 64, 9, 4)) == slice(None, None, 1), "fewer are all looked at"
 
 
 def test_a_layer_without_a_gradient_keeps_its_moment(monkeypatch):

@@ -20,7 +20,7 @@ OUTPUT_MOMENT = "output"  # taken from gradients; all others are of a layer's in
 MEAN = "patch_mean"  # not a moment, but recorded like one
 REPORTED_ENTRIES = 1024
 _NAN = float("nan")
-_MOST_COLUMNS = 1024  # of a gradient in one look, about: more cost more than they tell
+_MOST_COLUMNS = 512  # of a gradient in one look, about: more cost more than they tell
 
 # Elements of one unfolded chunk: 256 MiB in float32. Unfolding is S times the input; nothing else here is larger.
 _CHUNK_ELEMENTS = 64 * 2**20

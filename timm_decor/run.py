@@ -2,7 +2,9 @@
 
 import sys
 
-from timm_decor.scripts.run import main
+from timm_decor.scripts.run import USAGE, main
+
+__all__ = ["USAGE", "main"]
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

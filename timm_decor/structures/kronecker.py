@@ -179,7 +179,8 @@ class _Spiked:
         thin = (rows @ self.channel_basis).unflatten(1, (outputs, positions))  # (g, O, S, r)
         core = self.core if scale is None else self.core * scale[..., None]
         thin = self.space_basis @ ((self.space_basis.mT @ thin) * core)
-        basis, rows = self.channel_basis[:, channels], rows[..., channels].unflatten(1, (outputs, positions))
+        basis = self.channel_basis[:, channels]
+        rows = rows[..., channels].contiguous().unflatten(1, (outputs, positions))
         out = self._tail_part(rows, scale, out, beta)
         if plus is None:
             out.flatten(1, 2).baddbmm_(thin.flatten(1, 2), basis.mT)
