@@ -113,22 +113,33 @@ def step_cost(path: Path, draw: bool) -> str:
     picture = path.with_suffix(".png")
     if draw:
         pictures.step_cost_picture(record, picture)
-    has_peer = any("peer" in result["ratio"] for result in record["results"])
-    peers = ("the authors' code, ms", "ratio") if has_peer else ()
-    header = ("", "plain, ms", "decorrelated, ms", "ratio", *peers, "memory, MiB")
+    others = [  # arms beside the two that every result has, where some result has them
+        (arm, title, order)
+        for arm, title, order in (
+            ("baseline", "the engine before, ms", "the engine before"),
+            ("peer", "the authors' code, ms", "the authors' code"),
+        )
+        if any(arm in result["ratio"] for result in record["results"])
+    ]
+    has_peak = all(result["peak_bytes"]["plain"] is not None for result in record["results"])
+    columns = [column for _, title, _ in others for column in (title, "ratio")]
+    memories = ("held, MiB", "peak in a step, MiB") if has_peak else ("memory, MiB",)
+    header = ("", "plain, ms", "decorrelated, ms", "ratio", *columns, *memories)
     rows = []
     for result in record["results"]:
         seconds, ratio = result["seconds"], result["ratio"]
-        measured = result["peak_bytes"] if result["peak_bytes"]["plain"] is not None else result["held_bytes"]
-        memory = " -> ".join(f"{size / 2**20:.0f}" for size in measured.values())
+        measured = [result["held_bytes"], *([result["peak_bytes"]] if has_peak else [])]
+        memory = [" -> ".join(f"{size / 2**20:.0f}" for size in sizes.values()) for sizes in measured]
         row = [pictures.case_text(result["case"]), _ms(seconds["plain"]), _ms(seconds["amortised"])]
         row.append(f"**{ratio['amortised']:.2f}**")
-        if has_peer:
-            row += [_ms(seconds["peer"]), f"{ratio['peer']:.1f}"] if "peer" in ratio else ["-", "-"]
-        rows.append([*row, memory])
-    on_gpu = record["machine"]["accelerator"] is not None
-    kind = "peak of device memory" if on_gpu else "weights, buffers and optimizer state"
-    order = ", then the authors' code" if has_peer else ""
+        for arm, _, _ in others:
+            digits = 1 if arm == "peer" else 2
+            row += [_ms(seconds[arm]), f"{ratio[arm]:.{digits}f}"] if arm in ratio else ["-", "-"]
+        rows.append([*row, *memory])
+    kind = "weights, buffers and optimizer state"
+    if has_peak:
+        kind += ", held; and at the highest point of an ordinary step's update, with gradients and temporaries"
+    order = "".join(f", then {words}" for _, _, words in others)
     notes = dict.fromkeys(result["peer"] for result in record["results"] if result["peer"])
     text = (
         f"Measured on {_machine(record)}; medians of {len(record['results'][0]['blocks'])} alternating blocks "
