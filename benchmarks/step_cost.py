@@ -61,7 +61,9 @@ def measure(case: Case, args: argparse.Namespace, config: DecorConfig, peer: Pee
     decor = Arm(case, options, {**changed, "every": length})  # has just done a step with a refresh
     baseline = Worker(args.baseline_path, case, options, {**changed, "every": length}) if args.baseline_path else None
     theirs, note = _peer_arm(case, options, peer)
-    arms: list[Any] = [arm for arm in (plain, decor, baseline, theirs) if arm]
+    every: dict[str, Any] = {"plain": plain, "decorrelated": decor, "baseline": baseline, "peer": theirs}
+    named = {name: arm for name, arm in every.items() if arm}
+    arms = list(named.values())
     blocks = []
     for index in range(args.blocks):
         block: dict[str, float] = {}
@@ -80,12 +82,10 @@ def measure(case: Case, args: argparse.Namespace, config: DecorConfig, peer: Pee
         if baseline:
             block["baseline"] = block["baseline amortised"]
         blocks.append(block)
-    for arm in (decor, baseline):
-        if arm:
-            arm.check_refreshes(2 + args.blocks)
+    for checked in (decor, baseline):
+        if checked:
+            checked.check_refreshes(2 + args.blocks)
     kinds = [kind for kind in ("ordinary", "refresh", "amortised", "baseline", "peer") if kind in blocks[0]]
-    named = {"plain": plain, "decorrelated": decor, "baseline": baseline, "peer": theirs}
-    named = {name: arm for name, arm in named.items() if arm}
     held = {name: arm.held_bytes() for name, arm in named.items()}
     if baseline:
         baseline.close()

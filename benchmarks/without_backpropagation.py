@@ -103,7 +103,7 @@ def estimate(model: nn.Module, x: Tensor, y: Tensor, estimator: str, handle: tim
 
     values = {name: p.detach() for name, p in parameters.items()}
     if estimator == "forward gradients":
-        _, rate = jvp(loss, (values,), (direction,))
+        rate = jvp(loss, (values,), (direction,))[1]
     else:
         ahead = {name: value + EPS * direction[name] for name, value in values.items()}
         rate = (loss(ahead) - loss(values)) / EPS

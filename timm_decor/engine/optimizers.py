@@ -151,7 +151,8 @@ def _weights_in_state(optimizer: Optimizer, number: int, dim: int) -> str:
 @contextlib.contextmanager
 def _without_global_hooks() -> Iterator[None]:
     """Step hooks on all optimizers are not for one that is made to be looked at."""
-    kept = [(hooks, dict(hooks)) for hooks in (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)]
+    both: list[Any] = [_global_optimizer_pre_hooks, _global_optimizer_post_hooks]
+    kept = [(hooks, dict(hooks)) for hooks in both]
     for hooks, _ in kept:
         hooks.clear()
     try:
