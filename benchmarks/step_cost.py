@@ -69,8 +69,8 @@ def measure(case: Case, args: argparse.Namespace, config: DecorConfig, peer: Pee
         block: dict[str, float] = {}
         for arm in arms if index % 2 == 0 else reversed(arms):
             arm.steps(1)
-            if arm is theirs:
-                block["peer"] = arm.steps(1)
+            if theirs is not None and arm is theirs:
+                block["peer"] = theirs.steps(1)
                 continue
             seconds = arm.steps(args.steps_per_block) / args.steps_per_block
             if arm is plain:
