@@ -149,6 +149,10 @@ class Results:
             yield
 
 
+# What runs of before say of knobs that are gone: with these values they did nothing.
+_REMOVED_DEFAULTS = {"warmup": 0, "follow_lr": False, "block_dim": 288}
+
+
 def same(one: Spec, other: Spec) -> bool:
     """Whether two specs ask for the same run."""
     bare = dataclasses.replace(one, config=None) == dataclasses.replace(other, config=None)
@@ -161,4 +165,8 @@ def same_config(one: str | None, other: str | None) -> bool:
 
 
 def _filled(config: str | None) -> dict[str, Any] | None:
-    return {**DecorConfig().to_dict(), **json.loads(config)} if config else None
+    if not config:
+        return None
+    values = json.loads(config)
+    removed = [name for name, default in _REMOVED_DEFAULTS.items() if values.get(name, default) == default]
+    return {**DecorConfig().to_dict(), **{name: value for name, value in values.items() if name not in removed}}

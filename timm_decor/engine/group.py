@@ -201,11 +201,9 @@ class LayerGroup:
         if step is not None:
             new = self.sides_of(index, sides)
             changes = moves(step, new, self._optimizer, self._config.preserve_function)
-            kernels = transformed(step.layers, new.apply_inverse, step.kernels)  # R must have an inverse
-            finite = torch.stack(
-                [torch.isfinite(parts(v, len(index))).flatten(1).all(1) for v in (kernels, *(v for _, v in changes))]
-            ).all(0)
-            can = can & self._scattered(finite, index)
+            good = [parts(new.inputs.is_invertible(), len(index)).all(1)]
+            good += [torch.isfinite(parts(values, len(index))).flatten(1).all(1) for _, values in changes]
+            can = can & self._scattered(torch.stack(good).all(0), index)
         else:
             can = torch.zeros_like(can)
         return Refreshed(sides, moments, changes, torch.stack([can, seen, alive]))

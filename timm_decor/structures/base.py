@@ -135,6 +135,11 @@ class Structure(ABC):
         rows = self.dense()[:, reported_entries(sigma.shape[-1], sigma.device)]
         return rows @ sigma @ rows.mT
 
+    def is_invertible(self) -> Tensor:
+        """(n g,): whether R^-1 exists, as a step needs it."""
+        inverse, info = torch.linalg.inv_ex(self.dense())
+        return (info == 0) & torch.isfinite(inverse).flatten(1).all(1)
+
     def condition(self) -> float:
         """Condition number of R, the largest over groups."""
         return float(torch.linalg.cond(self.dense()).max())

@@ -47,6 +47,12 @@ class FullR(Structure):
             return solved(self.matrix, a.flatten(2)).view(a.shape)
         return (a.flatten(2) @ inverse).view(a.shape)
 
+    def is_invertible(self) -> Tensor:
+        if (inverse := self._tensors.get("inverse")) is None:
+            inverse, info = torch.linalg.inv_ex(self.matrix)
+            inverse = torch.where(info[..., None, None] == 0, inverse, _NAN)
+        return torch.isfinite(inverse).flatten(1).all(1)
+
     def whitened(self, moments: Mapping[str, Tensor], damping: float) -> Self:
         matrix, inverse = cholesky_whitening(moments["patch"], damping)
         return self.with_tensors({"matrix": matrix, "inverse": inverse})

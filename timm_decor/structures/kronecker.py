@@ -117,6 +117,10 @@ class KroneckerR(Structure):
         weighted = channel[:, None] @ rows @ space[:, None]
         return weighted.flatten(2) @ rows.flatten(2).mT
 
+    def is_invertible(self) -> Tensor:
+        scales = torch.cat([self._tensors["gain"], self._tensors["tail"][:, None]], 1).flatten(1)
+        return (torch.isfinite(scales) & (scales > 0)).all(1)
+
     def condition(self) -> float:
         gain, tail = self._tensors["gain"], self._tensors["tail"]
         scales = gain.flatten(1) if gain.shape[1] == self.shape.channels else torch.cat([gain.flatten(1), tail], 1)
