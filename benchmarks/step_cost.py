@@ -38,6 +38,7 @@ from study.results import commit_of, session
 from timm_decor import DecorConfig, knobs
 from timm_decor.errors import UserError, exit_code, first_line
 from timm_decor.text import text_table
+from timm_decor.training.args import decor_config
 
 SMOKE = {"img_size": [32], "batch_size": [16], "blocks": 2, "steps_per_block": 2}
 
@@ -179,10 +180,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> None:
+    if reason := knobs.removed(argv):
+        raise UserError(reason)
     args = build_parser().parse_args(argv)
     if args.smoke:
         vars(args).update(SMOKE)
-    config = knobs.from_arguments(args)
+    config = decor_config(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     peer = Peer(args.peer_path) if args.peer_path else None

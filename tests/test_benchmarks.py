@@ -70,6 +70,12 @@ def test_step_cost(tmp_path: Path) -> None:
     assert pictures.stored_fingerprint(out.with_suffix(".png")) == pictures.fingerprint(pictures.step_cost_data(record))
     with pytest.raises(UserError, match="was measured with another config"):
         step_cost.main([*command, "--decor-every", "7"])
+    for words, line in (
+        (["--decor-warmup", "3"], "^--decor-warmup was removed: "),
+        (["--decor-every", "0"], "every=0"),
+    ):
+        with pytest.raises(UserError, match=line):
+            step_cost.main(["--smoke", *words])
     with pytest.raises(UserError, match="no checkout of artcogsys/decorbp"):
         step_cost.main(["--smoke", "--peer-path", str(tmp_path)])
 

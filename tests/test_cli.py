@@ -19,7 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from training_runs import DECOR, ROOT, TINY, history, reset_accelerate, train
 
-from timm_decor import DecorConfig
+from timm_decor import DecorConfig, knobs
+from timm_decor.config import REMOVED_KNOBS
 from timm_decor.errors import UserError, exit_code
 from timm_decor.training import run as train_module
 from timm_decor.training import validation
@@ -161,6 +162,21 @@ class TestParser:
         recipe.write_text(f"{flag[2:]}: 3\n")
         with pytest.raises(UserError, match=f"recipe .*: {flag} was removed: "):
             train_module.parse(["-c", str(recipe)])
+
+    def test_a_row_is_enough_to_remove_a_knob(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(REMOVED_KNOBS, "decor_zest", "use salt")
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text("decor_zest: true\n")
+        refusals = [
+            (UserError, "--decor-zest was removed: use salt", lambda: train_module.parse(["--decor-zest=1"])),
+            (UserError, "--decor-zest was removed: use salt", lambda: train_module.parse(["-c", str(recipe)])),
+            (ValueError, "TIMM_DECOR_DECOR_ZEST was removed: use salt",
+             lambda: knobs.from_environment({"TIMM_DECOR_DECOR_ZEST": "1"})),
+            (ValueError, "no decor_zest any more: use salt", lambda: DecorConfig.from_dict({"decor_zest": 1})),
+        ]  # fmt: skip
+        for kind, words, call in refusals:
+            with pytest.raises(kind, match=f"{words}$"):
+                call()
 
     def test_every_knob_of_decorrelation_has_an_argument(self):
         args = parse(["--decor-damping", "0.125", "--no-decor-preserve-function", "--decor-structure", "space"])

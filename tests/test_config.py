@@ -64,6 +64,10 @@ def test_bad_types_are_named(values):
         DecorConfig(**values)
 
 
+def test_no_knob_is_removed_and_there():
+    assert REMOVED_KNOBS.keys().isdisjoint(DecorConfig().to_dict())
+
+
 @pytest.mark.parametrize("name", REMOVED_KNOBS)
 def test_a_knob_that_was_removed_says_why(name):
     with pytest.raises(ValueError, match=f"has no {name} any more: "):

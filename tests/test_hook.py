@@ -290,6 +290,17 @@ assert hook.handles()[0].step == 1 and "timm_decor" in optimizer.state_dict()
 del model, optimizer
 fresh()
 
+# a wrapper around what could never be attached: training goes on
+class Duck:
+    param_groups = []
+
+class Around(torch.optim.SGD):
+    optim = Duck()
+
+plain = net()
+step(plain, Around(plain.parameters(), 0.1))
+del plain
+
 # refused, in the line that attach has for it, where the optimizer is made
 model, other = decor(), decor()
 with pytest.raises(ValueError, match="timm_decor.hook: MADGRAD keeps a copy of the weights"):
@@ -307,6 +318,8 @@ step(model, optimizer)
         "made",
         "timm_decor.hook: the script calls timm_decor.attach itself, which takes over",
         "timm_decor.hook: the script calls timm_decor.attach itself, which takes over",
+        "timm_decor.hook: training is plain: this Around holds no weight of a decorrelated model; create one by its "
+        "decor_ name (--model decor_resnet18), or call timm_decor.decorrelate(model) before the optimizer is made",
         "timm_decor.hook: steps of this SGD are plain: it holds 1 of Sequential's 2 decorrelated layers; one "
         "optimizer must hold them all",
     ]
@@ -350,6 +363,7 @@ assert hook.handles() == [] and "timm_decor" not in optimizer.state_dict()
         ("RULE", "whitne", "TIMM_DECOR_RULE='whitne': unknown rule 'whitne'; did you mean 'whiten'?"),
         ("STRUCTURE", "ful", "TIMM_DECOR_STRUCTURE='ful': unknown structure 'ful'; did you mean 'full'?"),
         ("PRESERVE_FUNCTION", "maybe", "TIMM_DECOR_PRESERVE_FUNCTION='maybe': must be true or false"),
+        ("WARMUP", "3", "environment variable TIMM_DECOR_WARMUP was removed: "),
     ],
 )
 def test_a_variable_that_is_wrong_switches_nothing_on(name, value, words, monkeypatch, capsys, script):

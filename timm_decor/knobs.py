@@ -35,9 +35,11 @@ def add_arguments(group: argparse._ActionsContainer) -> None:
         if rules := spec.metadata["rules"]:
             text = f"{', '.join(rules)}: {text}"
         if isinstance(spec.default, bool):
-            group.add_argument(flag(spec.name), action=argparse.BooleanOptionalAction, default=spec.default, help=text)
+            action = group.add_argument(flag(spec.name), action=argparse.BooleanOptionalAction, default=spec.default)
         else:
-            group.add_argument(flag(spec.name), type=type(spec.default), default=spec.default, metavar="X", help=text)
+            action = group.add_argument(flag(spec.name), type=type(spec.default), default=spec.default, metavar="X")
+        # Set here, because some versions of BooleanOptionalAction and of the help's formatters add the default as well.
+        action.help = f"{text} (default: %(default)s)"
 
 
 def from_arguments(args: argparse.Namespace) -> DecorConfig:

@@ -117,7 +117,11 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
         return
     _settled.add(optimizer)
     # Wrappers come by as well, such as timm's Lookahead; the one that is attached is the one inside.
-    if optimizer in attached_optimizers or innermost(optimizer) in attached_optimizers:
+    try:
+        inner = innermost(optimizer)
+    except ValueError:  # what it wraps could not be attached, which is no reason to end a plain script's training
+        inner = optimizer
+    if optimizer in attached_optimizers or inner in attached_optimizers:
         return
     if why := _why_plain(optimizer):
         _say(logging.WARNING, why)
