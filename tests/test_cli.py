@@ -178,6 +178,15 @@ class TestParser:
             with pytest.raises(kind, match=f"{words}$"):
                 call()
 
+    @pytest.mark.parametrize(
+        "path", sorted((ROOT / "hub" / "staged").glob("*/recipe.yaml")), ids=lambda p: p.parent.name
+    )
+    def test_recipes_of_before_are_read(self, path):
+        """They name knobs that are gone, at the values with which those did nothing."""
+        assert "decor_warmup: 0" in path.read_text()
+        args = parse(["-c", str(path)])
+        assert decor_config(args) == DecorConfig()
+
     def test_every_knob_of_decorrelation_has_an_argument(self):
         args = parse(["--decor-damping", "0.125", "--no-decor-preserve-function", "--decor-structure", "space"])
         expected = dataclasses.replace(DecorConfig(), damping=0.125, preserve_function=False, structure="space")

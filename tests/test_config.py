@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from timm_decor import DecorConfig
-from timm_decor.config import REMOVED_KNOBS
+from timm_decor.config import REMOVED_DEFAULTS, REMOVED_KNOBS
 
 DBP = {"rule": "dbp", "structure": "full"}
 
@@ -72,6 +72,11 @@ def test_no_knob_is_removed_and_there():
 def test_a_knob_that_was_removed_says_why(name):
     with pytest.raises(ValueError, match=f"has no {name} any more: "):
         DecorConfig.from_dict({name: 1})
+
+
+def test_a_config_of_before_is_read():
+    """With the removed knobs at the values with which they did nothing."""
+    assert DecorConfig.from_dict({"every": 5, **REMOVED_DEFAULTS}) == DecorConfig(every=5)
 
 
 def test_the_paper():

@@ -23,10 +23,15 @@ REMOVED_KNOBS = {  # what to do instead
     "follow_lr": "damping that follows the learning rate showed no gain",
     "block_dim": "it went with structure 'block'; 'kronecker' keeps more in less memory",
 }
+# With these values they did nothing: a recipe or a config of before that names them is read all the same.
+REMOVED_DEFAULTS: dict[str, Any] = {"warmup": 0, "follow_lr": False, "block_dim": 288}
 _REMOVED_STRUCTURES = {
     "auto": "'kronecker', the default, is what it mostly chose",
     "block": "'kronecker' keeps more in less memory",
 }
+
+
+_NOTHING = object()
 
 
 def structures() -> tuple[str, ...]:
@@ -143,6 +148,7 @@ class DecorConfig:
             ValueError: a key that is no knob (with the near miss), or a value that is refused.
         """
         names = tuple(spec.name for spec in dataclasses.fields(cls))
+        values = {key: value for key, value in values.items() if REMOVED_DEFAULTS.get(key, _NOTHING) != value}
         for key in values:
             if key in REMOVED_KNOBS:
                 raise ValueError(f"DecorConfig has no {key} any more: {REMOVED_KNOBS[key]}")

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from timm_decor.config import REMOVED_KNOBS, RULE_STRUCTURES, DecorConfig
+from timm_decor.config import REMOVED_DEFAULTS, REMOVED_KNOBS, RULE_STRUCTURES, DecorConfig
 from timm_decor.text import closest
 
 VARIABLE_PREFIX = "TIMM_DECOR_"
@@ -61,6 +61,11 @@ def removed(words: Iterable[str]) -> str:
         if key in gone:
             return f"{flag(gone[key])} was removed: {REMOVED_KNOBS[gone[key]]}"
     return ""
+
+
+def did_nothing(key: str, value: Any) -> bool:
+    """Whether a recipe's key stands for a removed knob at the value with which it did nothing: its default."""
+    return any(dest(name) == key and default == value for name, default in REMOVED_DEFAULTS.items())
 
 
 def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import torch
 
 from study.training import Record, Spec
 from timm_decor import DecorConfig
+from timm_decor.config import REMOVED_DEFAULTS
 from timm_decor.errors import UserError, first_line
 from timm_decor.training.runtime import available_cpus, cpu_name, versions
 
@@ -149,10 +150,6 @@ class Results:
             yield
 
 
-# What runs of before say of knobs that are gone: with these values they did nothing.
-_REMOVED_DEFAULTS = {"warmup": 0, "follow_lr": False, "block_dim": 288}
-
-
 def same(one: Spec, other: Spec) -> bool:
     """Whether two specs ask for the same run."""
     bare = dataclasses.replace(one, config=None) == dataclasses.replace(other, config=None)
@@ -168,5 +165,5 @@ def _filled(config: str | None) -> dict[str, Any] | None:
     if not config:
         return None
     values = json.loads(config)
-    removed = [name for name, default in _REMOVED_DEFAULTS.items() if values.get(name, default) == default]
+    removed = [name for name, default in REMOVED_DEFAULTS.items() if values.get(name, default) == default]
     return {**DecorConfig().to_dict(), **{name: value for name, value in values.items() if name not in removed}}

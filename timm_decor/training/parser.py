@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import yaml
 
 from timm_decor.errors import UserError, first_line
-from timm_decor.knobs import removed
+from timm_decor.knobs import did_nothing, removed
 from timm_decor.text import near
 
 
@@ -64,6 +64,8 @@ class Parser(argparse.ArgumentParser):
         words: list[str] = []
         for key, value in recipe.items():
             action = by_dest.get(str(key).replace("-", "_"))
+            if action is None and did_nothing(str(key).replace("-", "_"), value):
+                continue
             if action is None and (reason := removed([str(key)])):
                 raise UserError(f"recipe {path}: {reason}")
             if action is None or action.dest in ("config", "help"):
