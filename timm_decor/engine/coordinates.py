@@ -189,6 +189,8 @@ class Decaying(_FromStart):
 class Linear(StepOnW):
     """The same step on A itself: gradient <- L L^T G R^T R."""
 
+    _before: Sequence[Tensor] = ()  # A, once `enter` has come so far
+
     def enter(self) -> None:
         self._before = [kernel.clone() for kernel in self.kernels]
         self._swap_gradients(self.sides.apply_gram)
@@ -199,7 +201,7 @@ class Linear(StepOnW):
 
     def abort(self) -> None:
         self._restore()
-        for kernel, before in zip(self.kernels, self._before, strict=True):
+        for kernel, before in zip(self.kernels, self._before, strict=False):
             kernel.copy_(before)
 
 
