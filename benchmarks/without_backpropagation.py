@@ -132,10 +132,15 @@ def tune(data: Digits, estimator: str, arm: str, args: argparse.Namespace) -> li
             if lr not in found:
                 model = train(data, estimator, ARMS[arm], lr, SEEDS[0], args.steps, args.batch_size)
                 found[lr] = accuracy(model, data.held_out)
-        best = max(found, key=lambda lr: found[lr])
+        best = _best(found)
         rates = [best / GRID_STEP, best * GRID_STEP]
         if args.smoke or all(lr in found for lr in rates):
             return [{"lr": lr, "held_out_top1": found[lr]} for lr in sorted(found)]
+
+
+def _best(found: dict[float, float]) -> float:
+    """The learning rate with the highest accuracy; of several the lowest."""
+    return min(found, key=lambda lr: (-found[lr], lr))
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -162,7 +167,7 @@ def main(argv: Sequence[str]) -> None:
     for estimator in ESTIMATORS:
         for arm, config in ARMS.items():
             tried = tune(data, estimator, arm, args)
-            lr = max(tried, key=lambda each: each["held_out_top1"])["lr"]
+            lr = _best({each["lr"]: each["held_out_top1"] for each in tried})
             start, models = time.perf_counter(), []
             for seed in SEEDS:
                 models.append(train(data, estimator, config, lr, seed, args.steps, args.batch_size))
