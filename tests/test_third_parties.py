@@ -329,10 +329,12 @@ class TestWrappers:
     def test_whose_own_step_is_never_called_are_told_of(self, caplog):
         """The attached optimizer is not the one that moves the weights."""
         model = timm_decor.decorrelate(net(), CONFIG)
-        timm_decor.attach(model, torch.optim.SGD(model.parameters(), 0.1))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)  # kept: a binding ends with its optimizer
+        handle = timm_decor.attach(model, optimizer)
         other = torch.optim.SGD(model.parameters(), 0.1)
         for seed in range(4):
             step(model, other, seed)
+        assert handle.step == 0
         told = [record for record in caplog.records if "step() of the attached SGD is not called" in record.message]
         assert len(told) == 1
 
