@@ -121,7 +121,7 @@ def step_cost(path: Path, draw: bool) -> str:
         )
         if any(arm in result["ratio"] for result in record["results"])
     ]
-    has_peak = all(result["peak_bytes"]["plain"] is not None for result in record["results"])
+    has_peak = pictures.has_peaks(record)
     columns = [column for _, title, _ in others for column in (title, "ratio")]
     memories = ("held, MiB", "peak in a step, MiB") if has_peak else ("memory, MiB",)
     header = ("", "plain, ms", "decorrelated, ms", "ratio", *columns, *memories)
@@ -146,6 +146,8 @@ def step_cost(path: Path, draw: bool) -> str:
         f"(the ratio's is that of the ratios within a block, so that a slow minute does not count), "
         f"a refresh every {record['config']['every']} steps. Memory is {kind}: plain, then decorrelated{order}."
     )
+    if record.get("baseline"):
+        text += f" The engine before is that of commit {record['baseline']}."
     if notes:
         text += f" The authors' public code {'; '.join(notes)}; it updates every R in every step."
     return "\n\n".join([text, markdown_table(header, rows), _image(picture, "a step's time against plain training's")])

@@ -10,7 +10,8 @@ alternating blocks, so that a slow minute of the machine meets all of them. Step
 the others, one a block; the amortised step is what a run pays on average with a refresh every `--decor-every` steps.
 A ratio is the median over blocks of (arm / plain). --peer-path adds the authors' public code, a checkout of
 github.com/artcogsys/decorbp (CC BY-NC, not part of this project): it updates every R in every step. --baseline-path
-adds the engine of another checkout of this project, in a process of its own that takes its turns with the others.
+adds the engine of another checkout of this project, in a process of its own that takes its turns with the others; its
+knobs are its own defaults, with `--decor-every` of this run and the --decor-* arguments that are given and it knows.
 
 Memory is held (weights, buffers, optimizer state) and at its peak within the update of a step: gradients and what the
 step itself makes come on top; on a CPU what an operation needs inside of itself is not seen.
@@ -56,11 +57,27 @@ def measure(case: Case, args: argparse.Namespace, config: DecorConfig, peer: Pee
     length = args.steps_per_block + 2
     torch._dynamo.reset()  # one case's compiled graphs do not weigh on the next
     options = Options(args.device, args.num_classes, args.lr, args.threads)
-    defaults = DecorConfig().to_dict()
-    changed = {name: value for name, value in config.to_dict().items() if value != defaults[name]}
+    # The worker first: what it refuses is said at once. While it is not asked for steps it waits.
+    asked = {**args.asked_knobs, "every": length}
+    baseline = Worker(args.baseline_path, case, options, asked) if args.baseline_path else None
+    try:
+        return _measure(case, args, config, options, baseline, peer)
+    finally:
+        if baseline:
+            baseline.close()
+
+
+def _measure(
+    case: Case,
+    args: argparse.Namespace,
+    config: DecorConfig,
+    options: Options,
+    baseline: Worker | None,
+    peer: Peer | None,
+) -> dict[str, Any]:
     plain = Arm(case, options, None)
-    decor = Arm(case, options, {**changed, "every": length})  # has just done a step with a refresh
-    baseline = Worker(args.baseline_path, case, options, {**changed, "every": length}) if args.baseline_path else None
+    # has just done a step with a refresh
+    decor = Arm(case, options, {**config.to_dict(), "every": args.steps_per_block + 2})
     theirs, note = _peer_arm(case, options, peer)
     every: dict[str, Any] = {"plain": plain, "decorrelated": decor, "baseline": baseline, "peer": theirs}
     named = {name: arm for name, arm in every.items() if arm}
@@ -79,7 +96,7 @@ def measure(case: Case, args: argparse.Namespace, config: DecorConfig, peer: Pee
                 continue
             refresh, prefix = arm.steps(1), "baseline " if arm is baseline else ""
             block[f"{prefix}ordinary"], block[f"{prefix}refresh"] = seconds, refresh
-            block[f"{prefix}amortised" if prefix else "amortised"] = seconds + (refresh - seconds) / config.every
+            block[f"{prefix}amortised"] = seconds + (refresh - seconds) / config.every
         if baseline:
             block["baseline"] = block["baseline amortised"]
         blocks.append(block)
@@ -87,16 +104,14 @@ def measure(case: Case, args: argparse.Namespace, config: DecorConfig, peer: Pee
         if checked:
             checked.check_refreshes(2 + args.blocks)
     kinds = [kind for kind in ("ordinary", "refresh", "amortised", "baseline", "peer") if kind in blocks[0]]
-    held = {name: arm.held_bytes() for name, arm in named.items()}
-    if baseline:
-        baseline.close()
     return {
         "case": dataclasses.asdict(case),
         "ratio": {kind: statistics.median(b[kind] / b["plain"] for b in blocks) for kind in kinds},
         "seconds": {kind: statistics.median(b[kind] for b in blocks) for kind in ("plain", *kinds)},
         "peak_bytes": {name: arm.peak_bytes for name, arm in named.items()},
         "refresh_peak_bytes": {name: arm.refresh_peak_bytes for name, arm in named.items()},
-        "held_bytes": held,
+        "held_bytes": {name: arm.held_bytes() for name, arm in named.items()},
+        "baseline_config": {**baseline.config, "every": config.every} if baseline else None,
         "peer": note,
         "blocks": blocks,
     }
@@ -179,6 +194,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def asked_knobs(argv: list[str]) -> dict[str, Any]:
+    """The knobs that a command line gives, also those given at their defaults: another version may have others."""
+    parser = build_parser()
+    names = {spec.name: knobs.dest(spec.name) for spec in dataclasses.fields(DecorConfig)}
+    parser.set_defaults(**dict.fromkeys(names.values()))
+    given = vars(parser.parse_args(argv))
+    return {name: given[dest] for name, dest in names.items() if given[dest] is not None}
+
+
 def main(argv: list[str]) -> None:
     if reason := knobs.removed(argv):
         raise UserError(reason)
@@ -186,6 +210,7 @@ def main(argv: list[str]) -> None:
     if args.smoke:
         vars(args).update(SMOKE)
     config = decor_config(args)
+    args.asked_knobs = asked_knobs(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     peer = Peer(args.peer_path) if args.peer_path else None

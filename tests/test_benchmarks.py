@@ -22,6 +22,7 @@ from torch import nn
 import timm_decor
 from study import pictures
 from study.memory import PeakMemory, alive, storage_bytes
+from timm_decor import DecorConfig
 from timm_decor.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,7 +151,7 @@ class TestPeakMemory:
         for decor in (False, True):
             model = nn.Sequential(nn.Linear(64, 64, bias=False))
             if decor:
-                timm_decor.decorrelate(model, timm_decor.DecorConfig(every=100))
+                timm_decor.decorrelate(model, DecorConfig(every=100))
             optimizer = torch.optim.SGD(model.parameters(), 0.1)
             if decor:
                 timm_decor.attach(model, optimizer)
@@ -166,10 +167,59 @@ class TestPeakMemory:
 
 
 def test_another_checkouts_engine_takes_its_turns(tmp_path: Path) -> None:
+    """An engine against itself: equal memory, and the knobs that were asked for."""
     out = tmp_path / "cost.json"
-    words = ["--smoke", "--model", "test_resnet", "--opt", "sgd", "--baseline-path", str(ROOT), "--json", str(out)]
-    step_cost.main(words)
-    (result,) = json.loads(out.read_text())["results"]
-    assert result["ratio"]["baseline"] > 0
-    assert result["held_bytes"]["baseline"] == result["held_bytes"]["decorrelated"] > result["held_bytes"]["plain"]
-    assert result["peak_bytes"]["baseline"] == result["peak_bytes"]["decorrelated"]
+    words = ["--smoke", "--model", "test_resnet", "--baseline-path", str(ROOT), "--json", str(out)]
+    step_cost.main([*words, "--decor-rank", "8"])
+    record = json.loads(out.read_text(encoding="utf-8"))
+    (result,) = record["results"]
+    assert record["baseline"] == record["commit"]
+    assert result["ratio"]["baseline"] > 0 and result["seconds"]["baseline"] > 0
+    assert result["baseline_config"] == record["config"] == {**DecorConfig().to_dict(), "rank": 8}
+    for kind in ("held_bytes", "peak_bytes", "refresh_peak_bytes"):
+        assert result[kind]["baseline"] == result[kind]["decorrelated"] > result[kind]["plain"]
+    assert pictures.step_cost_data(record)[-1] == [[result["held_bytes"], result["peak_bytes"]]]
+    assert pictures.stored_fingerprint(out.with_suffix(".png")) == pictures.fingerprint(pictures.step_cost_data(record))
+    with pytest.raises(UserError, match="--baseline-path .* has no timm_decor"):
+        step_cost.main(["--smoke", "--model", "test_resnet", "--baseline-path", str(tmp_path)])
+
+
+def test_another_version_gets_the_knobs_it_knows(tmp_path: Path) -> None:
+    """Of another version's package nothing is needed but its front door; what it prints does not disturb."""
+    package = tmp_path / "timm_decor"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        """
+import dataclasses
+@dataclasses.dataclass
+class DecorConfig:
+    every: int = 3
+    rank: int = 5
+    old: bool = True
+    to_dict = dataclasses.asdict
+print("hello")
+def decorrelate(model, config): pass
+def attach(model, optimizer):
+    state = {"timm_decor": {"layers": {"a": {"refreshes": 4, "skips": 0}}}}
+    optimizer.register_state_dict_post_hook(lambda optimizer, saved: {**saved, **state})
+""",
+        encoding="utf-8",
+    )
+    out = tmp_path / "cost.json"
+    words = ["--smoke", "--model", "test_resnet", "--baseline-path", str(tmp_path), "--json", str(out)]
+    step_cost.main([*words, "--decor-rank", str(DecorConfig().rank), "--decor-max-rows", "9"])
+    (result,) = json.loads(out.read_text(encoding="utf-8"))["results"]
+    assert result["baseline_config"] == {"every": DecorConfig().every, "rank": DecorConfig().rank, "old": True}
+    assert result["held_bytes"]["baseline"] == result["held_bytes"]["plain"]
+    assert result["peak_bytes"]["baseline"] == result["peak_bytes"]["plain"]
+
+
+@pytest.mark.parametrize("words", [[], ["--decor-every", "20", "--no-decor-center"]])
+def test_asked_knobs(words: list[str]) -> None:
+    """Those that are given, also at their defaults."""
+    assert step_cost.asked_knobs(words) == ({"every": 20, "center": False} if words else {})
+
+
+def test_bytes_of_memory_that_is_shared() -> None:
+    whole = torch.zeros(10, 10)
+    assert storage_bytes({"a": whole, "b": [whole[0], whole.view(100), torch.zeros(5)], "c": "text"}) == 400 + 20

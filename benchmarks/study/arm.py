@@ -6,6 +6,7 @@ JSON. It waits on a read, so that it costs nothing while another arm is timed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -25,7 +26,8 @@ from torch import Tensor, nn
 
 try:
     from study.memory import PeakMemory, alive, storage_bytes
-except ImportError:  # as a worker, which has this folder alone
+    from timm_decor.errors import UserError
+except ImportError:  # as a worker, which has this folder alone, and a timm_decor whose modules may have other names
     from memory import PeakMemory, alive, storage_bytes  # type: ignore[import-not-found,no-redef]
 
 import timm_decor
@@ -128,10 +130,12 @@ class Arm:
             self._update()
             return torch.cuda.max_memory_allocated(self.device) - others
         meter = PeakMemory(before)
+        everything = meter.bytes
         del before  # gradients are let go of by `zero_grad`
+        copied = everything - meter.bytes  # by `state_dict`: the originals, which nobody follows, are as large
         with meter:
             self._update()
-        return meter.peak_bytes
+        return meter.peak_bytes + copied
 
     def held_bytes(self) -> int:
         """Weights, buffers and optimizer state: momentum and the like, and decorrelation's (R, statistics)."""
@@ -157,19 +161,33 @@ class Worker:
         path: the checkout.
         case: the combination.
         options: of the command line.
-        decor: DecorConfig's fields that differ from that checkout's defaults.
+        decor: DecorConfig's fields that were asked for; those that the checkout does not know are left out.
+
+    Raises:
+        UserError: that folder has no timm_decor, or one that refuses the fields.
     """
 
     def __init__(self, path: Path, case: Case, options: Options, decor: dict[str, Any]) -> None:
+        answers, theirs = os.pipe()  # not stdout: anybody may print there
         self._process = subprocess.Popen(
-            [sys.executable, __file__],
-            env={**os.environ, "PYTHONPATH": str(path.resolve())},  # before what is installed
+            [sys.executable, __file__, str(theirs)],
+            pass_fds=[theirs],
+            env={**os.environ, "PYTHONPATH": str(path.resolve())},  # which comes before what is installed
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=2,
             text=True,
         )
+        os.close(theirs)
+        self._answers = os.fdopen(answers)
         asked = {"case": dataclasses.asdict(case), "options": dataclasses.asdict(options), "decor": decor}
-        told = self._ask(asked)
+        try:
+            told = self._ask({**asked, "path": str(path.resolve())})
+        except BaseException:
+            self.close()
+            raise
+        if "refused" in told:
+            self.close()
+            raise UserError(f"--baseline-path {path}: {told['refused']}")
         self.config, self.peak_bytes = told["config"], told["peak_bytes"]
         self.refresh_peak_bytes = told["refresh_peak_bytes"]
 
@@ -187,44 +205,59 @@ class Worker:
 
     def close(self) -> None:
         """End the process."""
-        self._process.stdin.close()  # type: ignore[union-attr]
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
+        self._answers.close()
 
     def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(message) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it ended: there is no answer either
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+        line = self._answers.readline()
         if not line:
             raise RuntimeError("the baseline's process ended; what it said is above")
         return json.loads(line)
 
 
-def serve() -> None:
-    """Answer a `Worker`."""
+def serve(answers: int) -> None:
+    """Answer a `Worker`, whose end of the pipe is open as this number."""
     arm: Arm | None = None
-    for line in sys.stdin:
-        asked = json.loads(line)
-        if arm is None:
-            options = Options(**asked["options"])
-            if options.threads:
-                torch.set_num_threads(options.threads)
-            fields = {spec.name for spec in dataclasses.fields(timm_decor.DecorConfig)}
-            decor = {name: value for name, value in asked["decor"].items() if name in fields}
-            arm = Arm(Case(**asked["case"]), options, decor)
-            config = timm_decor.DecorConfig(**decor).to_dict()
-            answer: dict[str, Any] = {
-                "config": config, "peak_bytes": arm.peak_bytes, "refresh_peak_bytes": arm.refresh_peak_bytes
-            }  # fmt: skip
-        elif "steps" in asked:
-            answer = {"seconds": arm.steps(asked["steps"])}
-        elif "refreshes" in asked:
-            arm.check_refreshes(asked["refreshes"])
-            answer = {}
-        else:
-            answer = {"bytes": arm.held_bytes()}
-        print(json.dumps(answer), flush=True)
+    with os.fdopen(answers, "w") as out:
+        for line in sys.stdin:
+            asked = json.loads(line)
+            if arm is None:
+                arm, answer = _started(asked)
+            elif "steps" in asked:
+                answer = {"seconds": arm.steps(asked["steps"])}
+            elif "refreshes" in asked:
+                arm.check_refreshes(asked["refreshes"])
+                answer = {}
+            else:
+                answer = {"bytes": arm.held_bytes()}
+            print(json.dumps(answer), file=out, flush=True)
+
+
+def _started(asked: dict[str, Any]) -> tuple[Arm | None, dict[str, Any]]:
+    """The arm that a worker is asked for, and the answer."""
+    # Without this a mistyped folder would measure the package that is installed, against itself.
+    if Path(asked["path"]) not in Path(timm_decor.__file__).resolve().parents:
+        return None, {"refused": "no checkout of this project: it has no timm_decor"}
+    options = Options(**asked["options"])
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    fields = {spec.name for spec in dataclasses.fields(timm_decor.DecorConfig)}
+    decor = {name: value for name, value in asked["decor"].items() if name in fields}
+    try:
+        config = timm_decor.DecorConfig(**decor).to_dict()
+    except (ValueError, TypeError) as error:
+        return None, {"refused": f"its DecorConfig says: {error}"}
+    arm = Arm(Case(**asked["case"]), options, decor)
+    memory = {"peak_bytes": arm.peak_bytes, "refresh_peak_bytes": arm.refresh_peak_bytes}
+    return arm, {"config": config, **memory}
 
 
 if __name__ == "__main__":
-    serve()
+    serve(int(sys.argv[1]))

@@ -75,43 +75,82 @@ def _styles(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def step_cost_data(record: dict[str, Any]) -> Any:
     """All that its picture shows."""
-    return [[result["case"], result["ratio"], result["blocks"]] for result in record["results"]]
+    results = record["results"]
+    memory = [[[result["held_bytes"], result["peak_bytes"]] for result in results]] if has_peaks(record) else []
+    return [[result["case"], result["ratio"], result["blocks"]] for result in results] + memory
+
+
+def has_peaks(record: dict[str, Any]) -> bool:
+    """Whether step_cost measured peaks of memory; its first results on a CPU have none."""
+    return all(result["peak_bytes"]["plain"] is not None for result in record["results"])
+
+
+# an arm, its time among a result's, its style, what it is called
+_COST_ARMS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
+    ("plain", "plain", STYLES["plain"], "plain"),
+    ("decorrelated", "amortised", STYLES["decorrelated"], "decorrelated"),
+    ("baseline", "baseline", OTHERS[0], "the engine before"),
+    ("peer", "peer", STYLES["rival"], "the authors' public code"),
+)
 
 
 def step_cost_picture(record: dict[str, Any], path: Path) -> None:
-    """A step's time in units of plain's, a row a combination; lines from the first to the third quartile of blocks."""
+    """A step's time in units of plain's, a row a combination, and beside it its memory where its peak is known."""
     results = record["results"]
-    has_peer = any("peer" in result["ratio"] for result in results)
-    height = 1.6 + 0.42 * len(results)
-    with _figure(1, 1, (8.2, height), "A step's time against plain training's") as (figure, axes):
-        axis = axes[0, 0]
-        drawn = (("amortised", "decorrelated", "decorrelated"), ("peer", "rival", "the authors' public code"))
-        for kind, style, label in drawn:
-            rows = [(i, result) for i, result in enumerate(results) if kind in result["ratio"]]
-            if not rows:
-                continue
-            for i, result in rows:
-                ratios = sorted(block[kind] / block["plain"] for block in result["blocks"])
-                quarter = len(ratios) // 4
-                ends = [ratios[quarter], ratios[-1 - quarter]]
-                axis.plot(ends, [i, i], color=STYLES[style]["color"], linewidth=2, alpha=0.5)
-                axis.annotate(
-                    f"{result['ratio'][kind]:.2f}x", (result["ratio"][kind], i), (0, 7), ha="center", fontsize=9,
-                    textcoords="offset points", color=INK,
-                )  # fmt: skip
-            xs = [result["ratio"][kind] for _, result in rows]
-            axis.plot(xs, [i for i, _ in rows], linestyle="", label=label, markersize=7, **STYLES[style])
-        axis.axvline(1, color=STYLES["plain"]["color"], linestyle="--", linewidth=1, label="plain")
-        if has_peer:
-            axis.set_xscale("log")
-            axis.set_xticks([1, 2, 5, 10, 20, 50], ["1x", "2x", "5x", "10x", "20x", "50x"])
-            axis.minorticks_off()
-        largest = max(max(result["ratio"].values()) for result in results)
-        axis.set_xlim(0.9, max(largest, 1.2) * (1.3 if has_peer else 1.05))
-        axis.set_yticks(range(len(results)), [case_text(result["case"]) for result in results])
-        axis.set_ylim(len(results) - 0.5, -0.7)
-        axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12 - 0.3 / height), ncols=3, fontsize=9)
+    panels = 1 + has_peaks(record)
+    height = 1.6 + 0.42 * len(results) * (1 + (panels > 1) / 2)  # memory has a line for each arm
+    title = "A step's time" + (" and memory" if panels > 1 else "") + " against plain training's"
+    with _figure(1, panels, (8.2 + 4 * (panels - 1), height), title, sharey=True) as (figure, axes):
+        _draw_times(axes[0, 0], results)
+        if panels > 1:
+            _draw_memory(axes[0, 1], results)
+        axes[0, 0].set_yticks(range(len(results)), [case_text(result["case"]) for result in results])
+        axes[0, 0].set_ylim(len(results) - 0.5, -0.7)
+        below = (0.5, -0.12 - 0.3 / height)
+        axes[0, 0].legend(frameon=False, loc="upper center", bbox_to_anchor=below, ncols=3, fontsize=9)
         _save(figure, path, step_cost_data(record))
+
+
+def _draw_times(axis: Any, results: Sequence[dict[str, Any]]) -> None:
+    """Ratios; lines from the first to the third quartile of blocks."""
+    for _, kind, style, label in _COST_ARMS[1:]:
+        rows = [(i, result) for i, result in enumerate(results) if kind in result["ratio"]]
+        if not rows:
+            continue
+        for i, result in rows:
+            ratios = sorted(block[kind] / block["plain"] for block in result["blocks"])
+            quarter = len(ratios) // 4
+            axis.plot([ratios[quarter], ratios[-1 - quarter]], [i, i], color=style["color"], linewidth=2, alpha=0.5)
+            offset = (0, -14) if kind == "baseline" else (0, 7)  # its mark is often beside ours
+            axis.annotate(
+                f"{result['ratio'][kind]:.2f}x", (result["ratio"][kind], i), offset, ha="center", fontsize=9,
+                textcoords="offset points", color=INK,
+            )  # fmt: skip
+        xs = [result["ratio"][kind] for _, result in rows]
+        axis.plot(xs, [i for i, _ in rows], linestyle="", label=label, markersize=7, **style)
+    axis.axvline(1, color=STYLES["plain"]["color"], linestyle="--", linewidth=1, label="plain")
+    has_peer = any("peer" in result["ratio"] for result in results)
+    if has_peer:
+        axis.set_xscale("log")
+        axis.set_xticks([1, 2, 5, 10, 20, 50], ["1x", "2x", "5x", "10x", "20x", "50x"])
+        axis.minorticks_off()
+    drawn = [kind for _, kind, _, _ in _COST_ARMS]
+    largest = max(ratio for result in results for kind, ratio in result["ratio"].items() if kind in drawn)
+    axis.set_xlim(0.9, max(largest, 1.2) * (1.3 if has_peer else 1.15))
+
+
+def _draw_memory(axis: Any, results: Sequence[dict[str, Any]]) -> None:
+    """A line an arm, from what is held between steps (the mark) to the peak within an update (the end)."""
+    for i, result in enumerate(results):
+        arms = [arm for arm in _COST_ARMS if arm[0] in result["held_bytes"]]
+        for line, (name, _, style, _) in enumerate(arms):
+            y = i + (line - (len(arms) - 1) / 2) * 0.2
+            held, peak = (result[kind][name] / 2**20 for kind in ("held_bytes", "peak_bytes"))
+            axis.plot([held, peak], [y, y], color=style["color"], linewidth=2, alpha=0.5)
+            axis.plot([held], [y], markersize=5, **style)
+            axis.plot([peak], [y], color=style["color"], marker="|", markersize=8)
+    axis.set_xlim(left=0)
+    axis.set_xlabel("MiB held (mark) and at an update's peak (end)")
 
 
 def case_text(case: dict[str, Any]) -> str:
