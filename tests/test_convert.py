@@ -9,7 +9,7 @@ import torch
 from timm.layers import Conv2dSame
 from timm.layers import Linear as TimmLinear
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.parametrizations import weight_norm
 
 import timm_decor
@@ -129,7 +129,7 @@ def test_gates_and_small_depthwise_kernels_are_left_plain_unless_asked_for():
     ("resnest14d", ["layer1.0.conv2.fc1"], [], ["layer1.0.conv2.conv"]),
     ("skresnet18", ["layer1.0.conv1.attn.fc_reduce"], [], ["layer1.0.conv1.paths.0.conv"]),
     ("legacy_seresnet18", ["layer1.0.se_module.fc1"], [], ["layer1.0.conv1"]),
-    ("gcresnet33ts", ["stages.0.0.attn.mlp_add.fc1"], [], ["stages.0.0.conv1_1x1.conv"]),
+    ("gcresnet33ts", ["stages.0.0.attn.mlp_add.fc1"], [], ["stages.0.0.conv1_1x1.conv", "stages.0.0.attn.conv_attn"]),
     ("resnet18", [], [], ["conv1", "fc"]),
 ])  # fmt: skip
 def test_they_are_known_by_what_they_are(name, gates, small, taken):
@@ -138,6 +138,34 @@ def test_they_are_known_by_what_they_are(name, gates, small, taken):
     assert all("channel gate" in names[gate] for gate in gates)
     assert all("below 7x7" in names[layer] for layer in small)
     assert not any(names[layer] for layer in taken)
+
+
+@pytest.mark.parametrize("name,gates", [("rdnet_tiny", "EffectiveSEModule"), ("hgnet_tiny", "EseModule")])
+def test_a_block_around_a_gate_is_none(name, gates):
+    """Of RDNet's BlockESE only the gate in it; HGNet has a gate of its own."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    inside = [n for n, module in model.named_modules() if type(module).__name__ == gates]
+    rows = timm_decor.decorrelate(model).decor_report.rows
+    found = {row.name for row in rows if "channel gate" in row.plain_reason}
+    assert inside and found == {row.name for row in rows if any(row.name.startswith(f"{n}.") for n in inside)}
+
+
+def test_looking_at_a_model_does_not_move_it():
+    """spectral_norm makes an iteration of its own whenever its weight is read; a lazy layer has no weight to read."""
+    model = nn.Sequential(nn.Linear(4, 4), parametrizations.spectral_norm(nn.Linear(4, 4)), nn.LazyLinear(3))
+    before = {name: value.clone() for name, value in model[:2].state_dict().items()}
+    timm_decor.decorrelate(model)
+    assert all(torch.equal(value, before[name]) for name, value in model[:2].state_dict().items())
+    assert [row.plain_reason == "" for row in model.decor_report.rows][0]
+
+
+@pytest.mark.parametrize("wrap", [weight_norm, nn.utils.weight_norm])
+def test_a_weight_that_is_computed_later_stays_plain_at_attach(wrap):
+    model = timm_decor.decorrelate(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)))
+    wrap(model[0])
+    handle = timm_decor.attach(model, torch.optim.SGD(model.parameters(), 0.1))
+    assert handle.names == ["1"]
 
 
 def test_layers_that_cannot_be_are_listed_with_their_reason():

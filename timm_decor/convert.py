@@ -144,7 +144,8 @@ def _owner(model: nn.Module) -> nn.Module:
 def decor_layers(model: nn.Module) -> Iterator[tuple[str, DecorLayer]]:
     """(name, layer) of every decorrelated layer, named as in the unwrapped model."""
     for name, module in model.named_modules():
-        if isinstance(module, DecorConv2d | DecorLinear):
+        # The exact type: one whose weight became a computed one is a subclass by then.
+        if isinstance(module, DecorConv2d | DecorLinear) and type(module) in PLAIN_TYPES:
             yield name.replace("_orig_mod.", "").removeprefix("module."), module
 
 

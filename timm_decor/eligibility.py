@@ -13,10 +13,13 @@ from timm_decor.layers import DECOR_TYPES, PLAIN_TYPES
 # Modules of timm (and torchvision) that scale channels by what they make of a globally pooled vector, by their class's
 # name: several of timm's models have their own.
 _GATES = {
-    "SEModule", "EffectiveSEModule", "SqueezeExcite", "SqueezeExciteCl", "SqueezeExcitation", "BlockESE",
-    "GatherExcite", "GlobalContext", "ChannelAttn", "LightChannelAttn", "SelectiveKernelAttn",
+    "SEModule", "EffectiveSEModule", "EseModule", "SqueezeExcite", "SqueezeExciteCl", "SqueezeExcitation",
+    "GatherExcite", "ChannelAttn", "LightChannelAttn", "SelectiveKernelAttn",
 }  # fmt: skip
-_GATE_PARTS = {"SplitAttn": ("fc1", "fc2")}  # its convolution sees the whole map
+_GATE_PARTS = {  # what else these have sees the whole map
+    "SplitAttn": ("fc1", "fc2"),
+    "GlobalContext": ("mlp_add", "mlp_scale"),
+}
 _GATE_NAME = "se"  # timm's name for them, whatever their class
 _FEWEST_POSITIONS = 49  # of a depthwise kernel: MobileNetV3's 3x3 and 5x5 lose, ConvNeXt's 7x7 gain
 
@@ -31,7 +34,8 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules that a user would expect in the report: they multiply their input by a weight matrix of their own."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
-            if getattr(module, "weight", None) is not None:
+            # Not the attribute: where it is computed (spectral_norm), reading it moves the model's state.
+            if module._parameters.get("weight") is not None or own_matrices(module):
                 yield name, module
         elif isinstance(module, _UNSEEN):
             if own_matrices(module):
@@ -39,16 +43,21 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         # Layers of timm's own that are neither, such as CondConv2d. An embedding looks its rows up.
         elif not isinstance(module, nn.Embedding):
             weight = module._parameters.get("weight")
-            if weight is not None and weight.dim() >= 2:
+            if weight is not None and _is_matrix(weight):
                 yield name, module
 
 
 def own_matrices(module: nn.Module) -> list[Tensor]:
-    """A module's own weights with two dimensions or more: `weight`, or all those of a recurrent layer."""
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor):
-        return [weight]
-    return [p for p in module.parameters(recurse=False) if p.dim() >= 2]
+    """A module's own stored weights with two dimensions or more, or what a parametrization computes them from."""
+    stored = dict(module._parameters)
+    for name, each in getattr(module, "parametrizations", {}).items():
+        stored |= {f"{name}.{key}": value for key, value in each._parameters.items()}
+    return [p for name, p in stored.items() if p is not None and "weight" in name and _is_matrix(p)]
+
+
+def _is_matrix(weight: Tensor) -> bool:
+    """Whether a weight is known to have two dimensions or more; a lazy layer's has no shape yet."""
+    return not isinstance(weight, nn.parameter.UninitializedParameter) and weight.dim() >= 2
 
 
 class Reasons:
@@ -104,7 +113,9 @@ def _gates(model: nn.Module) -> set[nn.Module]:
         kind = type(module).__name__
         if kind in _GATES:
             found |= set(module.modules())
-        found |= {part for name in _GATE_PARTS.get(kind, ()) if (part := getattr(module, name, None)) is not None}
+        for name in _GATE_PARTS.get(kind, ()):
+            if (part := getattr(module, name, None)) is not None:
+                found |= set(part.modules())
     return found
 
 
