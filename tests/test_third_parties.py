@@ -579,10 +579,19 @@ class TestInputs:
             model[0](torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)], layout=layout))
         model[0](torch.randn(4, 8).to_sparse().requires_grad_())
         assert [model[0].unrecorded, model[2].unrecorded, float(model[0].rows)] == [5, 2, 0]
+        with pytest.raises(RuntimeError):
+            model[0](torch.randn(4, 8, device="meta"))  # torch's own error: the weights are here
+        assert model[0].unrecorded == 6
+        model[0].unrecorded = 5
         model[0](torch.randn(0, 8))
         assert handle.report().rows[0].unrecorded == 5
         model(x).sum().backward()
         assert float(model[0].rows) == 32
+
+    def test_that_the_layer_refuses_are_refused_by_the_layer(self):
+        model, _, _ = bound("linear")
+        with pytest.raises(RuntimeError, match="[Kk]ernel size"):
+            model[2](torch.randn(2, 6, 2, 2))
 
     def test_while_gradients_are_off_on_request(self):
         model, optimizer, handle = bound("linear")

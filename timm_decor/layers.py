@@ -123,7 +123,10 @@ class DecorMixin:
             return
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             x = x.detach() if x.dim() > self.unbatched_dim else x.detach()[None]
-            most = self.max_rows // self._row_count(self._rows_seen(x[:1]))
+            each = self._row_count(self._rows_seen(x[:1]))
+            if each < 1:  # smaller than the kernel: the layer says so itself
+                return
+            most = self.max_rows // each
             x = moments.sample_images(x, self.sample, most)
             if self.wanted:
                 x = moments.at_least_float32(x)
@@ -159,10 +162,10 @@ class DecorMixin:
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Whether an input's moments can be taken: not under vmap, grad or jvp, not nested, sparse or complex."""
+    """Whether an input's moments can be taken: not under vmap, grad or jvp, not nested, sparse, complex, meta."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return x.layout == torch.strided and not x.is_nested and x.is_floating_point()
+    return x.layout == torch.strided and not x.is_nested and x.is_floating_point() and not x.is_meta
 
 
 if torch.__version__ < (2, 6):  # type: ignore[operator]
