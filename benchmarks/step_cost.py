@@ -13,8 +13,9 @@ github.com/artcogsys/decorbp (CC BY-NC, not part of this project): it updates ev
 adds the engine of another checkout of this project, in a process of its own that takes its turns with the others; its
 knobs are its own defaults, with `--decor-every` of this run and the --decor-* arguments that are given and it knows.
 
-Memory is held (weights, buffers, optimizer state) and at its peak within the update of a step: gradients and what the
-step itself makes come on top; on a CPU what an operation needs inside of itself is not seen.
+Memory is held (weights, buffers, optimizer state) and at its peak within the update of a step, the highest of all steps
+without a refresh: gradients and what the step itself makes come on top; on a CPU what an operation needs inside of
+itself is not seen. A refresh has a peak of its own.
 
 Each finished combination is in the file at once and a rerun skips it. A picture is drawn beside the file.
 """

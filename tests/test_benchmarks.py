@@ -21,6 +21,7 @@ from torch import nn
 
 import timm_decor
 from study import pictures
+from study.arm import Arm, Case, Options
 from study.memory import PeakMemory, alive, storage_bytes
 from timm_decor import DecorConfig
 from timm_decor.errors import UserError
@@ -223,3 +224,11 @@ def test_asked_knobs(words: list[str]) -> None:
 def test_bytes_of_memory_that_is_shared() -> None:
     whole = torch.zeros(10, 10)
     assert storage_bytes({"a": whole, "b": [whole[0], whole.view(100), torch.zeros(5)], "c": "text"}) == 400 + 20
+
+
+def test_the_peak_is_that_of_the_step_that_needs_most() -> None:
+    """A step that looks at the output errors is an ordinary one, and needs more than its neighbours."""
+    options = Options("cpu", num_classes=10, lr=1e-3, threads=None)
+    case = Case("test_resnet", 32, 4, "sgd", "float32", compile=False, channels_last=False)
+    looking, not_looking = (Arm(case, options, {"every": 6, "output_every": every}).peak_bytes for every in (4, 100))
+    assert looking > not_looking
