@@ -33,6 +33,7 @@ class ExplicitLayer(nn.Module):
         self.two_sided = config.sides == "both" and 1 < self.outputs <= 2 * self.dim
         self.L = torch.eye(self.outputs, dtype=self.weight.dtype).repeat(self.groups, 1, 1)
         self.errors = self.L.clone()  # their running second moment
+        self.c = 1.0  # the scale: z = c R x
         self.centred = centred and config.center and config.rule == "whiten"
         self.running = None
 
@@ -50,7 +51,7 @@ class ExplicitLayer(nn.Module):
         p = self.patches(x)
         self.p = p.detach()
         self.images = len(x)
-        z = p @ self.R.mT
+        z = self.c * p @ self.R.mT
         w = self.weight.reshape(self.groups, -1, self.dim)
         y = z @ w.mT @ self.L.mT  # (g, rows, O)
         if self.conv is None:
@@ -63,15 +64,17 @@ class ExplicitLayer(nn.Module):
 
     @property
     def kernel(self):
-        """A = L W R, shaped like the weight."""
-        return (self.L @ self.weight.detach().reshape(self.groups, -1, self.dim) @ self.R).reshape(self.weight.shape)
+        """A = c L W R, shaped like the weight."""
+        return self.c * (self.L @ self.weight.detach().reshape(self.groups, -1, self.dim) @ self.R).reshape(
+            self.weight.shape
+        )
 
     @torch.no_grad()
     def look(self):
-        """Let the gradient, that of W is L^T (dloss / dA) R^T, into the moment of the errors before L."""
+        """Let the gradient, that of W is c L^T (dloss / dA) R^T, into the moment of the errors before L."""
         if not self.two_sided:
             return
-        for i, own in enumerate(self.weight.grad.reshape(self.groups, -1, self.dim)):
+        for i, own in enumerate(self.weight.grad.reshape(self.groups, -1, self.dim) / self.c):
             errors = torch.linalg.solve(self.L[i].mT, own)
             moment = errors @ errors.T
             moment = moment / moment.diagonal().mean()
@@ -88,6 +91,7 @@ class ExplicitLayer(nn.Module):
     @torch.no_grad()
     def refresh(self):
         config = self.config
+        self.stepped = self.weight.detach().clone()
         p = self.p
         if config.sample < 1:
             rows = p.view(self.groups, self.images, -1, self.dim)
@@ -102,6 +106,10 @@ class ExplicitLayer(nn.Module):
         else:
             new = self.dbp(sigma) if config.rule == "dbp" else self.whiten(sigma)
         new = torch.stack(new)
+        if config.graft and self.weight.grad is not None:  # dloss / dA, with R and L of the step that was made
+            w_grad = self.weight.grad.reshape(self.groups, -1, self.dim)
+            grad_l = torch.linalg.inv(self.L).mT @ w_grad @ torch.linalg.inv(self.R).mT
+            self.kernel_gradient = grad_l / self.c
         new_l = torch.stack([self.output_root(m) for m in self.errors]) if self.two_sided else self.L
         if config.preserve_function:
             w = self.weight.reshape(self.groups, -1, self.dim)
@@ -185,6 +193,42 @@ class ExplicitLayer(nn.Module):
         small = self.R[0, : self.positions, : self.positions]
         dense = torch.kron(torch.eye(self.channels, dtype=sigma.dtype), function(sigma, small))
         return [dense] * self.groups
+
+
+@torch.no_grad()
+def graft(layers, optimizer, starts):
+    """After a step and a refresh: the scale with which the step would have been as long as the plain optimizer's.
+
+    SGD's step is in proportion to the gradient; of the others' the movement of W is that of a plain step on W. Decay is
+    left out, and W follows so that no kernel changes.
+
+    Args:
+        layers: ExplicitLayer, all of the network.
+        optimizer: that stepped.
+        starts: the layers' W before the step.
+    """
+    plain = ours = 0.0
+    for layer, start in zip(layers, starts, strict=True):
+        left, right = layer.L, layer.R
+        group = next(g for g in optimizer.param_groups if any(p is layer.weight for p in g["params"]))
+        if isinstance(optimizer, torch.optim.SGD):
+            step = layer.kernel_gradient * group["lr"]
+            moved = left @ left.mT @ step @ right.mT @ right
+        else:
+            step, was = (t.reshape(layer.groups, -1, layer.dim) for t in (layer.stepped - start, start))
+            if isinstance(optimizer, torch.optim.Adam) and not isinstance(optimizer, torch.optim.AdamW):
+                step = step - was * (step * was).sum() / was.square().sum()
+            else:
+                muon = "momentum_buffer" in optimizer.state[layer.weight]  # else it is its AdamW's
+                rate = group["lr"] * (1 if muon else group.get("fallback_lr_scale", 1))
+                step = step + was * rate * group["weight_decay"]
+            moved = left @ step @ right
+        plain, ours = plain + step.square().sum(), ours + moved.square().sum()
+    power = 4 if isinstance(optimizer, torch.optim.SGD) else 2
+    c = float(plain / ours) ** (1 / power)
+    for layer in layers:
+        layer.weight.mul_(layer.c / c)
+        layer.c = c
 
 
 def explicit_twin(model: nn.Module, config, fits, centred=()) -> nn.Module:

@@ -6,7 +6,7 @@ import pytest
 import timm.optim
 import torch
 import torch.nn.functional as F
-from reference import ExplicitLayer, explicit_twin
+from reference import ExplicitLayer, explicit_twin, graft
 from torch import nn
 
 import timm_decor
@@ -99,18 +99,26 @@ def compare(config, optimizer_name, batches=False):
     explicit = explicit_twin(plain, decided(config, optimizer_name), fits, centred=["normed"])
     layers = {name: module for name, module in explicit.named_modules() if isinstance(module, ExplicitLayer)}
 
+    reference = make_optimizer(optimizer_name, explicit)
+    starts = {}
+
     def refresh(step):
         if step % config.every == 0:
             for layer in layers.values():
                 layer.refresh()
+            if config.graft:
+                graft(layers.values(), reference, starts.values())
 
     def look(step):
-        if step % config.output_every == 0:
-            for layer in layers.values():
+        for name, layer in layers.items():
+            if step % config.output_every == 0:
                 layer.look()
+            starts[name] = layer.weight.detach().clone()
+            if optimizer_name != "sgd":  # does not care for the gradient's size, and is not to see a change of scale
+                layer.weight.grad /= layer.c
 
     x, y = data()
-    expected = train(explicit, make_optimizer(optimizer_name, explicit), x, y, look, refresh)
+    expected = train(explicit, reference, x, y, look, refresh)
 
     model = timm_decor.decorrelate(plain, config)
     optimizer = make_optimizer(optimizer_name, model)
@@ -120,6 +128,11 @@ def compare(config, optimizer_name, batches=False):
 
     assert {row.name for row in handle.report().rows} == set(layers)
     assert all(row.refreshes == -(-STEPS // config.every) and not row.skips for row in handle.report().rows)
+    scales = {float(c) for group in handle._groups if group.sides.scale is not None for c in group.sides.scale}
+    assert len(scales) == config.graft, "one number for the network"
+    for value in scales:
+        assert abs(value - 1) > 1e-4, "the scale hardly moved"
+        assert value == pytest.approx(next(iter(layers.values())).c, rel=1e-9)
     differences = [(losses - expected).abs().max()]
     for name, layer in layers.items():
         differences.append((model.get_submodule(name).weight.detach() - layer.kernel).abs().max())
@@ -164,6 +177,12 @@ def test_engine_equals_explicit_layers(optimizer, rule, structure, preserve):
 def test_each_side_asked_for(optimizer, sides, rule, structure, preserve):
     """What "auto" does not choose: the output side with every optimizer and rule, and SGD without it."""
     assert compare(knobs(rule, structure, preserve_function=preserve, sides=sides), optimizer) < 1e-10
+
+
+@pytest.mark.parametrize("sides", ["input", "both"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adam", "muon"])
+def test_without_a_scale(optimizer, sides):
+    assert compare(knobs("whiten", "kronecker", sides=sides, graft=False), optimizer) < 1e-10
 
 
 @pytest.mark.parametrize("structure", ["full", "kronecker", "space"])

@@ -13,7 +13,7 @@ from timm_decor.moments import moment_shape, normalized
 from timm_decor.plan import plan
 from timm_decor.rules import RULES, Rule
 from timm_decor.shape import LayerShape
-from timm_decor.structures import STRUCTURES, OutputL, Sides, Structure
+from timm_decor.structures import STRUCTURES, NoOutputs, OutputL, Sides, Structure
 from timm_decor.structures.base import LowRank, selected
 
 SHAPES = [LayerShape(1, 6, 9, 5), LayerShape(2, 3, 4, 4), LayerShape(3, 1, 9, 2), LayerShape(1, 7, 1, 3)]
@@ -104,6 +104,8 @@ class TestStructure:
         r, w = refreshed(kind, shape), self.weight(shape)
         scale = torch.rand(len(w), 1, 1, dtype=torch.float64) + 0.5
         plus = LowRank(self.weight(shape, seed=2)[:, :, :1, 0], self.weight(shape, seed=3)[:, :1])
+        for verb in (r.apply, r.apply_transposed, r.apply_gram):
+            torch.testing.assert_close(verb(w, scale), scale[..., None] * verb(w))
         expected = scale[..., None] * r.apply_gram(w) + plus.product()
         torch.testing.assert_close(r.apply_gram(w, scale, plus), expected)
         for beta in (0.9, 1, torch.tensor(0.9, dtype=torch.float64)):
@@ -148,12 +150,20 @@ class TestStructure:
         left = left.whitened({"output": rows @ rows.mT}, 0.2)
         sides, eye = Sides(r, left), torch.eye(shape.outputs, dtype=torch.float64)
         dense = left.apply(eye.expand(len(w), -1, -1)[..., None])[..., 0]
+        c = torch.rand(len(w), 1, 1, dtype=torch.float64) + 0.5
+        scaled = Sides(r, left, c)
         for verb, power in (("apply", 1), ("apply_gram", 2), ("apply_inverse", -1), ("apply_transposed", 1)):
-            expected = torch.linalg.matrix_power(dense, power) @ getattr(r, verb)(w).flatten(2)
-            torch.testing.assert_close(getattr(sides, verb)(w), expected.view(w.shape))
-        target = w.clone()
-        sides.add_product(target, w, 0.5)
-        torch.testing.assert_close(target, 0.5 * w + sides.apply(w))
+            expected = (torch.linalg.matrix_power(dense, power) @ getattr(r, verb)(w).flatten(2)).view(w.shape)
+            torch.testing.assert_close(getattr(sides, verb)(w), expected)
+            torch.testing.assert_close(getattr(scaled, verb)(w), c[..., None] ** power * expected)
+            torch.testing.assert_close(
+                getattr(Sides(r, NoOutputs(), c), verb)(w), c[..., None] ** power * getattr(r, verb)(w)
+            )
+        for each in (sides, scaled, Sides(r, NoOutputs(), c)):
+            target = w.clone()
+            each.add_product(target, w, 0.5)
+            torch.testing.assert_close(target, 0.5 * w + each.apply(w))
+            assert each.with_tensors(each.tensors()).tensors().keys() == each.tensors().keys()
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -91,6 +91,9 @@ class DecorConfig:
         32, "kronecker, and the output side: eigenvectors kept (all where there are fewer); the rest share a scale"
     )
     stat_decay: float = _knob(0.5, "weight of the old second moment in its running average, per refresh", ("whiten",))
+    graft: bool = _knob(
+        True, "a scale beside R makes a step as long as the plain optimizer's: the learning rate stays what it was"
+    )
     max_dim: int = _knob(8192, "layers whose R would need a factor larger than this stay plain")
 
     def __post_init__(self) -> None:
@@ -130,7 +133,9 @@ class DecorConfig:
     @classmethod
     def paper(cls) -> DecorConfig:
         """Decorrelated backpropagation as its paper has it (arXiv 2405.02385): every step, a tenth of the images."""
-        return cls(rule="dbp", structure="full", every=1, sample=0.1, preserve_function=False, sides="input")
+        return cls(
+            rule="dbp", structure="full", every=1, sample=0.1, preserve_function=False, sides="input", graft=False
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The knobs as a plain dictionary."""

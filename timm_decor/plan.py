@@ -30,6 +30,7 @@ class LayerPlan:
         structure: of R.
         rank: eigenvectors kept, of structures that keep some, and of L.
         outputs: whether there is an L.
+        graft: whether a scale stands beside them; see engine/length.py.
         dtype: of R and of the moments.
     """
 
@@ -38,6 +39,7 @@ class LayerPlan:
     structure: str
     rank: int
     outputs: bool
+    graft: bool
     dtype: torch.dtype
 
     @property
@@ -59,7 +61,8 @@ class LayerPlan:
         """R = I, and L = I where there is one."""
         like = torch.empty(0, dtype=self.dtype, device=device)
         r = self.structure_type.identity(self.shape, self.rank, like, RULES[self.rule].gives_inverse)
-        return Sides(r, OutputL.identity(self.shape, self.rank, like) if self.outputs else NoOutputs())
+        left = OutputL.identity(self.shape, self.rank, like) if self.outputs else NoOutputs()
+        return Sides(r, left, like.new_ones(self.shape.groups, 1, 1) if self.graft else None)
 
     def first_moments(self, device: torch.device | str) -> dict[str, Tensor]:
         """The moments before the first refresh."""
@@ -85,7 +88,9 @@ class LayerPlan:
         return self.dtype.itemsize * sum(math.prod(moment_shape(name, self.shape)) for name in names)
 
 
-def plan(config: DecorConfig, shape: LayerShape, dtype: torch.dtype, linear: bool = True) -> LayerPlan:
+def plan(
+    config: DecorConfig, shape: LayerShape, dtype: torch.dtype, linear: bool = True, scales: bool = True
+) -> LayerPlan:
     """What the config comes to for one layer.
 
     Args:
@@ -93,6 +98,7 @@ def plan(config: DecorConfig, shape: LayerShape, dtype: torch.dtype, linear: boo
         shape: of the layer.
         dtype: of its weight.
         linear: whether the optimizer is SGD; before `attach` knows it, the plan is SGD's.
+        scales: whether the optimizer's step depends on R's scale.
     """
     structure = config.structure
     if structure == "kronecker" and shape.channels == 1:
@@ -102,7 +108,7 @@ def plan(config: DecorConfig, shape: LayerShape, dtype: torch.dtype, linear: boo
     both = config.sides == "both" or (config.sides == "auto" and RULES[config.rule].both_sides and linear)
     at_least_float32 = torch.promote_types(dtype, torch.float32)
     outputs = both and has_outputs(shape, config.max_dim)
-    return LayerPlan(shape, config.rule, structure, config.rank, outputs, at_least_float32)
+    return LayerPlan(shape, config.rule, structure, config.rank, outputs, config.graft and scales, at_least_float32)
 
 
 def unfit(config: DecorConfig, shape: LayerShape) -> str:

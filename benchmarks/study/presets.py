@@ -15,21 +15,26 @@ class Optimizer:
         name: timm's.
         kwargs: for `timm.optim.create_optimizer_v2`.
         weight_decays: the values to tune over; the first is used where nothing was tuned.
-        lrs: learning rates, a geometric series; tuning extends it where the best lies at its edge.
+        plain_lr: plain training's best of them in the cpu preset: what people have.
+        lrs: learning rates, a geometric series from half of that to sixteen times; tuning extends it where the best
+            lies at its edge.
     """
 
     name: str
     kwargs: dict[str, Any]
     weight_decays: tuple[float, ...]
+    plain_lr: float
     lrs: tuple[float, ...]
 
 
 # Muon with the momentum and the Nesterov step that its authors use; timm's defaults are weaker. Biases and BatchNorm
 # are not decayed (timm's default), so that nothing but the learning rate stands between the arms.
 OPTIMIZERS = {
-    "sgd": Optimizer("sgd", {"momentum": 0.9}, (5e-4,), (0.1, 0.2, 0.4, 0.8, 1.6)),
-    "adamw": Optimizer("adamw", {}, (0.05,), (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)),
-    "muon": Optimizer("muon", {"momentum": 0.95, "nesterov": True}, (0.05,), (0.0125, 0.025, 0.05, 0.1, 0.2)),
+    "sgd": Optimizer("sgd", {"momentum": 0.9}, (5e-4,), 0.2, (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)),
+    "adamw": Optimizer("adamw", {}, (0.05,), 8e-3, (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128)),
+    "muon": Optimizer(
+        "muon", {"momentum": 0.95, "nesterov": True}, (0.05,), 0.025, (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4)
+    ),
 }
 
 
@@ -83,7 +88,7 @@ class Preset:
 
 PRESETS = {
     "gpu": Preset("resnet18", "small", 10, 128, None, 5000, 4, seeds=3, amp=True, turn=40, threads=None, workers=1),
-    "cpu": Preset("small_resnet", "timm", 3, 128, 16_000, 10_000, 0, 3, amp=False, turn=25, threads=1, workers=2),
+    "cpu": Preset("small_resnet", "timm", 2, 128, 40_000, 10_000, 2, 3, amp=False, turn=25, threads=1, workers=2),
     "smoke": Preset(
         "small_resnet", "timm", 2, 32, 256, 1, 2, 2, amp=False, turn=3, threads=1, workers=1, budgets=(0.5, 0.75),
         generated=16,

@@ -72,11 +72,12 @@ def _train_group(bench: Bench, specs: list[Spec], group: str) -> None:
         torch.set_num_threads(preset.threads)
     key = (bench.data_dir, bench.tunes, preset.train_images, bench.device)
     if key not in _splits:
-        _splits[key] = _load(preset, bench.data_dir, bench.tunes).to(bench.device)
+        _splits[key] = load_split(preset, bench.data_dir, bench.tunes).to(bench.device)
     train_in_turns(specs, preset, _splits[key], group, lambda record: bench.results.add(record, bench.made_by))
 
 
-def _load(preset: Preset, data_dir: Path | None, tunes: bool) -> Split:
+def load_split(preset: Preset, data_dir: Path | None, tunes: bool) -> Split:
+    """The images of a preset."""
     if preset.generated or data_dir is None:
         return generate(preset.train_images or 256, preset.generated, tunes)
     return load(data_dir, preset.train_images, preset.held_out if tunes else None)

@@ -24,7 +24,8 @@ from torch.optim import Optimizer
 from timm_decor.config import DecorConfig
 from timm_decor.convert import any_attached, decor_layers, reconverted
 from timm_decor.engine.handle import DecorHandle, attached_optimizers
-from timm_decor.engine.optimizers import innermost, refuse
+from timm_decor.engine.optimizers import innermost
+from timm_decor.engine.probe import refuse
 from timm_decor.layers import DecorLayer
 
 _logger = logging.getLogger(__name__)

@@ -27,9 +27,10 @@ from timm_decor.engine.group import LayerGroup
 from timm_decor.layers import DecorLayer
 from timm_decor.plan import LayerPlan
 from timm_decor.shape import parts
+from timm_decor.structures import SCALE
 
 STATE_KEY = "timm_decor"  # in optimizer.state_dict(), and in the entries of the layers' weights there
-STATE_FORMAT = 4
+STATE_FORMAT = 5
 _FILE_FORMAT = "1"
 _PARTS = ("r", "moments")  # of a layer's state that are tensors
 _FACTS = ("shape", "structure", "rank", "refreshes", "skips")
@@ -172,7 +173,7 @@ def check_loadable(
             raise ValueError(f"the optimizer state has shape {has} for layer {name}, not {shape}")
     if saved["kind"] != kind:
         raise ValueError(f"the optimizer state is that of a {saved['kind']}, not that of a {kind}")
-    _check_same(saved, config, "sides")
+    _check_same(saved, config, "sides", "graft")
 
 
 def check_fits(saved: Mapping[str, Any], layers: Sequence[tuple[str, DecorLayer]], config: DecorConfig) -> None:
@@ -216,6 +217,7 @@ def write_r(state: Mapping[str, Any], path: str | Path) -> None:
             tensors |= {
                 f"{layer}|{part}|{name}": value.detach().cpu().clone(memory_format=torch.contiguous_format)
                 for name, value in entry[part].items()
+                if name != SCALE  # another run's gradients have another; it is measured anew
             }
     metadata = {"format": "pt", "timm_decor": _FILE_FORMAT, "config": state["config"], "layers": json.dumps(facts)}
     save_file(tensors, path, metadata)

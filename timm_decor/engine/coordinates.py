@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from timm_decor.engine.optimizers import DECAYING, LINEAR
+from timm_decor.engine.length import Lengths
+from timm_decor.engine.optimizers import DECAYING, LINEAR, Power
 from timm_decor.layers import DecorLayer
 from timm_decor.moments import at_least_float32
+from timm_decor.shape import parts
 from timm_decor.structures import Sides
 
 Product = Callable[[Tensor], Tensor]
@@ -63,12 +65,13 @@ class StepOnW:
 
     Args:
         layers: those of a batch that have a gradient.
-        sides: their L and R.
+        sides: their L and R, and the scale.
         optimizer: that steps.
+        power: the optimizer's.
     """
 
-    def __init__(self, layers: Sequence[DecorLayer], sides: Sides, optimizer: Optimizer) -> None:
-        self.layers, self.sides, self._optimizer = layers, sides, optimizer
+    def __init__(self, layers: Sequence[DecorLayer], sides: Sides, optimizer: Optimizer, power: Power) -> None:
+        self.layers, self.sides, self._optimizer, self._power = layers, sides, optimizer, power
         self.kernels = [layer.weight.data for layer in layers]  # A
         self.gradients: list[Tensor] = [layer.weight.grad for layer in layers]  # type: ignore[misc]
 
@@ -95,6 +98,26 @@ class StepOnW:
         """Weights and gradients as they were before `enter`."""
         raise NotImplementedError
 
+    def lengths(self, sides: Sides) -> Lengths:
+        """Squared lengths of each layer's step, between `leave` and `land`: the plain optimizer's, and that with these.
+
+        Decay is no part of them. They are weighted by the layers' learning rates.
+
+        Args:
+            sides: L and R that the step might be made with, at scale 1.
+        """
+        # where the step grows with the gradient it is, momentum aside, the gradient
+        own = transformed(self.layers, sides.apply_gram, self.gradients)
+        plain = transformed(self.layers, lambda rows: rows, self.gradients)
+        rates = [self._group(layer).get("lr") or 0.0 for layer in self.layers]
+        weights = [torch.as_tensor(rate, dtype=own.dtype, device=own.device).square() for rate in rates]
+        return tuple(squared(rows, len(self.layers)) * torch.stack(weights) for rows in (plain, own))  # type: ignore
+
+    def _group(self, layer: DecorLayer) -> dict[str, Any]:
+        """The optimizer's group that holds the layer's weight."""
+        groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
+        return groups[id(layer.weight)]
+
     def _swap_gradients(self, product: Product) -> None:
         new = unbatched(self.layers, transformed(self.layers, product, self.gradients), self.gradients)
         for layer, gradient in zip(self.layers, new, strict=True):
@@ -109,7 +132,9 @@ class _FromStart(StepOnW):
     """The weight is moved to where the optimizer steps from, and A follows what the step made of it."""
 
     def enter(self) -> None:
-        self._swap_gradients(self.sides.apply_transposed)
+        # An optimizer that does not care for the gradient's size does not see the scale, nor does what it averages.
+        sides = self.sides if self._power.gradient else self.sides.unit
+        self._swap_gradients(sides.apply_transposed)
         for layer, start in zip(self.layers, self._starts(), strict=True):
             layer.weight.data = start
 
@@ -119,6 +144,17 @@ class _FromStart(StepOnW):
     def _factors(self) -> list[Any]:
         """What the step made of the part of A that the weight did not hold."""
         return [1] * len(self.layers)
+
+    def lengths(self, sides: Sides) -> Lengths:
+        if self._power.gradient:
+            return super().lengths(sides)
+        moved = self._without_decay()
+        own, count = transformed(self.layers, sides.apply, moved), len(self.layers)
+        return squared(transformed(self.layers, lambda rows: rows, moved), count), squared(own, count)
+
+    def _without_decay(self) -> list[Tensor]:
+        """What the step made of the weights, without what it took of them."""
+        return self._moved
 
     def leave(self) -> None:
         self._moved = self._differences([layer.weight.data for layer in self.layers])
@@ -172,6 +208,12 @@ class General(_FromStart):
     def _differences(self, ends: list[Tensor]) -> list[Tensor]:
         return [torch.sub(end, start, out=start) for end, start in zip(ends, self._start, strict=True)]
 
+    def _without_decay(self) -> list[Tensor]:
+        # However it is made, decay is along the weight: that part is left out.
+        values = transformed(self.layers, self.sides.apply_inverse, self.kernels)
+        starts = unbatched(self.layers, values, self.kernels)
+        return [m - s * ((m * s).sum() / (s * s).sum()) for m, s in zip(self._moved, starts, strict=True)]
+
 
 class Decaying(_FromStart):
     """From zero, where the optimizer does nothing with a weight but decay it: A is decayed directly."""
@@ -181,13 +223,11 @@ class Decaying(_FromStart):
 
     def _factors(self) -> list[Any]:
         decay = DECAYING[type(self._optimizer)]
-        groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
-        weights = [layer.weight for layer in self.layers]
-        return [decay(groups[id(weight)], self._optimizer.state.get(weight, {})) for weight in weights]
+        return [decay(self._group(layer), self._optimizer.state.get(layer.weight, {})) for layer in self.layers]
 
 
 class Linear(StepOnW):
-    """The same step on A itself: gradient <- L L^T G R^T R."""
+    """The same step on A itself: gradient <- c^2 L L^T G R^T R."""
 
     _before: Sequence[Tensor] = ()  # A, once `enter` has come so far
 
@@ -212,6 +252,11 @@ def _unless(skipped: Tensor, factor: Any, like: Tensor) -> Tensor:
     return torch.where(skipped.to(like.device), torch.ones_like(factor), factor)
 
 
+def squared(rows: Tensor, count: int) -> Tensor:
+    """Squared length of each layer's part of a batch, (n g, O, C, S) to (n,)."""
+    return parts(rows, count).flatten(1).square().sum(1)
+
+
 def step_type(optimizer: Optimizer) -> type[StepOnW]:
     """The cheapest way that is exact with this optimizer."""
     if type(optimizer) in LINEAR:
@@ -222,20 +267,22 @@ def step_type(optimizer: Optimizer) -> type[StepOnW]:
 def moves(step: StepOnW, new: Sides, optimizer: Optimizer, preserve_function: bool) -> list[Move]:
     """What else must change when L and R do, for the layers of a step that has not landed.
 
-    A stays, unless the function is not to be preserved. State that is kept in A's coordinates (SGD's momentum) stays
-    what it is in W's: m <- L' L^-1 m R^-1 R'.
+    A stays, unless the function is not to be preserved; a change of the scale never moves it. State that is kept in A's
+    coordinates (SGD's momentum) stays what it is in W's: m <- (c' / c) L' L^-1 m R^-1 R'.
     """
     old, layers = step.sides, step.layers
 
-    def turned(rows: Tensor) -> Tensor:
-        return new.apply(old.apply_inverse(rows))
-
     states: list[dict[str, Any]] = [optimizer.state.get(layer.weight, {}) for layer in layers]
-    pairs: list[tuple[list[Tensor], list[Tensor]]] = []
+
+    def turned(old: Sides, new: Sides, sources: Sequence[Tensor]) -> Tensor:
+        return transformed(layers, lambda rows: new.apply(old.apply_inverse(rows)), sources)
+
+    found: list[Move] = []
     for name in LINEAR.get(type(optimizer), ()):
         kept = [state.get(name) for state in states]
         if any(value is not None for value in kept):  # one that has none yet, because it was frozen, moves a zero
             momenta = [torch.zeros_like(a) if m is None else m for m, a in zip(kept, step.kernels, strict=True)]
-            pairs.append((momenta, momenta))
-    pairs += [] if preserve_function else [(step.kernels, step.result())]
-    return [(targets, transformed(layers, turned, sources)) for targets, sources in pairs]
+            found.append((momenta, turned(old, new, momenta)))
+    if not preserve_function:
+        found.append((step.kernels, turned(old.unit, new.unit, step.result())))
+    return found

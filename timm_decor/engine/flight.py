@@ -16,8 +16,11 @@ from torch.optim import Optimizer
 
 from timm_decor.engine.coordinates import StepOnW, step_type
 from timm_decor.engine.group import LayerGroup, Refreshed
-from timm_decor.engine.sharing import averaged_moments, refreshed
+from timm_decor.engine.length import Lengths, scale
+from timm_decor.engine.optimizers import Power
+from timm_decor.engine.sharing import averaged, averaged_moments, refreshed
 from timm_decor.moments import OUTPUT_MOMENT
+from timm_decor.structures import SCALE
 
 
 class StepInFlight:
@@ -28,10 +31,13 @@ class StepInFlight:
         optimizer: that steps.
         counts: whether this is a step of the training; at a learning rate of zero it is none, and changes no statistic.
         look: let this step's gradients into the moments of the output errors.
+        power: the optimizer's.
     """
 
-    def __init__(self, groups: Sequence[LayerGroup], optimizer: Optimizer, counts: bool, look: bool) -> None:
-        self.groups, self.counts = groups, counts
+    def __init__(
+        self, groups: Sequence[LayerGroup], optimizer: Optimizer, counts: bool, look: bool, power: Power
+    ) -> None:
+        self.groups, self.counts, self._power = groups, counts, power
         self.active = [group.active() for group in groups]
         # What a gradient scaler leaves with a fused optimizer, which then finds out on the device whether it steps.
         found = getattr(optimizer, "found_inf", None)
@@ -45,7 +51,7 @@ class StepInFlight:
                     continue
                 if look and OUTPUT_MOMENT in group.moments:
                     self._looked[number] = group.look_at_outputs(index)
-                step = kind([group.layers[i] for i in index], group.sides_of(index), optimizer)
+                step = kind([group.layers[i] for i in index], group.sides_of(index), optimizer, power)
                 self._steps[number] = step
                 step.enter()
         except BaseException:
@@ -66,11 +72,29 @@ class StepInFlight:
             fresh = averaged_moments(self.groups)
             pairs = zip(self.groups, fresh, strict=True)
             moments = [group.running(f, self._moments(i)) for i, (group, f) in enumerate(pairs)]
-            sides = refreshed(self.groups, moments)
+            sides = self._scaled(refreshed(self.groups, moments))
             return [
                 group.proposal(f, m, s, self.active[i], self._steps.get(i))
                 for i, (group, f, m, s) in enumerate(zip(self.groups, fresh, moments, sides, strict=True))
             ]
+
+    def _scaled(self, sides: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """L and R after a refresh with the scale that makes this step as long as the plain one; see length.py."""
+        if not self.groups[0].plan.graft:
+            return sides
+        lengths = self._lengths(sides)
+        none = torch.full((), float("nan"), device=self.groups[0].layers[0].weight.device)
+        found = averaged(scale(lengths, self._power) if lengths else none)
+        for each in sides:
+            new = found.to(each[SCALE])
+            each[SCALE] = torch.where(torch.isfinite(new), new, each[SCALE])
+        return sides
+
+    def _lengths(self, sides: list[dict[str, Tensor]]) -> list[Lengths]:
+        return [
+            step.lengths(self.groups[number].sides_of(self.active[number], sides[number]).unit)
+            for number, step in self._steps.items()
+        ]
 
     def land(self) -> None:
         """The weights move, and what was seen of the output errors stays."""

@@ -174,7 +174,7 @@ class LayerGroup:
         index = range(count) if index is None else index
         sides, some = self.sides_of(index), moments if len(index) == count else selected(moments, count, index)
         r = self._rule.refreshed(sides.inputs, some)
-        return Sides(r, sides.outputs.whitened(some, self._config.output_damping)).tensors()
+        return Sides(r, sides.outputs.whitened(some, self._config.output_damping), sides.scale).tensors()
 
     def proposal(
         self,

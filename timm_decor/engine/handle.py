@@ -24,10 +24,11 @@ from timm_decor.engine.coordinates import transformed, unbatched
 from timm_decor.engine.flight import StepInFlight
 from timm_decor.engine.group import LayerGroup, Refreshed, grouped
 from timm_decor.engine.hooks import StepHooks
-from timm_decor.engine.optimizers import is_linear, is_zero, rates
+from timm_decor.engine.optimizers import NO_SCALE, is_linear, is_zero, rates
+from timm_decor.engine.probe import power_of
 from timm_decor.engine.watch import Watch
 from timm_decor.layers import DecorLayer
-from timm_decor.plan import plan
+from timm_decor.plan import LayerPlan, plan
 from timm_decor.reporting import AttachReport
 from timm_decor.rules import RULES
 from timm_decor.structures import Sides
@@ -47,12 +48,12 @@ class DecorHandle:
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, layers: Sequence[tuple[str, DecorLayer]], config: DecorConfig
     ) -> None:
-        linear = is_linear(optimizer)
-        plans = {name: plan(config, layer.decor_shape, layer.weight.dtype, linear) for name, layer in layers}
-        if config.sides == "auto":
-            config = dataclasses.replace(config, sides=_sides(config, linear))
-        self.config = config
         self._model, self._optimizer = model, optimizer
+        self._power = power_of(optimizer, [layer.weight for _, layer in layers]) if config.graft else NO_SCALE
+        plans = {name: self._planned(config, layer) for name, layer in layers}
+        if config.sides == "auto":
+            config = dataclasses.replace(config, sides=_sides(config, is_linear(optimizer)))
+        self.config = config
         self._layers = list(layers)
         self._norms = norms_behind(model)
         self._groups: list[LayerGroup] = grouped(self._layers, optimizer, config, plans, self._norms)
@@ -179,7 +180,7 @@ class DecorHandle:
         for group in self._groups:
             for i, (name, layer) in enumerate(zip(group.names, group.layers, strict=True)):
                 if (key := f"{name}.weight") in out:
-                    sides, value = group.sides_of([i]), out[key]
+                    sides, value = group.sides_of([i]).unit, out[key]
                     new = transformed([layer], functools.partial(product, sides), [value])
                     (out[key],) = unbatched([layer], new, [value])
         return out
@@ -194,6 +195,10 @@ class DecorHandle:
             "step": self.step,
             "layers": {name: states[name] for name in self.names},
         }
+
+    def _planned(self, config: DecorConfig, layer: DecorLayer) -> LayerPlan:
+        linear, scales = is_linear(self._optimizer), self._power.exponent > 0
+        return plan(config, layer.decor_shape, layer.weight.dtype, linear, scales)
 
     @property
     def _weights(self) -> dict[str, Tensor]:
@@ -213,7 +218,7 @@ class DecorHandle:
         self._follow()
         counts = not all(map(is_zero, rates(optimizer, (layer.weight for _, layer in self._layers))))
         look = counts and self._counted % self.config.output_every == 0
-        self._flight = StepInFlight(self._groups, optimizer, counts, look)
+        self._flight = StepInFlight(self._groups, optimizer, counts, look, self._power)
         return changed
 
     @torch.no_grad()
@@ -313,7 +318,7 @@ class DecorHandle:
         """Groups of the layers as they are now, which go on from a saved state; layers that it lacks start."""
         plans = {}
         for name, layer in self._layers:
-            now = plan(self.config, layer.decor_shape, layer.weight.dtype, is_linear(self._optimizer))
+            now = self._planned(self.config, layer)
             plans[name] = checkpoint.planned(now, saved[name]) if name in saved else now
         groups = grouped(self._layers, self._optimizer, self.config, plans, self._norms)
         for group in groups:

@@ -43,6 +43,16 @@ def refreshed(groups: Sequence[LayerGroup], moments: Sequence[dict[str, Tensor]]
     return results
 
 
+def averaged(value: Tensor) -> Tensor:
+    """A scalar's mean over the processes where it is finite: the same on all of them, NaN where it is on none."""
+    if processes() == 1:
+        return value
+    usable = torch.isfinite(value)
+    total = torch.stack([torch.where(usable, value, 0).double(), usable.double()])
+    dist.all_reduce(total)
+    return (total[0] / total[1]).to(value)
+
+
 def processes() -> int:
     """Processes that train together: those of the default process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

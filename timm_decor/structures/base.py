@@ -87,13 +87,13 @@ class Structure(ABC):
         """R moved by a rule that iterates on its matrix."""
         raise NotImplementedError(f"structure {self.name!r} has no matrix to iterate on")
 
-    def apply(self, w: Tensor) -> Tensor:
-        """W R, shape of w: (n g, O, C, S)."""
-        return (w.flatten(2) @ self.dense()).view(w.shape)
+    def apply(self, w: Tensor, scale: Tensor | None = None) -> Tensor:
+        """scale W R, shape of w: (n g, O, C, S); scale: (n g, 1, 1), or None for 1, here and below."""
+        return times((w.flatten(2) @ self.dense()).view(w.shape), scale)
 
-    def apply_transposed(self, grad: Tensor) -> Tensor:
-        """G R^T: the gradient for W when G is the gradient for A = W R. Shape of grad: (n g, O, C, S)."""
-        return (grad.flatten(2) @ self.dense().mT).view(grad.shape)
+    def apply_transposed(self, grad: Tensor, scale: Tensor | None = None) -> Tensor:
+        """scale G R^T: the gradient for W when G is the gradient for A = W R. Shape of grad: (n g, O, C, S)."""
+        return times((grad.flatten(2) @ self.dense().mT).view(grad.shape), scale)
 
     def apply_gram(self, grad: Tensor, scale: Tensor | None = None, plus: LowRank | None = None) -> Tensor:
         """scale G R^T R + (a term of low rank): the gradient for W, as a direction for A, (n g, O, C, S).
@@ -103,13 +103,12 @@ class Structure(ABC):
             scale: (n g, 1, 1), or None for 1.
             plus: what the output side adds, or None.
         """
-        out = self.apply(self.apply_transposed(grad))
-        out = out if scale is None else out * scale[..., None]
+        out = self.apply(self.apply_transposed(grad), scale)
         return out if plus is None else out + plus.product()
 
-    def add_product(self, target: Tensor, w: Tensor, beta: float | Tensor) -> None:
-        """target <- beta target + w R, in place; shape of both: (n g, O, C, S)."""
-        target.mul_(beta).add_(self.apply(w))
+    def add_product(self, target: Tensor, w: Tensor, beta: float | Tensor, scale: Tensor | None = None) -> None:
+        """target <- beta target + scale w R, in place; shape of both: (n g, O, C, S)."""
+        target.mul_(beta).add_(self.apply(w, scale))
 
     def apply_inverse(self, a: Tensor) -> Tensor:
         """A R^-1, shape of a: (n g, O, C, S); NaN where R is singular."""
@@ -156,6 +155,11 @@ class Structure(ABC):
 def selected(tensors: Mapping[str, Tensor], count: int, index: Sequence[int]) -> dict[str, Tensor]:
     """Of tensors of `count` layers those of some, in the order of `index`."""
     return {name: parts(value, count)[list(index)].flatten(0, 1) for name, value in tensors.items()}
+
+
+def times(out: Tensor, scale: Tensor | None) -> Tensor:
+    """A product that nobody else holds, (n g, O, C, S), times a factor, (n g, 1, 1)."""
+    return out if scale is None else out.mul_(scale[..., None])
 
 
 def solved(matrix: Tensor, rows: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from timm_decor.moments import MEAN, normalized
 from timm_decor.shape import LayerShape
-from timm_decor.structures.base import MatrixStep, Structure, solved
+from timm_decor.structures.base import MatrixStep, Structure, solved, times
 from timm_decor.structures.eigen import eigenpairs
 
 if TYPE_CHECKING:
@@ -84,11 +84,11 @@ class SpaceR(FullR):
     def unfit(cls, shape: LayerShape) -> str:
         return "space structure: a 1x1 kernel has one position" if shape.positions == 1 else ""
 
-    def apply(self, w: Tensor) -> Tensor:
-        return (self._rows(w) @ self.matrix).view(w.shape)
+    def apply(self, w: Tensor, scale: Tensor | None = None) -> Tensor:
+        return times((self._rows(w) @ self.matrix).view(w.shape), scale)
 
-    def apply_transposed(self, grad: Tensor) -> Tensor:
-        return (self._rows(grad) @ self.matrix.mT).view(grad.shape)
+    def apply_transposed(self, grad: Tensor, scale: Tensor | None = None) -> Tensor:
+        return times((self._rows(grad) @ self.matrix.mT).view(grad.shape), scale)
 
     def apply_inverse(self, a: Tensor) -> Tensor:
         inverse = self._tensors.get("inverse")

@@ -59,20 +59,20 @@ class KroneckerR(Structure):
     def largest_factor(cls, shape: LayerShape) -> int:
         return max(shape.channels, shape.positions)
 
-    def apply(self, w: Tensor) -> Tensor:
-        return self._power(1).multiply(w)
+    def apply(self, w: Tensor, scale: Tensor | None = None) -> Tensor:
+        return self._power(1).multiply(w, scale=scale)
 
     apply_transposed = apply  # type: ignore[assignment]  # R is symmetric
 
     def apply_gram(self, grad: Tensor, scale: Tensor | None = None, plus: LowRank | None = None) -> Tensor:
         return self._power(2).multiply(grad, scale=scale, plus=plus)
 
-    def add_product(self, target: Tensor, w: Tensor, beta: float | Tensor) -> None:
+    def add_product(self, target: Tensor, w: Tensor, beta: float | Tensor, scale: Tensor | None = None) -> None:
         rows = target.transpose(2, 3)
         if isinstance(beta, Tensor) or not rows.is_contiguous():  # in place on channels_last weights alone
-            super().add_product(target, w, beta)
+            super().add_product(target, w, beta, scale)
         else:
-            self._power(1).multiply(w, out=rows, beta=beta)
+            self._power(1).multiply(w, scale=scale, out=rows, beta=beta)
 
     def apply_inverse(self, a: Tensor) -> Tensor:
         return self._power(-1).multiply(a)

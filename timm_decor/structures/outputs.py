@@ -15,10 +15,11 @@ from torch import Tensor
 
 from timm_decor.moments import OUTPUT_MOMENT, normalized
 from timm_decor.shape import LayerShape
-from timm_decor.structures.base import LowRank, Structure
+from timm_decor.structures.base import LowRank, Structure, times
 from timm_decor.structures.eigen import leading_eigenpairs
 from timm_decor.structures.kronecker import mean_rest
 
+SCALE = "step_scale"  # the name of c among a layer's tensors
 _PREFIX = "output_"  # of L's tensors beside R's
 _MOST_OUTPUTS = 2  # a D, for an L: a larger one would outweigh the weights, and see too few columns
 
@@ -38,13 +39,15 @@ class NoOutputs:
         """w itself."""
         return w
 
-    def gram(self, r: Structure, grad: Tensor) -> Tensor:
-        """L L^T G R^T R, shape of grad: (n g, O, C, S)."""
-        return r.apply_gram(grad)
+    def gram(self, r: Structure, grad: Tensor, scale: Tensor | None = None) -> Tensor:
+        """scale L L^T G R^T R, shape of grad: (n g, O, C, S); scale: (n g, 1, 1), or None for 1."""
+        return r.apply_gram(grad, scale)
 
-    def add_product(self, r: Structure, target: Tensor, w: Tensor, beta: float | Tensor) -> None:
-        """target <- beta target + L w R, in place."""
-        r.add_product(target, w, beta)
+    def add_product(
+        self, r: Structure, target: Tensor, w: Tensor, beta: float | Tensor, scale: Tensor | None = None
+    ) -> None:
+        """target <- beta target + scale L w R, in place."""
+        r.add_product(target, w, beta, scale)
 
     def whitened(self, moments: Mapping[str, Tensor], damping: float) -> NoOutputs:
         """Itself: it follows nothing."""
@@ -90,14 +93,18 @@ class OutputL(NoOutputs):
         out = (rows * tail).baddbmm_(self.basis, thin)
         return out.unflatten(2, (w.shape[3], w.shape[2])).transpose(2, 3)
 
-    def gram(self, r: Structure, grad: Tensor) -> Tensor:
+    def gram(self, r: Structure, grad: Tensor, scale: Tensor | None = None) -> Tensor:
         tail, core = self.scales(2)
+        if scale is not None:
+            tail, core = tail * scale, core * scale
         rows = grad.transpose(2, 3)  # the order of D that products with R work in
         thin = (core * (self.basis.mT @ rows.flatten(2))).unflatten(2, rows.shape[2:]).transpose(2, 3)
         return r.apply_gram(grad, tail, LowRank(self.basis, r.apply_gram(thin)))
 
-    def add_product(self, r: Structure, target: Tensor, w: Tensor, beta: float | Tensor) -> None:
-        r.add_product(target, self.apply(w), beta)
+    def add_product(
+        self, r: Structure, target: Tensor, w: Tensor, beta: float | Tensor, scale: Tensor | None = None
+    ) -> None:
+        r.add_product(target, self.apply(w), beta, scale)
 
     def scales(self, power: int) -> tuple[Tensor, Tensor]:
         """tail^power, (n g, 1, 1), and gain^power - tail^power, (n g, r, 1): made once a refresh."""
@@ -125,10 +132,16 @@ class OutputL(NoOutputs):
 
 
 class Sides:
-    """R of the inputs and L of the outputs, of n layers of equal shape: what acts on a weight is L w R."""
+    """R of the inputs, L of the outputs and a scale, of n layers of equal shape: what acts on a weight is c L w R.
 
-    def __init__(self, inputs: Structure, outputs: NoOutputs) -> None:
-        self.inputs, self.outputs = inputs, outputs
+    Args:
+        inputs: R.
+        outputs: L.
+        scale: c, (n g, 1, 1), which makes a step as long as the plain optimizer's (engine/length.py); None for 1.
+    """
+
+    def __init__(self, inputs: Structure, outputs: NoOutputs, scale: Tensor | None = None) -> None:
+        self.inputs, self.outputs, self.scale = inputs, outputs, scale
 
     @property
     def name(self) -> str:
@@ -140,36 +153,47 @@ class Sides:
         """Names of the second moments that a refresh needs."""
         return self.inputs.moments(self.inputs.shape) + self.outputs.moments
 
+    @property
+    def unit(self) -> Sides:
+        """The same R and L without the scale."""
+        return Sides(self.inputs, self.outputs)
+
     def apply(self, w: Tensor) -> Tensor:
-        """L W R, shape of w: (n g, O, C, S)."""
-        return self.outputs.apply(self.inputs.apply(w))
+        """c L W R, shape of w: (n g, O, C, S)."""
+        return self.outputs.apply(self.inputs.apply(w, self.scale))
 
     def apply_transposed(self, grad: Tensor) -> Tensor:
-        """L^T G R^T: the gradient for W when G is the gradient for A = L W R; L is symmetric."""
-        return self.outputs.apply(self.inputs.apply_transposed(grad))
+        """c L^T G R^T: the gradient for W when G is the gradient for A = c L W R; L is symmetric."""
+        return self.outputs.apply(self.inputs.apply_transposed(grad, self.scale))
 
     def apply_gram(self, grad: Tensor) -> Tensor:
-        """L L^T G R^T R: the gradient for W, as a direction for A."""
-        return self.outputs.gram(self.inputs, grad)
+        """c^2 L L^T G R^T R: the gradient for W, as a direction for A."""
+        return self.outputs.gram(self.inputs, grad, None if self.scale is None else self.scale.square())
 
     def add_product(self, target: Tensor, w: Tensor, beta: float | Tensor) -> None:
-        """target <- beta target + L w R, in place."""
-        self.outputs.add_product(self.inputs, target, w, beta)
+        """target <- beta target + c L w R, in place."""
+        self.outputs.add_product(self.inputs, target, w, beta, self.scale)
 
     def apply_inverse(self, a: Tensor) -> Tensor:
-        """L^-1 A R^-1."""
-        return self.outputs.apply(self.inputs.apply_inverse(a), -1)
+        """L^-1 A R^-1 / c."""
+        return times(self.outputs.apply(self.inputs.apply_inverse(a), -1), self._inverse_scale)
 
     def apply_inverse_transposed(self, w: Tensor) -> Tensor:
-        """L^-T V R^-T: the gradient for A when V is one for W."""
-        return self.outputs.apply(self.inputs.apply_inverse_transposed(w), -1)
+        """L^-T V R^-T / c: the gradient for A when V is one for W."""
+        return times(self.outputs.apply(self.inputs.apply_inverse_transposed(w), -1), self._inverse_scale)
+
+    @property
+    def _inverse_scale(self) -> Tensor | None:
+        return None if self.scale is None else 1 / self.scale
 
     def tensors(self) -> dict[str, Tensor]:
-        """R's, and L's with a prefix."""
-        return self.inputs.tensors() | {_PREFIX + name: value for name, value in self.outputs.tensors().items()}
+        """R's, L's with a prefix, and the scale."""
+        outputs = {_PREFIX + name: value for name, value in self.outputs.tensors().items()}
+        return self.inputs.tensors() | outputs | ({} if self.scale is None else {SCALE: self.scale})
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Sides:
-        """Both from what `tensors` gave; what is of neither is left."""
-        inputs = {name: tensors[name] for name in tensors if not name.startswith(_PREFIX)}
+        """All from what `tensors` gave; what is of none is left."""
+        inputs = {name: tensors[name] for name in self.inputs.tensors()}
         outputs = {name: tensors[_PREFIX + name] for name in self.outputs.tensors()}
-        return Sides(self.inputs.with_tensors(inputs), self.outputs.with_tensors(outputs))
+        scale = None if self.scale is None else tensors[SCALE]
+        return Sides(self.inputs.with_tensors(inputs), self.outputs.with_tensors(outputs), scale)

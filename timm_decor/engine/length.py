@@ -1,0 +1,37 @@
+"""How long a decorrelated step is: as long as the plain optimizer's, so that people keep their learning rate.
+
+Whitening shortens a step (SGD's four to ten times, AdamW's by a third). A scale c beside R and L makes up for it:
+z = c R x, so that a step on A is c^k times as long, where k depends on the optimizer (`Power.exponent`). c is one
+number for the network,
+
+    c^k = |plain step| / |decorrelated step at c = 1|,
+
+norms over all decorrelated layers, measured at each refresh for the new R and L. This is norm grafting (arXiv
+2002.11803) as Distributed Shampoo has it (2309.06497), with one factor for all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from timm_decor.engine.optimizers import Power
+
+Lengths = tuple[Tensor, Tensor]  # squared lengths of each layer's step, (n,): the plain one's, the decorrelated one's
+
+
+def scale(lengths: Sequence[Lengths], power: Power) -> Tensor:
+    """c, a scalar; NaN where nothing can be said: no step, or none that is finite.
+
+    Args:
+        lengths: of all layers' steps, at c = 1.
+        power: of the optimizer.
+    """
+    device = lengths[0][0].device
+    plain, ours = (torch.cat([each[side].to(device) for each in lengths]) for side in (0, 1))
+    usable = torch.isfinite(plain) & torch.isfinite(ours) & (plain > 0) & (ours > 0)
+    ratio = torch.where(usable, plain, 0).sum() / torch.where(usable, ours, 0).sum()
+    found = ratio ** (0.5 / power.exponent)
+    return torch.where(torch.isfinite(found) & (found > 0), found, float("nan"))
