@@ -12,6 +12,8 @@ time_to_accuracy's cpu preset:
     none       no scale: a step is as short as whitening makes it
     plain      plain training
 
+SGD and AdamW, and Muon to see what decorrelation does to it. `--budgets 0.5` is half of the preset's epochs.
+
 Runs are added to the file; one that is there already is not made again.
 """
 
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -28,6 +31,7 @@ import torch
 from torch import Tensor
 
 from study.presets import OPTIMIZERS, PRESETS
+from study.protocol import budget_steps
 from study.results import session
 from study.stages import load_split
 from study.training import Run, Spec
@@ -87,34 +91,37 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True, help="folder with train*.parquet")
     parser.add_argument("--json", type=Path, required=True, help="result file, to add to")
-    parser.add_argument("--opt", nargs="+", default=["sgd", "adamw"], choices=("sgd", "adamw"))
+    parser.add_argument("--opt", nargs="+", default=["sgd", "adamw"], choices=OPTIMIZERS)
     parser.add_argument("--variant", nargs="+", default=list(VARIANTS), choices=VARIANTS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--budgets", type=float, nargs="+", default=[1.0], help="shares of the preset's epochs")
     args = parser.parse_args(argv)
     preset = PRESETS["cpu"]
     if preset.threads:
         torch.set_num_threads(preset.threads)
     split = load_split(preset, args.data_dir, True)
-    steps = round(preset.epochs * (len(split.train) // preset.batch_size))
-    for seed in args.seeds:
-        for opt in args.opt:
-            for variant in args.variant:
-                done = json.loads(args.json.read_text())["runs"] if args.json.is_file() else []
-                key = {"opt": opt, "variant": variant, "seed": seed}
-                if any(key.items() <= run.items() for run in done):
-                    continue
-                flight.StepInFlight._scaled = VARIANTS[variant] or _network  # type: ignore[method-assign]
-                config = None if variant == "plain" else DecorConfig(graft=variant != "none").to_json()
-                settings = OPTIMIZERS[opt]
-                spec = Spec(opt, variant, config, settings.plain_lr, settings.weight_decays[0], seed, steps)
-                run = Run(spec, dataclasses.replace(preset, turn=steps), split, variant)
-                while not run.is_done:
-                    run.advance()
-                row = {**key, "lr": spec.lr, "steps": steps, "top1": run.record.final, "loss": run.record.loss}
-                done = json.loads(args.json.read_text())["runs"] if args.json.is_file() else []
-                made_by = session(torch.device("cpu"), preset.threads, 1)
-                args.json.parent.mkdir(parents=True, exist_ok=True)
-                args.json.write_text(json.dumps({"made_by": made_by, "runs": [*done, row]}, indent=1) + "\n")
+    whole = round(preset.epochs * (len(split.train) // preset.batch_size))
+    wanted = itertools.product(args.seeds, args.budgets, args.opt, args.variant)
+    for seed, budget, opt, variant in wanted:
+        key = {"opt": opt, "variant": variant, "seed": seed, "steps": budget_steps(budget, whole)}
+        if any(key.items() <= run.items() for run in read(args.json)):
+            continue
+        flight.StepInFlight._scaled = VARIANTS[variant] or _network  # type: ignore[method-assign]
+        config = None if variant == "plain" else DecorConfig(graft=variant != "none").to_json()
+        settings = OPTIMIZERS[opt]
+        spec = Spec(opt, variant, config, settings.plain_lr, settings.weight_decays[0], seed, key["steps"])
+        run = Run(spec, dataclasses.replace(preset, turn=whole), split, variant)
+        while not run.is_done:
+            run.advance()
+        row = {**key, "lr": spec.lr, "top1": run.record.final, "loss": run.record.loss}
+        made_by = session(torch.device("cpu"), preset.threads, 1)
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"made_by": made_by, "runs": [*read(args.json), row]}, indent=1) + "\n")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The runs in a result file."""
+    return json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
 
 
 if __name__ == "__main__":

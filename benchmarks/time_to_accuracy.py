@@ -4,10 +4,12 @@
     python benchmarks/time_to_accuracy.py report --preset cpu --data-dir ../shared/data/cifar10
     python benchmarks/time_to_accuracy.py table  --preset cpu --json RESULT_FILE
 
-For each base optimizer (sgd, adamw, muon) the arms are `plain` and `decorrelated` (DecorConfig's defaults), and any
-other: --arm 'dbp={"rule": "dbp", "structure": "full", "every": 1, "sample": 0.1, "preserve_function": false}'.
+For each base optimizer (sgd, adamw) the arms are `plain` and `decorrelated` (DecorConfig's defaults), in the report
+also `at plain's rate`, decorrelated with the learning rate that is plain's best; of muon, whose plain training people
+would use instead, `plain` alone. Any other arm is given as NAME=JSON:
+--arm 'dbp={"rule": "dbp", "structure": "full", "every": 1, "sample": 0.1, "preserve_function": false, "graft": false}'
 
-`tune` chooses each arm's learning rate on the same grid for all arms of an optimizer, for N epochs and for N / 2, on
+`tune` chooses each arm's learning rate on the same grid for all arms of an optimizer, for N epochs, on
 training images that are not trained on; where an arm's best lies at the edge, the grid grows for all arms. `report`
 reads the learning rates from tune's file and trains on the training images; test accuracy is only reported. The target
 is the mean accuracy of plain training after N epochs. Reported are (a) the accuracy of each arm after N epochs and (b)
@@ -29,19 +31,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from study import protocol, tables
 from study.presets import OPTIMIZERS, PRESETS, Preset
-from study.results import Results, session
-from study.stages import Bench, grids, read_table, report, table_of, tune
+from study.results import RESULTS, Results
+from study.stages import grids, open_bench, read_table, report, table_of, tune
 from study.training import PLAIN
 from timm_decor import DecorConfig
 from timm_decor.errors import UserError, exit_code
 from timm_decor.text import near, text_table
-from timm_decor.training.sources import Parquet, ParquetColumns
 
-RESULTS = Path(__file__).parent / "results" / "time_to_accuracy"
 DEFAULT_ARM = "decorrelated"
 
 
@@ -55,13 +53,13 @@ def tune_table(results: Results) -> str:
     lines = []
     for opt in dict.fromkeys(r.spec.opt for r in results.records):
         arms = dict.fromkeys(r.spec.arm for r in results.records if r.spec.opt == opt)
-        for (arm, budget), measured in grids(results.records, opt, arms, results.settings["steps"]).items():
+        for arm, measured in grids(results.records, opt, arms, results.settings["steps"]).items():
             best = protocol.best(measured) if measured else None
             for lr, decay in sorted(measured):
                 mark = "<- chosen" if (lr, decay) == best else ""
                 score = f"{measured[lr, decay]:.2f}"
-                lines.append((opt, arm, f"{budget:g} N", f"{lr:g}", f"{decay:g}", score, mark))
-    return text_table(("optimizer", "arm", "epochs", "lr", "weight decay", "held-out top-1 %", ""), lines)
+                lines.append((opt, arm, f"{lr:g}", f"{decay:g}", score, mark))
+    return text_table(("optimizer", "arm", "lr", "weight decay", "held-out top-1 %", ""), lines)
 
 
 def parse_arm(text: str) -> tuple[str, str]:
@@ -106,41 +104,6 @@ def make_preset(args: argparse.Namespace) -> Preset:
     return dataclasses.replace(preset, **given)
 
 
-def make_device(args: argparse.Namespace) -> torch.device:
-    """The device that was asked for.
-
-    Raises:
-        UserError: it is not there.
-    """
-    name = args.device or ("cuda" if args.preset == "gpu" else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name} is not available here; the cpu preset needs no GPU") from error
-    return device
-
-
-def open_bench(args: argparse.Namespace, preset: Preset) -> Bench:
-    """What the stage runs on. Counts the images without decoding them."""
-    if not preset.generated and args.data_dir is None:
-        raise UserError("--data-dir is needed: a folder with train*.parquet and test*.parquet")
-    device = make_device(args)
-    tunes = args.stage == "tune"
-    count = preset.train_images or len(Parquet(args.data_dir, "train", "RGB", ParquetColumns()))
-    per_epoch = count // preset.batch_size
-    whole = round(preset.epochs * per_epoch)
-    if whole < 1:
-        raise UserError(f"{count} images, batch {preset.batch_size} and {preset.epochs} epochs make no step")
-    name = "generated" if preset.generated else args.data_dir.resolve().name
-    settings = {**preset.settings(), "data": name, "images": count, "steps": whole, "stage": args.stage}
-    if not tunes:
-        settings["rival"] = preset.rival
-    made_by = session(device, preset.threads, preset.workers)
-    path = args.json or RESULTS / f"{args.preset}_{name}{'_tune' if tunes else ''}.json"
-    return Bench(preset, args.data_dir, tunes, device, Results.open(path, settings), made_by, whole)
-
-
 def main(argv: list[str]) -> None:
     args = build_parser().parse_args(argv)
     for opt in args.opt:
@@ -155,7 +118,7 @@ def main(argv: list[str]) -> None:
         print(tune_table(results) if results.settings["stage"] == "tune" else describe(read_table(args.json)))
         return
     arms: dict[str, str | None] = {PLAIN: None, DEFAULT_ARM: DecorConfig().to_json(), **dict(args.arm)}
-    bench = open_bench(args, make_preset(args))
+    bench = open_bench(make_preset(args), args.preset, args.stage, args.data_dir, args.json, args.device or "")
     committed = read_table(args.compare) if args.compare else []
     if args.stage == "tune":
         tune(bench, args.opt, arms)

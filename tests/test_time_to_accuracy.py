@@ -276,24 +276,26 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_script("report", *common, "--json", out, "--tune-json", tune, "--seeds", 2)
     results = Results.read(out)
     assert {r.measured_on for r in results.records} == {"test"}
-    assert {r.spec.steps for r in tuned.records} == {round(b * tuned.settings["steps"]) for b in (0.5, 1)}
+    assert {r.spec.steps for r in tuned.records} == {tuned.settings["steps"]}
     for r in results.records:
-        budget = r.spec.steps / results.settings["steps"]
-        length = round((1.0 if budget >= 0.75 else 0.5) * results.settings["steps"])
-        alike = (t for t in tuned.records if (t.spec.arm, t.spec.steps) == (r.spec.arm, length))
+        tuned_as = "plain" if r.spec.arm == stages.AT_PLAIN_RATE else r.spec.arm
+        alike = (t for t in tuned.records if t.spec.arm == tuned_as)
         assert r.spec.lr == protocol.best(protocol.scores(alike))[0]
     whole = [r for r in results.records if r.spec.steps == results.settings["steps"]]
-    assert [(r.spec.arm, r.spec.seed) for r in whole] == [(a, s) for a in ("decorrelated", "plain") for s in (0, 1)]
-    assert whole[0].group == whole[2].group != whole[1].group == whole[3].group  # the arms of a seed train in turns
-    plain, decor = stages.read_table(out)
-    assert plain.target == statistics.mean(r.final for r in whole[2:]) and not decor.unfinished and decor.cost
+    arms = (stages.AT_PLAIN_RATE, "decorrelated", "plain")
+    assert {(r.spec.arm, r.spec.seed) for r in whole} == {(a, s) for a in arms for s in (0, 1)} and len(whole) == 6
+    for seed in (0, 1):  # the arms of a seed train in turns
+        assert len({r.group for r in whole if r.spec.seed == seed}) == 1
+    plain, *decor = stages.read_table(out)
+    assert plain.target == statistics.mean(r.final for r in whole if r.spec.arm == "plain")
+    assert len(decor) == 2 and all(row.cost and not row.unfinished for row in decor)
     assert str(tmp_path) not in out.read_text(encoding="utf-8")
 
     before = out.read_text(encoding="utf-8")
     capsys.readouterr()
     run_script(*["report", *common, "--json", out, "--tune-json", tune, "--seeds", 2, "--workers", 2, "--compare", out])
     shown = capsys.readouterr()
-    assert "4 of 4 figures are within the spread" in shown.out and shown.err == ""
+    assert "7 of 7 figures are within the spread" in shown.out and shown.err == ""
     assert out.read_text(encoding="utf-8") == before
     with pytest.raises(UserError, match="holds runs with epochs 2, not 3"):
         run_script("report", *common, "--json", out, "--tune-json", tune, "--epochs", 3)
@@ -304,7 +306,7 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         run_script("report", *common, "--json", out, "--tune-json", tune, "--arm", arm)
     assert out.read_text(encoding="utf-8") == before
     stages.drop_stale(results, {"plain": None, "decorrelated": DecorConfig(every=3).to_json()})
-    assert {r.spec.arm for r in Results.read(out).records} == {"plain"}
+    assert {r.spec.arm for r in Results.read(out).records} == {"plain", stages.AT_PLAIN_RATE}
     assert "removed" in capsys.readouterr().err
 
 

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from study.presets import OPTIMIZERS
 from study.protocol import Row
 from study.training import PLAIN
 
+Curves = dict[tuple[str, str], dict[float, list[float]]]  # (opt, arm): accuracies, a seed each, by learning rate
 INK = "#1f2328"
 # told apart in print and by the colour-blind, by mark as well as colour
 STYLES = {
@@ -62,6 +64,38 @@ def time_to_accuracy_picture(rows: Sequence[Row], path: Path, title: str) -> Non
         for axis in axes[:, 0]:
             axis.set_ylabel("test top-1 (%)")
         _save(figure, path, time_to_accuracy_data(rows))
+
+
+def lr_sensitivity_data(curves: Curves) -> Any:
+    """All that its picture shows."""
+    return [[*key, list(points.items())] for key, points in curves.items()]
+
+
+def lr_sensitivity_picture(curves: Curves, path: Path) -> None:
+    """Accuracy over the learning rate in units of plain training's best: a panel an optimizer, the rival in each."""
+    opts = [opt for opt in dict.fromkeys(opt for opt, _ in curves) if any(o == opt and a != PLAIN for o, a in curves)]
+    title = "Accuracy over the learning rate, as multiples of the plain optimizer's best"
+    with _figure(1, len(opts), (4.6 * len(opts), 4.2), title, sharey=True) as (figure, axes):
+        for axis, opt in zip(axes[0], opts, strict=True):
+            for (other, arm), points in curves.items():
+                rival = other not in opts
+                if other != opt and not rival:
+                    continue
+                base = OPTIMIZERS[other].plain_lr
+                style = STYLES["rival" if rival else arm]
+                xs = [lr / base for lr in points]
+                means = [statistics.mean(values) for values in points.values()]
+                axis.plot(xs, means, label=f"{other}, {arm}", linewidth=1.8, markersize=5, **style)
+                for x, values in zip(xs, points.values(), strict=True):
+                    axis.plot([x] * len(values), values, ".", color=style["color"], markersize=4, alpha=0.6)
+            axis.set_xscale("log", base=2)
+            ticks = [lr / OPTIMIZERS[opt].plain_lr for lr in OPTIMIZERS[opt].lrs]
+            axis.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+            axis.set_title(f"{opt}; 1x is {OPTIMIZERS[opt].plain_lr:g}")
+            axis.set_xlabel("learning rate")
+            axis.legend(frameon=False, loc="lower left", fontsize=9)
+        axes[0, 0].set_ylabel("held-out top-1 (%)")
+        _save(figure, path, lr_sensitivity_data(curves))
 
 
 def _styles(rows: Sequence[Row]) -> list[dict[str, Any]]:

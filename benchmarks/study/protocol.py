@@ -4,8 +4,7 @@
     (a)          each arm's accuracy after N epochs
     (b)          the smallest budget on the list with which the other arm, on its own schedule of that length, reaches
                  the target in the mean over seeds; the next smaller one on the list was trained, too, and missed it
-    tuning       every arm, plain training too, on one grid at N epochs and at N / 2; a budget takes the learning rate
-                 of the nearer of the two, because short schedules want another one than long ones
+    tuning       every arm, plain training too, on one grid at N epochs; shorter budgets take that learning rate
     seconds      steps times the cost of a step; the ratio of two arms' costs is that of their seconds in runs that
                  trained in turns
 
@@ -25,13 +24,7 @@ from study.training import PLAIN, Record
 from timm_decor.errors import UserError
 
 Point = tuple[float, float]  # learning rate, weight decay
-TUNED_BUDGETS = (1.0, 0.5)  # shares of N epochs
 MIN_TURNS = 4  # fewer, and a slow minute of the machine would have met one arm alone
-
-
-def tuned_budget(budget: float) -> float:
-    """The tuned budget that is nearest to a budget; of two equally near the longer."""
-    return min(TUNED_BUDGETS, key=lambda tuned: abs(tuned - budget))
 
 
 def scores(records: Iterable[Record]) -> dict[Point, float]:

@@ -24,6 +24,8 @@ from timm_decor.errors import UserError, first_line
 from timm_decor.training.runtime import available_cpus, cpu_name, versions
 
 FORMAT = 1
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "time_to_accuracy"
+_BEFORE = {"graft": False}  # knobs that came later: what decorrelation did before it had them
 
 
 def session(device: torch.device, threads: int | None, workers: int) -> dict[str, Any]:
@@ -166,4 +168,8 @@ def _filled(config: str | None) -> dict[str, Any] | None:
         return None
     values = json.loads(config)
     removed = [name for name, default in REMOVED_DEFAULTS.items() if values.get(name, default) == default]
-    return {**DecorConfig().to_dict(), **{name: value for name, value in values.items() if name not in removed}}
+    return {
+        **DecorConfig().to_dict(),
+        **_BEFORE,
+        **{name: value for name, value in values.items() if name not in removed},
+    }

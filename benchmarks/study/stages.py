@@ -16,10 +16,14 @@ import torch
 from study import protocol
 from study.images import Split, generate, load
 from study.presets import OPTIMIZERS, Preset
-from study.results import Results, same_config
-from study.training import Record, Spec, train_in_turns
+from study.results import RESULTS, Results, same_config, session
+from study.training import PLAIN, Record, Spec, train_in_turns
+from timm_decor import DecorConfig
 from timm_decor.errors import UserError
+from timm_decor.training.sources import Parquet, ParquetColumns
 
+Arms = dict[str, str | None]  # configurations as JSON, None for plain
+AT_PLAIN_RATE = "at plain's rate"  # of a report: decorrelated with the learning rate that is plain training's best
 MAX_EXTENSIONS = 8
 TUNED_FOR = ("model", "stem", "batch_size", "shift", "amp", "data", "images", "steps")  # equal in tune and report
 
@@ -63,6 +67,50 @@ class Bench:
             self.results = Results.open(self.results.path, self.results.settings)
 
 
+def arms_of(opt: str, arms: Arms, preset: Preset) -> Arms:
+    """The arms of an optimizer: of the rival plain training alone."""
+    return {PLAIN: arms[PLAIN]} if opt == preset.rival else arms
+
+
+def open_bench(
+    preset: Preset, name: str, stage: str, data_dir: Path | None, path: Path | None = None, device: str = ""
+) -> Bench:
+    """What a stage runs on. Counts the images without decoding them.
+
+    Args:
+        preset: the setting.
+        name: the preset's.
+        stage: `tune` or `report`.
+        data_dir: parquet files.
+        path: of the result file; by preset and data set if None.
+        device: cuda for the gpu preset, else cpu, if "".
+    """
+    if not preset.generated and data_dir is None:
+        raise UserError("--data-dir is needed: a folder with train*.parquet and test*.parquet")
+    found = _device(device or ("cuda" if name == "gpu" else "cpu"))
+    count = preset.train_images or len(Parquet(data_dir, "train", "RGB", ParquetColumns()))  # type: ignore[arg-type]
+    per_epoch = count // preset.batch_size
+    whole = round(preset.epochs * per_epoch)
+    if whole < 1:
+        raise UserError(f"{count} images, batch {preset.batch_size} and {preset.epochs} epochs make no step")
+    data = "generated" if preset.generated or data_dir is None else data_dir.resolve().name
+    settings = {**preset.settings(), "data": data, "images": count, "steps": whole, "stage": stage}
+    if stage != "tune":
+        settings["rival"] = preset.rival
+    made_by = session(found, preset.threads, preset.workers)
+    path = path or RESULTS / f"{name}_{data}{'_tune' if stage == 'tune' else ''}.json"
+    return Bench(preset, data_dir, stage == "tune", found, Results.open(path, settings), made_by, whole)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name} is not available here; the cpu preset needs no GPU") from error
+    return device
+
+
 _splits: dict[tuple[Any, ...], Split] = {}  # a worker reads the images once
 
 
@@ -94,18 +142,18 @@ def tune(bench: Bench, opts: Sequence[str], arms: dict[str, str | None]) -> None
             decays[record.spec.opt].add(record.spec.weight_decay)
     for _ in range(MAX_EXTENSIONS + 1):
         wanted = [
-            Spec(opt, arm, config, lr, decay, seed, protocol.budget_steps(budget, bench.whole))
+            Spec(opt, arm, config, lr, decay, seed, bench.whole)
             for opt in opts
-            for budget in protocol.TUNED_BUDGETS
             for lr in sorted(lrs[opt])
             for decay in sorted(decays[opt])
-            for arm, config in arms.items()
+            for arm, config in arms_of(opt, arms, bench.preset).items()
             for seed in range(bench.preset.seeds)
         ]
         bench.run([[spec] for spec in wanted if bench.results.find(spec) is None])
         grew = False
         for opt in opts:
-            for measured in grids(bench.results.records, opt, arms, bench.whole).values():
+            mine = arms_of(opt, arms, bench.preset)
+            for measured in grids(bench.results.records, opt, mine, bench.whole).values():
                 lr, decay = protocol.best(measured)
                 for values, value in ((lrs[opt], lr), (decays[opt], decay)):
                     more = protocol.beyond(sorted(values), value)
@@ -121,16 +169,11 @@ def tune(bench: Bench, opts: Sequence[str], arms: dict[str, str | None]) -> None
 
 def grids(
     records: Sequence[Record], opt: str, arms: Iterable[str], whole: int
-) -> dict[tuple[str, float], dict[protocol.Point, float]]:
-    """Held-out accuracy of an optimizer's points, by arm and tuned budget."""
+) -> dict[str, dict[protocol.Point, float]]:
+    """Held-out accuracy of an optimizer's points after N epochs, by arm."""
     return {
-        (arm, budget): protocol.scores(
-            r
-            for r in records
-            if (r.spec.opt, r.spec.arm, r.spec.steps) == (opt, arm, protocol.budget_steps(budget, whole))
-        )
+        arm: protocol.scores(r for r in records if (r.spec.opt, r.spec.arm, r.spec.steps) == (opt, arm, whole))
         for arm in arms
-        for budget in protocol.TUNED_BUDGETS
     }
 
 
@@ -142,33 +185,38 @@ def report(bench: Bench, tuned: Results, opts: Sequence[str], arms: dict[str, st
             raise UserError(f"{tuned.path.name} was tuned with {key} {has}, not {value}: run the tune stage again")
     points = {}
     for opt in opts:
-        for (arm, budget), measured in grids(tuned.records, opt, arms, bench.whole).items():
-            points[opt, arm, budget] = protocol.chosen(measured, f"{opt} {arm} at {budget:g} N epochs")
+        for arm, measured in grids(tuned.records, opt, arms_of(opt, arms, bench.preset), bench.whole).items():
+            points[opt, arm] = protocol.chosen(measured, f"{opt} {arm}")
+        points[opt, AT_PLAIN_RATE] = points[opt, PLAIN]
     for record in tuned.records:
         if not same_config(record.spec.config, arms.get(record.spec.arm, record.spec.config)):
             arm = record.spec.arm
             raise UserError(f"{tuned.path.name} tuned {arm} with another configuration: run the tune stage again")
 
+    arms = {**arms, AT_PLAIN_RATE: DecorConfig().to_json()}
+
     def spec(opt: str, arm: str, seed: int, budget: float) -> Spec:
         steps = protocol.budget_steps(budget, bench.whole)
-        return Spec(opt, arm, arms[arm], *points[opt, arm, protocol.tuned_budget(budget)], seed, steps)
+        return Spec(opt, arm, arms[arm], *points[opt, arm], seed, steps)
 
     drop_stale(bench.results, arms)
-    _drop_retuned(bench, {spec(opt, arm, 0, b) for opt in opts for arm in arms for b in (*bench.preset.budgets, 1.0)})
+    mine = {opt: arms_of(opt, arms, bench.preset) for opt in opts}
+    budgets = (*bench.preset.budgets, 1.0)
+    _drop_retuned(bench, {spec(opt, arm, 0, b) for opt in opts for arm in mine[opt] for b in budgets})
 
     def missing(specs: list[Spec]) -> list[Spec]:
         return [each for each in specs if bench.results.find(each) is None]
 
     wholes = []
     for seed in range(bench.preset.seeds):
-        by_opt = [[spec(opt, arm, seed, 1.0) for arm in arms] for opt in opts]
+        by_opt = [[spec(opt, arm, seed, 1.0) for arm in mine[opt]] for opt in opts]
         # An optimizer's arms train in turns or not at all: seconds of different hours are not compared.
         wholes.append([each for group in by_opt if missing(group) for each in group])
     bench.run(wholes)
     while True:
         wanted: list[list[Spec]] = [[] for _ in range(bench.preset.seeds)]
         for row in table_of(bench):
-            if row.against in opts and row.opt in opts and row.arm in arms and row.unfinished:
+            if row.against in opts and row.opt in opts and row.arm in mine[row.opt] and row.unfinished:
                 reached = {budget: top1 >= row.target for budget, top1 in row.tried.items()}
                 _, following = protocol.smallest_first((*bench.preset.budgets, 1.0), reached)
                 assert following is not None  # that is what unfinished means
