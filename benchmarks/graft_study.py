@@ -5,10 +5,9 @@
 Every variant trains decorrelated at plain training's own learning rate (presets.OPTIMIZERS), in the setting of
 time_to_accuracy's cpu preset:
 
-    network    one factor for the network from the norms of the steps, at each refresh: what the engine does
+    network    one factor for the network, from the norms of the steps: what the engine does
     layer      a factor for each layer, from the norms of its own steps
-    outputs    one factor, from the norms of the change that the steps make in the layers' outputs
-    smoothed   as network, with a running average over refreshes (half of the old one's logarithm)
+    refresh    as network, measured at each refresh on the batch that R is made from, not on the next one
     none       no scale: a step is as short as whitening makes it
     plain      plain training
 
@@ -24,11 +23,12 @@ import dataclasses
 import itertools
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
-from torch import Tensor
 
 from study.presets import OPTIMIZERS, PRESETS
 from study.protocol import budget_steps
@@ -36,55 +36,32 @@ from study.results import session
 from study.stages import load_split
 from study.training import Run, Spec
 from timm_decor import DecorConfig
-from timm_decor.engine import flight
-from timm_decor.engine.coordinates import squared, transformed
+from timm_decor.engine.flight import StepInFlight
+from timm_decor.engine.handle import DecorHandle
 from timm_decor.engine.length import scale
 from timm_decor.errors import exit_code
-from timm_decor.structures import SCALE, Sides
-
-_network = flight.StepInFlight._scaled
-_lengths = flight.StepInFlight._lengths
 
 
-def layer(self: Any, sides: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    for number, step in self._steps.items():  # on a CPU every group is one layer
-        new = self.groups[number].sides_of(self.active[number], sides[number]).unit
-        sides[number][SCALE] = torch.full_like(sides[number][SCALE], float(scale([step.lengths(new)], self._power)))
-    return sides
+def layer(monkey: ExitStack) -> None:
+    def found(self: Any, lengths: Any) -> Any:
+        return torch.stack([scale([each], self._power) for each in lengths])
+
+    def rescale(self: Any, scales: Any) -> None:
+        for group, c in zip(self._groups, scales, strict=True):  # on a CPU a group is one layer
+            if self._counted > self.config.every + 1:
+                c = (c * group.scales()[0]).sqrt()
+            group.rescale(c)
+
+    monkey.enter_context(mock.patch.object(StepInFlight, "_found", found))
+    monkey.enter_context(mock.patch.object(DecorHandle, "_rescale", rescale))
 
 
-def of_outputs(step: Any, sides: Sides, moments: dict[str, Tensor], power: Any) -> tuple[Tensor, Tensor]:
-    """As `StepOnW.lengths`, of (step) Sigma^1/2, by R^T R = (Sigma / mean + damping)^-1, rows x Sigma x^T = |x R^-1|^2
-    - damping |x|^2, in units that are the same for both."""
-    damping, count = DecorConfig().damping, len(step.layers)
-    sources = step.gradients if power.gradient else step._moved
-    plain = transformed(step.layers, lambda rows: rows, sources)
-    own = transformed(step.layers, sides.apply_gram if power.gradient else sides.apply, sources)
-
-    def change(rows: Tensor) -> Tensor:
-        return squared(sides.inputs.apply_inverse(rows), count) - damping * squared(rows, count)
-
-    return change(plain), change(own)
+def refresh(monkey: ExitStack) -> None:
+    monkey.enter_context(mock.patch.object(DecorHandle, "_measure_due", False))
+    monkey.enter_context(mock.patch.object(DecorHandle, "_has_refreshed", False))
 
 
-def outputs(self: Any, sides: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    self._lengths = lambda new: [
-        of_outputs(step, self.groups[i].sides_of(self.active[i], new[i]).unit, self._moments(i), self._power)
-        for i, step in self._steps.items()
-    ]
-    return _network(self, sides)
-
-
-def smoothed(self: Any, sides: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    old = [each[SCALE].clone() for each in sides]
-    new = _network(self, sides)
-    for before, each in zip(old, new, strict=True):
-        started = before != 1
-        each[SCALE] = torch.where(started, (before * each[SCALE]).sqrt(), each[SCALE])
-    return new
-
-
-VARIANTS = {"network": _network, "layer": layer, "outputs": outputs, "smoothed": smoothed, "none": None, "plain": None}
+VARIANTS: dict[str, Any] = {"network": None, "layer": layer, "refresh": refresh, "none": None, "plain": None}
 
 
 def main(argv: list[str]) -> None:
@@ -106,13 +83,15 @@ def main(argv: list[str]) -> None:
         key = {"opt": opt, "variant": variant, "seed": seed, "steps": budget_steps(budget, whole)}
         if any(key.items() <= run.items() for run in read(args.json)):
             continue
-        flight.StepInFlight._scaled = VARIANTS[variant] or _network  # type: ignore[method-assign]
         config = None if variant == "plain" else DecorConfig(graft=variant != "none").to_json()
         settings = OPTIMIZERS[opt]
         spec = Spec(opt, variant, config, settings.plain_lr, settings.weight_decays[0], seed, key["steps"])
-        run = Run(spec, dataclasses.replace(preset, turn=whole), split, variant)
-        while not run.is_done:
-            run.advance()
+        with ExitStack() as monkey:
+            if change := VARIANTS[variant]:
+                change(monkey)
+            run = Run(spec, dataclasses.replace(preset, turn=whole), split, variant)
+            while not run.is_done:
+                run.advance()
         row = {**key, "lr": spec.lr, "top1": run.record.final, "loss": run.record.loss}
         made_by = session(torch.device("cpu"), preset.threads, 1)
         args.json.parent.mkdir(parents=True, exist_ok=True)

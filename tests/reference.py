@@ -91,7 +91,6 @@ class ExplicitLayer(nn.Module):
     @torch.no_grad()
     def refresh(self):
         config = self.config
-        self.stepped = self.weight.detach().clone()
         p = self.p
         if config.sample < 1:
             rows = p.view(self.groups, self.images, -1, self.dim)
@@ -106,10 +105,6 @@ class ExplicitLayer(nn.Module):
         else:
             new = self.dbp(sigma) if config.rule == "dbp" else self.whiten(sigma)
         new = torch.stack(new)
-        if config.graft and self.weight.grad is not None:  # dloss / dA, with R and L of the step that was made
-            w_grad = self.weight.grad.reshape(self.groups, -1, self.dim)
-            grad_l = torch.linalg.inv(self.L).mT @ w_grad @ torch.linalg.inv(self.R).mT
-            self.kernel_gradient = grad_l / self.c
         new_l = torch.stack([self.output_root(m) for m in self.errors]) if self.two_sided else self.L
         if config.preserve_function:
             w = self.weight.reshape(self.groups, -1, self.dim)
@@ -196,26 +191,28 @@ class ExplicitLayer(nn.Module):
 
 
 @torch.no_grad()
-def graft(layers, optimizer, starts):
-    """After a step and a refresh: the scale with which the step would have been as long as the plain optimizer's.
+def measured(layers, optimizer, starts, stepped, gradients):
+    """The scale with which a step would have been as long as the plain optimizer's, with the layers' R and L.
 
     SGD's step is in proportion to the gradient; of the others' the movement of W is that of a plain step on W. Decay is
-    left out, and W follows so that no kernel changes.
+    left out.
 
     Args:
         layers: ExplicitLayer, all of the network.
         optimizer: that stepped.
         starts: the layers' W before the step.
+        stepped: W after it.
+        gradients: of the kernels.
     """
     plain = ours = 0.0
-    for layer, start in zip(layers, starts, strict=True):
+    for layer, start, end, gradient in zip(layers, starts, stepped, gradients, strict=True):
         left, right = layer.L, layer.R
         group = next(g for g in optimizer.param_groups if any(p is layer.weight for p in g["params"]))
         if isinstance(optimizer, torch.optim.SGD):
-            step = layer.kernel_gradient * group["lr"]
+            step = gradient * group["lr"]
             moved = left @ left.mT @ step @ right.mT @ right
         else:
-            step, was = (t.reshape(layer.groups, -1, layer.dim) for t in (layer.stepped - start, start))
+            step, was = (t.reshape(layer.groups, -1, layer.dim) for t in (end - start, start))
             if isinstance(optimizer, torch.optim.Adam) and not isinstance(optimizer, torch.optim.AdamW):
                 step = step - was * (step * was).sum() / was.square().sum()
             else:
@@ -225,7 +222,18 @@ def graft(layers, optimizer, starts):
             moved = left @ step @ right
         plain, ours = plain + step.square().sum(), ours + moved.square().sum()
     power = 4 if isinstance(optimizer, torch.optim.SGD) else 2
-    c = float(plain / ours) ** (1 / power)
+    return float(plain / ours) ** (1 / power)
+
+
+def kernel_gradient(layer):
+    """dloss / dA from that of W."""
+    own = layer.weight.grad.reshape(layer.groups, -1, layer.dim) / layer.c
+    return torch.linalg.inv(layer.L).mT @ own @ torch.linalg.inv(layer.R).mT
+
+
+@torch.no_grad()
+def rescale(layers, c):
+    """Another scale; W follows, so that no kernel changes."""
     for layer in layers:
         layer.weight.mul_(layer.c / c)
         layer.c = c

@@ -6,7 +6,7 @@ import pytest
 import timm.optim
 import torch
 import torch.nn.functional as F
-from reference import ExplicitLayer, explicit_twin, graft
+from reference import ExplicitLayer, explicit_twin, kernel_gradient, measured, rescale
 from torch import nn
 
 import timm_decor
@@ -100,20 +100,32 @@ def compare(config, optimizer_name, batches=False):
     layers = {name: module for name, module in explicit.named_modules() if isinstance(module, ExplicitLayer)}
 
     reference = make_optimizer(optimizer_name, explicit)
-    starts = {}
+    starts, gradients = {}, {}
 
     def refresh(step):
-        if step % config.every == 0:
-            for layer in layers.values():
-                layer.refresh()
+        """R and L, and the scale: measured at the step after, but for the first one; steadied by the one before."""
+        own, now = list(layers.values()), []
+
+        def measure():
             if config.graft:
-                graft(layers.values(), reference, starts.values())
+                now.append(measured(own, reference, starts.values(), stepped, gradients.values()))
+
+        stepped = [layer.weight.detach().clone() for layer in own]
+        if step and step % config.every == 1 % config.every:
+            measure()
+        if step % config.every == 0:
+            for layer in own:
+                layer.refresh()
+        if not step:
+            measure()
+        for c in now:
+            rescale(own, c if step <= config.every else (c * own[0].c) ** 0.5)
 
     def look(step):
         for name, layer in layers.items():
             if step % config.output_every == 0:
                 layer.look()
-            starts[name] = layer.weight.detach().clone()
+            starts[name], gradients[name] = layer.weight.detach().clone(), kernel_gradient(layer)
             if optimizer_name != "sgd":  # does not care for the gradient's size, and is not to see a change of scale
                 layer.weight.grad /= layer.c
 

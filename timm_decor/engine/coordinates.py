@@ -68,10 +68,14 @@ class StepOnW:
         sides: their L and R, and the scale.
         optimizer: that steps.
         power: the optimizer's.
+        measures: whether `lengths` will be asked how long the step was.
     """
 
-    def __init__(self, layers: Sequence[DecorLayer], sides: Sides, optimizer: Optimizer, power: Power) -> None:
+    def __init__(
+        self, layers: Sequence[DecorLayer], sides: Sides, optimizer: Optimizer, power: Power, measures: bool = False
+    ) -> None:
         self.layers, self.sides, self._optimizer, self._power = layers, sides, optimizer, power
+        self._measures = measures
         self.kernels = [layer.weight.data for layer in layers]  # A
         self.gradients: list[Tensor] = [layer.weight.grad for layer in layers]  # type: ignore[misc]
 
@@ -98,20 +102,28 @@ class StepOnW:
         """Weights and gradients as they were before `enter`."""
         raise NotImplementedError
 
-    def lengths(self, sides: Sides) -> Lengths:
-        """Squared lengths of each layer's step, between `leave` and `land`: the plain optimizer's, and that with these.
+    def lengths(self, sides: Sides | None = None) -> Lengths:
+        """Squared lengths of each layer's step, between `leave` and `land`: the plain optimizer's, and ours at scale 1.
 
         Decay is no part of them. They are weighted by the layers' learning rates.
 
         Args:
-            sides: L and R that the step might be made with, at scale 1.
+            sides: L and R that the step might be made with; None for those that it was made with.
         """
-        # where the step grows with the gradient it is, momentum aside, the gradient
-        own = transformed(self.layers, sides.apply_gram, self.gradients)
-        plain = transformed(self.layers, lambda rows: rows, self.gradients)
+        # Where a step grows with the gradient it is, momentum aside, the gradient.
+        own = transformed(self.layers, (sides or self.sides).unit.apply_gram, self.gradients)
+        return self._weighted(squared(self.gradients), squared_parts(own, len(self.layers)))
+
+    def _weighted(self, plain: Tensor, own: Tensor) -> Lengths:
         rates = [self._group(layer).get("lr") or 0.0 for layer in self.layers]
-        weights = [torch.as_tensor(rate, dtype=own.dtype, device=own.device).square() for rate in rates]
-        return tuple(squared(rows, len(self.layers)) * torch.stack(weights) for rows in (plain, own))  # type: ignore
+        weights = torch.stack([torch.as_tensor(rate, dtype=own.dtype, device=own.device) for rate in rates]).square()
+        return plain * weights, own * weights
+
+    def _at_unit_scale(self, lengths: Tensor, power: int) -> Tensor:
+        """Squared lengths of what has the scale to a power in it without that."""
+        if self.sides.scale is None:
+            return lengths
+        return lengths / parts(self.sides.scale, len(self.layers)).flatten(1)[:, 0] ** (2 * power)
 
     def _group(self, layer: DecorLayer) -> dict[str, Any]:
         """The optimizer's group that holds the layer's weight."""
@@ -145,23 +157,27 @@ class _FromStart(StepOnW):
         """What the step made of the part of A that the weight did not hold."""
         return [1] * len(self.layers)
 
-    def lengths(self, sides: Sides) -> Lengths:
+    def lengths(self, sides: Sides | None = None) -> Lengths:
         if self._power.gradient:
             return super().lengths(sides)
-        moved = self._without_decay()
-        own, count = transformed(self.layers, sides.apply, moved), len(self.layers)
-        return squared(transformed(self.layers, lambda rows: rows, moved), count), squared(own, count)
+        shares = self._decay_shares()
+        moved = [m if a is None else m - a * w for m, (a, w) in zip(self._moved, shares, strict=True)]
+        if sides is None:  # what it came to on A; of W it is A
+            ends = self._increments or self._product()
+            ends = [e if a is None else e - a * k for e, k, (a, _) in zip(ends, self.kernels, shares, strict=True)]
+            return squared(moved), self._at_unit_scale(squared(ends), 1)
+        return squared(moved), squared_parts(transformed(self.layers, sides.unit.apply, moved), len(self.layers))
 
-    def _without_decay(self) -> list[Tensor]:
-        """What the step made of the weights, without what it took of them."""
-        return self._moved
+    def _decay_shares(self) -> list[tuple[Any, Any]]:
+        """How much of each layer's W the step took, and W: (a, W) for a step with a W in it; (None, None) for none."""
+        return [(None, None)] * len(self.layers)
 
     def leave(self) -> None:
         self._moved = self._differences([layer.weight.data for layer in self.layers])
         self._restore()
         self._decays = self._factors()
         # What can fail for want of memory is done before a single weight moves.
-        self._increments = None if self._is_in_place() else self._product()
+        self._increments = None if self._is_in_place() and not self._measures else self._product()
 
     def _differences(self, ends: list[Tensor]) -> list[Tensor]:
         return ends
@@ -208,11 +224,11 @@ class General(_FromStart):
     def _differences(self, ends: list[Tensor]) -> list[Tensor]:
         return [torch.sub(end, start, out=start) for end, start in zip(ends, self._start, strict=True)]
 
-    def _without_decay(self) -> list[Tensor]:
+    def _decay_shares(self) -> list[tuple[Any, Any]]:
         # However it is made, decay is along the weight: that part is left out.
         values = transformed(self.layers, self.sides.apply_inverse, self.kernels)
         starts = unbatched(self.layers, values, self.kernels)
-        return [m - s * ((m * s).sum() / (s * s).sum()) for m, s in zip(self._moved, starts, strict=True)]
+        return [((m * w).sum() / (w * w).sum(), w) for m, w in zip(self._moved, starts, strict=True)]
 
 
 class Decaying(_FromStart):
@@ -234,6 +250,13 @@ class Linear(StepOnW):
     def enter(self) -> None:
         self._before = [kernel.clone() for kernel in self.kernels]
         self._swap_gradients(self.sides.apply_gram)
+        if self._measures:  # now: Nesterov's step writes to the gradients
+            self._plain, self._own = squared(self.gradients), squared([layer.weight.grad for layer in self.layers])
+
+    def lengths(self, sides: Sides | None = None) -> Lengths:
+        if sides is not None:
+            return super().lengths(sides)
+        return self._weighted(self._plain, self._at_unit_scale(self._own, 2))
 
     def leave(self) -> None:
         for layer, gradient in zip(self.layers, self.gradients, strict=True):
@@ -252,7 +275,13 @@ def _unless(skipped: Tensor, factor: Any, like: Tensor) -> Tensor:
     return torch.where(skipped.to(like.device), torch.ones_like(factor), factor)
 
 
-def squared(rows: Tensor, count: int) -> Tensor:
+def squared(tensors: Sequence[Tensor | None]) -> Tensor:
+    """Squared length of each, (n,), in float32 or better."""
+    found = [torch.linalg.vector_norm(t, dtype=at_least_float32(t[:0]).dtype) for t in tensors if t is not None]
+    return torch.stack(found).square()
+
+
+def squared_parts(rows: Tensor, count: int) -> Tensor:
     """Squared length of each layer's part of a batch, (n g, O, C, S) to (n,)."""
     return parts(rows, count).flatten(1).square().sum(1)
 
@@ -267,22 +296,22 @@ def step_type(optimizer: Optimizer) -> type[StepOnW]:
 def moves(step: StepOnW, new: Sides, optimizer: Optimizer, preserve_function: bool) -> list[Move]:
     """What else must change when L and R do, for the layers of a step that has not landed.
 
-    A stays, unless the function is not to be preserved; a change of the scale never moves it. State that is kept in A's
-    coordinates (SGD's momentum) stays what it is in W's: m <- (c' / c) L' L^-1 m R^-1 R'.
+    A stays, unless the function is not to be preserved. State that is kept in A's coordinates (SGD's momentum) stays
+    what it is in W's: m <- L' L^-1 m R^-1 R'.
     """
-    old, layers = step.sides, step.layers
+    layers = step.layers
+    old, new = step.sides.unit, new.unit  # the scale is the same before and after
 
-    states: list[dict[str, Any]] = [optimizer.state.get(layer.weight, {}) for layer in layers]
-
-    def turned(old: Sides, new: Sides, sources: Sequence[Tensor]) -> Tensor:
+    def turned(sources: Sequence[Tensor]) -> Tensor:
         return transformed(layers, lambda rows: new.apply(old.apply_inverse(rows)), sources)
 
+    states: list[dict[str, Any]] = [optimizer.state.get(layer.weight, {}) for layer in layers]
     found: list[Move] = []
     for name in LINEAR.get(type(optimizer), ()):
         kept = [state.get(name) for state in states]
         if any(value is not None for value in kept):  # one that has none yet, because it was frozen, moves a zero
             momenta = [torch.zeros_like(a) if m is None else m for m, a in zip(kept, step.kernels, strict=True)]
-            found.append((momenta, turned(old, new, momenta)))
+            found.append((momenta, turned(momenta)))
     if not preserve_function:
-        found.append((step.kernels, turned(old.unit, new.unit, step.result())))
+        found.append((step.kernels, turned(step.result())))
     return found

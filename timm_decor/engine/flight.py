@@ -20,7 +20,6 @@ from timm_decor.engine.length import Lengths, scale
 from timm_decor.engine.optimizers import Power
 from timm_decor.engine.sharing import averaged, averaged_moments, refreshed
 from timm_decor.moments import OUTPUT_MOMENT
-from timm_decor.structures import SCALE
 
 
 class StepInFlight:
@@ -32,12 +31,23 @@ class StepInFlight:
         counts: whether this is a step of the training; at a learning rate of zero it is none, and changes no statistic.
         look: let this step's gradients into the moments of the output errors.
         power: the optimizer's.
+        measures: find out how long this step is beside the plain one.
+
+    Attributes:
+        scale: with which this step would have been as long as the plain one, or NaN; None where nobody asked.
     """
 
     def __init__(
-        self, groups: Sequence[LayerGroup], optimizer: Optimizer, counts: bool, look: bool, power: Power
+        self,
+        groups: Sequence[LayerGroup],
+        optimizer: Optimizer,
+        counts: bool,
+        look: bool,
+        power: Power,
+        measures: bool = False,
     ) -> None:
-        self.groups, self.counts, self._power = groups, counts, power
+        self.groups, self.counts, self._power, self._measures = groups, counts, power, measures
+        self.scale: Tensor | None = None
         self.active = [group.active() for group in groups]
         # What a gradient scaler leaves with a fused optimizer, which then finds out on the device whether it steps.
         found = getattr(optimizer, "found_inf", None)
@@ -51,7 +61,7 @@ class StepInFlight:
                     continue
                 if look and OUTPUT_MOMENT in group.moments:
                     self._looked[number] = group.look_at_outputs(index)
-                step = kind([group.layers[i] for i in index], group.sides_of(index), optimizer, power)
+                step = kind([group.layers[i] for i in index], group.sides_of(index), optimizer, power, measures)
                 self._steps[number] = step
                 step.enter()
         except BaseException:
@@ -62,39 +72,33 @@ class StepInFlight:
         """The optimizer has stepped: the weights are kernels again, as they were before it; `land` must follow."""
         for step in self._steps.values():
             step.leave()
+        if self._measures:
+            self.scale = self._found([step.lengths() for step in self._steps.values()])
 
-    def refresh(self) -> list[Refreshed]:
+    def refresh(self, first: bool = False) -> list[Refreshed]:
         """What a refresh of L and R after this step comes to, for each group; nothing changes yet.
 
         Of all layers, so that processes whose layers have gradients at different times still reduce the same tensors.
+
+        Args:
+            first: the first one of all, for which the scale is found at once: the next step is not to be a shorter one.
         """
         with torch.autocast(self.groups[0].layers[0].weight.device.type, enabled=False):
             fresh = averaged_moments(self.groups)
             pairs = zip(self.groups, fresh, strict=True)
             moments = [group.running(f, self._moments(i)) for i, (group, f) in enumerate(pairs)]
-            sides = self._scaled(refreshed(self.groups, moments))
+            sides = refreshed(self.groups, moments)
+            if first:
+                new = {i: self.groups[i].sides_of(self.active[i], sides[i]) for i in self._steps}
+                self.scale = self._found([step.lengths(new[i]) for i, step in self._steps.items()])
             return [
                 group.proposal(f, m, s, self.active[i], self._steps.get(i))
                 for i, (group, f, m, s) in enumerate(zip(self.groups, fresh, moments, sides, strict=True))
             ]
 
-    def _scaled(self, sides: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """L and R after a refresh with the scale that makes this step as long as the plain one; see length.py."""
-        if not self.groups[0].plan.graft:
-            return sides
-        lengths = self._lengths(sides)
+    def _found(self, lengths: list[Lengths]) -> Tensor:
         none = torch.full((), float("nan"), device=self.groups[0].layers[0].weight.device)
-        found = averaged(scale(lengths, self._power) if lengths else none)
-        for each in sides:
-            new = found.to(each[SCALE])
-            each[SCALE] = torch.where(torch.isfinite(new), new, each[SCALE])
-        return sides
-
-    def _lengths(self, sides: list[dict[str, Tensor]]) -> list[Lengths]:
-        return [
-            step.lengths(self.groups[number].sides_of(self.active[number], sides[number]).unit)
-            for number, step in self._steps.items()
-        ]
+        return averaged(scale(lengths, self._power) if lengths else none)
 
     def land(self) -> None:
         """The weights move, and what was seen of the output errors stays."""

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from timm_decor.config import DecorConfig
 from timm_decor.engine.coordinates import Move, StepOnW, moves, transformed, write
+from timm_decor.engine.optimizers import LINEAR
 from timm_decor.layers import DecorLayer, Outside
 from timm_decor.moments import OUTPUT_MOMENT, gradient_moment, looked_at, mean_correlation, moment_shape
 from timm_decor.plan import LayerPlan
@@ -219,6 +220,30 @@ class LayerGroup:
         old = self.sides.tensors()
         self.sides = self.sides.with_tensors({n: _where(can, value, old[n]) for n, value in refreshed.sides.items()})
         self.moments = {name: _where(can, value, self.moments[name]) for name, value in refreshed.moments.items()}
+
+    def scales(self) -> Tensor:
+        """c of each layer, (n,)."""
+        assert self.sides.scale is not None
+        return parts(self.sides.scale, len(self.layers)).flatten(1)[:, 0]
+
+    def rescale(self, scale: Tensor) -> None:
+        """Give the layers whose R was refreshed another scale: the number, where it is finite. A does not move.
+
+        State that is kept in A's coordinates (SGD's momentum) stays what it is in W's: m <- (c' / c) m.
+
+        Args:
+            scale: c', a scalar.
+        """
+        old = self.sides.scale
+        assert old is not None
+        started = torch.tensor([count > 0 for count in self.refreshes], device=old.device)
+        new = torch.where(of_layers(started, old) & torch.isfinite(scale), scale.to(old), old)
+        for layer, factor in zip(self.layers, parts(new / old, len(self.layers)).flatten(1)[:, 0], strict=True):
+            state = self._optimizer.state.get(layer.weight, {})
+            for name in LINEAR.get(type(self._optimizer), ()):
+                if state.get(name) is not None:
+                    state[name].mul_(factor)
+        self.sides = Sides(self.sides.inputs, self.sides.outputs, new)
 
     def count(self, moved: list[bool], index: Sequence[int]) -> list[int]:
         """Note which layers' R moved; returns those that made the step and skipped."""

@@ -86,6 +86,21 @@ class DecorHandle:
         return [name for name, _ in self._layers]
 
     @property
+    def scale(self) -> float | None:
+        """c, which makes a step as long as the plain optimizer's, as it was measured last; None for none."""
+        return float(self._scale) if self._scale is not None else None
+
+    @property
+    def summary(self) -> str:
+        """What is decorrelated, and how long a step is, in a line."""
+        sides = "inputs and outputs decorrelated" if self.config.sides == "both" else "inputs decorrelated"
+        if not self.config.graft:
+            return f"{sides}; without --decor-graft it wants a learning rate of its own"
+        if self._power.exponent:
+            return f"{sides}, steps as long as plain training's: keep its learning rate"
+        return f"{sides}; the length of its steps comes from the weights, as in plain training"
+
+    @property
     def refresh_due(self) -> bool:
         """Whether the next optimizer step ends with a refresh of R."""
         return self._counted % self.config.every == 0
@@ -218,7 +233,8 @@ class DecorHandle:
         self._follow()
         counts = not all(map(is_zero, rates(optimizer, (layer.weight for _, layer in self._layers))))
         look = counts and self._counted % self.config.output_every == 0
-        self._flight = StepInFlight(self._groups, optimizer, counts, look, self._power)
+        measures = counts and self._measure_due
+        self._flight = StepInFlight(self._groups, optimizer, counts, look, self._power, measures)
         return changed
 
     @torch.no_grad()
@@ -228,7 +244,8 @@ class DecorHandle:
             return
         try:
             flight.leave()
-            proposed = flight.refresh() if flight.counts and self.refresh_due else None
+            first = self._grafts and not self._has_refreshed
+            proposed = flight.refresh(first) if flight.counts and self.refresh_due else None
             looked = look_at([each.flags for each in proposed]) if proposed else None
         except BaseException:
             self._abort()
@@ -245,6 +262,40 @@ class DecorHandle:
             self._set_recording()
         else:
             self._finish_refresh(flight, proposed, looked)
+        if flight.scale is not None:
+            self._rescale(flight.scale)
+
+    @property
+    def _grafts(self) -> bool:
+        return self._groups[0].plan.graft
+
+    @property
+    def _has_refreshed(self) -> bool:
+        return any(any(group.refreshes) for group in self._groups)
+
+    @property
+    def _measure_due(self) -> bool:
+        """Whether the next step is the first one with a new R: on other inputs than R was made from.
+
+        With those a step looks shorter than the following ones are, most of all where a layer saw few rows.
+        """
+        is_next = self._counted % self.config.every == 1 % self.config.every
+        return self._grafts and self._has_refreshed and (is_next or self._counted == 0)
+
+    def _rescale(self, scale: Tensor) -> None:
+        """Take a measured scale over: its geometric mean with the one before, because a single batch is noisy."""
+        if self._counted > self.config.every + 1 and (old := self._scale) is not None:
+            scale = (scale * old.to(scale)).sqrt()
+        for group in self._groups:
+            group.rescale(scale)
+
+    @property
+    def _scale(self) -> Tensor | None:
+        """The network's c: that of a layer which was refreshed most often, for others may be new."""
+        if not self._grafts:
+            return None
+        group = max(self._groups, key=lambda each: max(each.refreshes))
+        return group.scales()[group.refreshes.index(max(group.refreshes))]
 
     def _finish_refresh(
         self, flight: StepInFlight, proposed: Sequence[Refreshed], looked: Sequence[list[list[bool]]]

@@ -97,7 +97,8 @@ def _made(optimizer: Optimizer) -> None:
         _say(
             logging.INFO,
             f"decorrelation is on: {type(model).__name__}, {len(handle.names)} layers, "
-            f"{config.rule}, {config.structure}, every {config.every} steps, {type(optimizer).__name__}",
+            f"{config.rule}, {config.structure}, every {config.every} steps, {type(optimizer).__name__}; "
+            f"{handle.summary}",
         )
 
 

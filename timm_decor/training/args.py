@@ -278,6 +278,11 @@ def _add_run_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("comparison with the plain twin")
     group.add_argument("--compare", action=_SWITCH, default=False, help="train both twins and write the comparison")
     group.add_argument("--compare-lr", type=amount, metavar="LR", help="the twin's learning rate; default: the same")
+    group.add_argument(
+        "--find-lr", type=positive, nargs=2, metavar=("LOW", "HIGH"),
+        help="train nothing: try learning rates from LOW to HIGH in short trainings; with --compare for both twins",
+    )  # fmt: skip
+    group.add_argument("--find-updates", type=count, default=200, metavar="N", help="--find-lr: updates of each")
     group.add_argument("--compare-epochs", type=count, metavar="N", help="the twin's epochs; default: the same")
 
 

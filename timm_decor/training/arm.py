@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator, skip_first_batches
 from timm.models import model_parameters
 from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -192,23 +192,7 @@ class Arm:
         observer.begin_epoch()
         start, looking = time.perf_counter() - progress.seconds, observer.spent
         for images, labels in clock.batches(self._batches(epoch, progress)):
-            if args.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
-            with accelerator.accumulate(self._wrapped):
-                output = self._wrapped(images)
-                logits = output[0] if isinstance(output, tuple) else output  # of a model with a distillation head
-                loss = self._loss(logits, labels)
-                if self.distillation is not None:
-                    loss = self.distillation(loss, output, images)
-                progress.losses.see(loss.detach(), logits.detach(), labels, progress.steps + 1)
-                clock.lap("forward")
-                accelerator.backward(loss * self._weight(progress.batches), create_graph=self._second_order)
-                if args.clip_grad is not None and accelerator.sync_gradients:
-                    self._clip()
-                clock.lap("backward")
-                self._optimizer.step()
-                self._optimizer.zero_grad()
-                clock.lap("optimizer")
+            self._learn(images, labels, progress, clock.lap)
             progress.batches += 1
             if accelerator.sync_gradients:
                 if clock.refreshes:
@@ -241,6 +225,67 @@ class Arm:
             if self.ema:
                 distribute_bn(self.ema.module, accelerator.num_processes, reduce=True)
         progress.seconds = time.perf_counter() - start - (observer.spent - looking)
+
+    def _learn(self, images: Tensor, labels: Tensor, progress: Progress, lap: Callable[[str], None]) -> Tensor:
+        """Forward and backward, and the optimizer's step where it is due; returns the batch's loss.
+
+        Args:
+            images: a batch.
+            labels: its labels.
+            progress: of the epoch, which sees the loss.
+            lap: told what has just ended.
+        """
+        accelerator, args = self.accelerator, self.args
+        if args.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with accelerator.accumulate(self._wrapped):
+            output = self._wrapped(images)
+            logits = output[0] if isinstance(output, tuple) else output  # of a model with a distillation head
+            loss = self._loss(logits, labels)
+            if self.distillation is not None:
+                loss = self.distillation(loss, output, images)
+            progress.losses.see(loss.detach(), logits.detach(), labels, progress.steps + 1)
+            lap("forward")
+            accelerator.backward(loss * self._weight(progress.batches), create_graph=self._second_order)
+            if args.clip_grad is not None and accelerator.sync_gradients:
+                self._clip()
+            lap("backward")
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+            lap("optimizer")
+        return loss.detach()
+
+    def short_training(self, updates: int) -> list[float]:
+        """Train for a few updates with a schedule of their own: a warm-up over a tenth of them, then down to zero.
+
+        Args:
+            updates: of the optimizer.
+
+        Returns:
+            Each update's training loss, over all processes; shorter where one is not finite.
+        """
+        self.model.train()
+        losses: list[Tensor] = []
+        epoch = 0
+        while len(losses) < updates:
+            progress = Progress(self._loss_watch(), 0)
+            parts: list[Tensor] = []  # of the update
+            for images, labels in self._batches(epoch, progress):
+                share = min(1.0, (len(losses) + 1) / (0.1 * updates)) * (1 - len(losses) / updates)
+                for group in self._optimizer.param_groups:
+                    group["lr"] = self.args.lr * share * group.get("lr_scale", 1.0)
+                parts.append(self._learn(images, labels, progress, lambda _: None))
+                progress.batches += 1
+                if self.accelerator.sync_gradients:
+                    losses.append(self.accelerator.reduce(torch.stack(parts).float().mean(), "mean"))  # type: ignore
+                    parts = []
+                    if len(losses) == updates or (len(losses) % 10 == 0 and not bool(losses[-1].isfinite())):
+                        break
+            if not bool(losses[-1].isfinite()):
+                break
+            epoch += 1
+        found = torch.stack(losses).tolist()
+        return found[: next((i for i, loss in enumerate(found) if not math.isfinite(loss)), len(found))]
 
     def _batches(self, epoch: int, progress: Progress) -> Iterator[Any]:
         """The epoch's batches that are still to come, with random numbers as they follow on those before."""

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from timm_decor.errors import UserError, first_line
 from timm_decor.reporting import AttachReport, ConversionReport
-from timm_decor.training import build, compare, report, trackers
+from timm_decor.training import build, compare, find_lr, report, trackers
 from timm_decor.training.args import as_recipe, decor_config, train_parser
 from timm_decor.training.arm import Arm
 from timm_decor.training.checkpoints import Keeper, load_states
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
     trackers.check_available(args.log_with)
     decor_config(args)  # refuse a bad knob before the data are read
     accelerator = make_accelerator(args.device, args.amp, args.amp_dtype, args.grad_accum_steps)
-    folder = _open_folder(args, accelerator)
+    folder = _find_lr_folder(args, accelerator) if args.find_lr else _open_folder(args, accelerator)
 
     channels = build.input_channels(args)
     mode = "RGB" if channels == 3 else "L"
@@ -95,6 +95,9 @@ def main(argv: Sequence[str]) -> None:
         eval_loader(args, eval_source, data_config, classes, accelerator),
     )
     distillation = make_distillation(args, model, data_config, accelerator)
+    if args.find_lr:
+        _find_lr(args, model, loaders, distillation, decorrelated, folder, argv)
+        return
     arms = _make_arms(args, model, accelerator, loaders, decorrelated)
     folders = _arm_folders(args, folder, arms, accelerator.is_main_process)
     metadata = _metadata(args, model, data_config, classes, train_source.class_names)
@@ -107,6 +110,8 @@ def main(argv: Sequence[str]) -> None:
     for arm in arms:
         if arm.handle:
             accelerator.print("\n".join(_conversion_lines(arm.model.decor_report)))  # type: ignore[arg-type]
+        how = arm.handle.summary if arm.handle else "plain"
+        accelerator.print(f"{arm.name}: {arm.args.opt} at learning rate {arm.args.lr:.4g}, {how}")
     if args.compare:
         _warm_up(arms, data_config["input_size"], args.batch_size)
     folder.write_args(as_recipe(args))  # not earlier: a resume that is refused leaves the run's own arguments alone
@@ -159,6 +164,56 @@ def _open_folder(args: argparse.Namespace, accelerator: Accelerator) -> RunFolde
     elif any(holds_run(folder) for folder in (*here, *sides)):
         raise UserError(f"{path} holds a run already: go on with it by --resume {path}, or take another --experiment")
     return RunFolder(path, accelerator.is_main_process)
+
+
+def _find_lr_folder(args: argparse.Namespace, accelerator: Accelerator) -> RunFolder:
+    """A folder that no run has: a search touches none of a run's files."""
+    if args.resume:
+        raise UserError("--find-lr tries learning rates before a run is begun: leave out --resume")
+    low, high = args.find_lr
+    if low > high:
+        raise UserError(f"--find-lr {low:g} {high:g}: the lower one comes first")
+    name = args.experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{safe_model_name(args.model)}"
+    return RunFolder.fresh(Path(args.output) / f"{name}-find-lr", accelerator.is_main_process)
+
+
+def _find_lr(
+    args: argparse.Namespace,
+    model: nn.Module,
+    loaders: tuple[DataLoader[Any], DataLoader[Any]],
+    distillation: nn.Module | None,
+    decorrelated: bool,
+    folder: RunFolder,
+    argv: Sequence[str],
+) -> None:
+    """Short trainings over a grid of learning rates, of the model and, to compare, of its plain twin."""
+    rates, searches, accelerator = find_lr.grid(*args.find_lr), [], None
+    for side in compare.SIDES if args.compare else compare.SIDES[not decorrelated :][:1]:
+        name = without_paths(build.twin_name(args.model) if side == "plain" else args.model)
+        if side != "plain" and build.twin_name(args.model) == args.model:
+            name = f"decorrelated {name}"
+        trials = []
+        for lr in rates:
+            accelerator = make_accelerator(args.device, args.amp, args.amp_dtype, args.grad_accum_steps)
+            own = copy.deepcopy(model) if side != "plain" or not decorrelated else build.plain_twin(model)
+            arm = Arm(name, own, find_lr.with_rate(args, lr), accelerator, *loaders, decorrelated=side != "plain")
+            arm.distillation = distillation
+            trials.append(find_lr.Trial(lr, arm.short_training(args.find_updates), args.find_updates))
+            accelerator.free_memory()
+            accelerator.print(f"{name}, {args.opt} at learning rate {lr:.4g}: training loss {trials[-1].loss:.4f}")
+        searches.append(find_lr.Search(name, trials))
+    assert accelerator is not None  # there is a rate
+    for search in searches:
+        accelerator.print(search.words)
+    if accelerator.is_main_process:
+        print(find_lr.table(searches))
+        context = {"command": published_command("train.py", argv), "config": published(args)}
+        context |= {"versions": versions(), "machine": machine(accelerator)}
+        folder.write_json("find_lr.json", find_lr.as_json(searches, context))
+        title = f"{args.opt}, {args.find_updates} updates a learning rate"
+        find_lr.save_picture(searches, folder.path / "find_lr.png", title)
+        print(f"picture: {folder.path / 'find_lr.png'}")
+    accelerator.end_training()
 
 
 def _make_arms(
