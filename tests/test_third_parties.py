@@ -19,7 +19,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 import timm_decor
 from timm_decor import DecorConfig
 from timm_decor.engine import coordinates
-from timm_decor.engine.optimizers import DECAYING, refuse
+from timm_decor.engine.optimizers import DECAYING
+from timm_decor.engine.probe import refuse
 
 CONFIG = DecorConfig(every=2, sample=1.0)
 KINDS = {  # by the way of their step, see engine/coordinates.py

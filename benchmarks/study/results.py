@@ -25,7 +25,6 @@ from timm_decor.training.runtime import available_cpus, cpu_name, versions
 
 FORMAT = 1
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "time_to_accuracy"
-_BEFORE = {"graft": False}  # knobs that came later: what decorrelation did before it had them
 
 
 def session(device: torch.device, threads: int | None, workers: int) -> dict[str, Any]:
