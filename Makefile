@@ -32,7 +32,7 @@ bench-cpu: $(STAMP) ## time to accuracy on two CPU cores (20 minutes), beside th
 	$(PY) benchmarks/time_to_accuracy.py report --preset cpu --data-dir $(DATA) --json output/bench_cpu.json \
 	  --tune-json $(STUDY)/cpu_cifar10_tune.json --compare $(STUDY)/cpu_cifar10.json $(BENCH)
 
-readme: $(STAMP) ## fill in README's benchmark tables and draw their pictures, from benchmarks/results
+readme: $(STAMP) ## fill in the benchmark tables of README and docs and draw their pictures, from benchmarks/results
 	$(PY) benchmarks/readme_tables.py
 
 dist: $(STAMP) ## build wheel and sdist, check them in a fresh environment (two minutes); they lie in dist/

@@ -12,51 +12,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from study import pictures
-from study.pictures import Curves
+from study import pictures, sensitivity
 from study.presets import OPTIMIZERS, PRESETS
 from study.protocol import budget_steps
 from study.results import Results
+from study.sensitivity import DECORRELATED
 from study.stages import Bench, arms_of, open_bench
-from study.training import PLAIN, Record, Spec
+from study.training import PLAIN, Spec
 from timm_decor import DecorConfig
 from timm_decor.errors import UserError, exit_code
 from timm_decor.text import text_table
 
-DECORRELATED = "decorrelated"
 ARMS: dict[str, str | None] = {PLAIN: None, DECORRELATED: DecorConfig().to_json()}
 SEEDS = 2
-
-
-def curves(records: Sequence[Record], whole: int) -> Curves:
-    """Accuracy after N epochs by learning rate, of each optimizer and arm; of the rates on the grid."""
-    found: Curves = {}
-    for record in sorted(records, key=lambda r: (list(OPTIMIZERS).index(r.spec.opt), r.spec.arm != PLAIN, r.spec.lr)):
-        spec = record.spec
-        if spec.arm in ARMS and spec.steps == whole and spec.lr in OPTIMIZERS[spec.opt].lrs:
-            found.setdefault((spec.opt, spec.arm), {}).setdefault(spec.lr, []).append(record.final)
-    return found
-
-
-def header(found: Curves) -> list[str]:
-    """Of the table: rates in units of plain training's best."""
-    factors = [lr / OPTIMIZERS["sgd"].plain_lr for lr in OPTIMIZERS["sgd"].lrs]
-    return ["optimizer", "arm", "lr at 1x", *(f"{factor:g}x" for factor in factors)]
-
-
-def rows(found: Curves) -> list[list[str]]:
-    """Mean held-out accuracy in %, a row an arm."""
-    lines = []
-    for (opt, arm), points in found.items():
-        settings = OPTIMIZERS[opt]
-        cells = [f"{statistics.mean(points[lr]):.1f}" if lr in points else "-" for lr in settings.lrs]
-        lines.append([opt, arm, f"{settings.plain_lr:g}", *cells])
-    return lines
 
 
 def train(bench: Bench, opts: Sequence[str], seeds: int) -> None:
@@ -90,10 +62,10 @@ def main(argv: list[str]) -> None:
         bench = open_bench(preset, args.preset, "tune", args.data_dir, args.json, args.device)
         train(bench, args.opt, args.seeds)
         results = bench.results
-    found = curves(results.records, results.settings["steps"])
-    print(text_table(header(found), rows(found)))
+    found = sensitivity.curves(results.records, results.settings["steps"])
+    print(text_table(sensitivity.HEADER, sensitivity.rows(found)))
     if args.table:
-        pictures.lr_sensitivity_picture(found, args.table.with_name(f"{args.table.stem}_lr.png"))
+        pictures.lr_sensitivity_picture(found, args.table.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from study import pictures, tables
+from study import pictures, sensitivity, tables
 from study.protocol import Row
 from study.results import Results
 from study.stages import read_table
@@ -27,6 +27,7 @@ from timm_decor.text import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = [ROOT / "README.md", ROOT / "docs" / "decorrelation.md"]
 MARKED = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
@@ -223,7 +224,50 @@ def staged(folder: Path, draw: bool) -> str:
     return markdown_table(("weights", "data", "epochs, time", "top-1, %", "top-5, %", "plain twin's top-1, %"), rows)
 
 
+def lr_sensitivity(path: Path, draw: bool) -> str:
+    """Held-out accuracy over the learning rate, from a tune file, and its picture."""
+    results = Results.read(path)
+    found = sensitivity.curves(results.records, results.settings["steps"])
+    picture = path.with_suffix(".png")
+    if draw:
+        pictures.lr_sensitivity_picture(found, picture)
+    seeds = sorted({len(values) for points in found.values() for values in points.values()})
+    settings = results.settings
+    text = (
+        f"{_model(settings)[0].upper()}{_model(settings)[1:]}, {_images(settings)}, {settings['steps']} steps; "
+        f"top-1 on {_count(settings['held_out'])} training images held out, %, {' or '.join(map(str, seeds))} "
+        f"seed{'s' * (seeds[-1] > 1)}; 1x is plain training's learning rate."
+    )
+    table = markdown_table(sensitivity.HEADER, sensitivity.rows(found))
+    return "\n\n".join([text, table, _image(picture, "accuracy over the learning rate, plain and decorrelated")])
+
+
+def graft(folder: Path, draw: bool) -> str:
+    """graft_study.py: what the scale does at plain training's own learning rate."""
+    runs = [
+        run for file in sorted(folder.glob("*.json")) for run in json.loads(file.read_text(encoding="utf-8"))["runs"]
+    ]
+    variants = [name for name in GRAFT_VARIANTS if any(run["variant"] == name for run in runs)]
+    rows = []
+    for opt, lr, steps in sorted({(run["opt"], run["lr"], run["steps"]) for run in runs}, reverse=True):
+        cells = []
+        for variant in variants:
+            mine = [r["top1"] for r in runs if (r["opt"], r["steps"], r["variant"]) == (opt, steps, variant)]
+            each = ", ".join(f"{value:.1f}" for value in mine)
+            cells.append(f"{statistics.mean(mine):.1f} ({each})" if mine else "-")
+        rows.append((opt, f"{lr:g}", str(steps), *cells))
+    return markdown_table(("optimizer", "lr", "steps", *(GRAFT_VARIANTS[name] for name in variants)), rows)
+
+
+GRAFT_VARIANTS = {
+    "plain": "plain",
+    "none": "decorrelated, without the scale",
+    "network": "decorrelated",
+    "layer": "a scale for each layer",
+    "refresh": "measured on R's own batch",
+}
 MAKERS = {
+    **{"lr_sensitivity": lr_sensitivity, "graft": graft},
     **{"time_to_accuracy": time_to_accuracy, "step_cost": step_cost, "cifar10_resnet18": compare},
     **{"zoo": zoo, "staged": staged},
 }
@@ -231,6 +275,11 @@ MAKERS = {
 
 def _image(path: Path, alt: str) -> str:
     return f"![{alt}]({path.relative_to(ROOT).as_posix()})"
+
+
+def _kind(name: str) -> str:
+    """Which of `MAKERS` a result is for."""
+    return "lr_sensitivity" if name.endswith("_tune.json") else name.split("/", 1)[0]
 
 
 def block(name: str, draw: bool) -> str:
@@ -243,7 +292,7 @@ def block(name: str, draw: bool) -> str:
     Raises:
         UserError: no script makes such a result.
     """
-    kind = name.split("/", 1)[0]
+    kind = _kind(name)
     if kind not in MAKERS:
         raise UserError(f"<!-- results: {name} -->: not known here; a name begins with {', '.join(MAKERS)}")
     path = ROOT / "hub" / "staged" if kind == "staged" else RESULTS / name
@@ -262,11 +311,14 @@ def stale_pictures(text: str) -> list[str]:
     stale = []
     for _, name, _ in MARKED.findall(text):
         path = RESULTS / name
-        kind = name.split("/", 1)[0]
-        if kind not in ("time_to_accuracy", "step_cost") or not path.exists():
+        kind = _kind(name)
+        if kind not in ("time_to_accuracy", "step_cost", "lr_sensitivity") or not path.exists():
             continue
         if kind == "step_cost":
             data = pictures.step_cost_data(json.loads(path.read_text(encoding="utf-8")))
+        elif kind == "lr_sensitivity":
+            results = Results.read(path)
+            data = pictures.lr_sensitivity_data(sensitivity.curves(results.records, results.settings["steps"]))
         else:
             data = pictures.time_to_accuracy_data(read_table(path))
         if pictures.stored_fingerprint(path.with_suffix(".png")) != pictures.fingerprint(data):
@@ -277,7 +329,7 @@ def stale_pictures(text: str) -> list[str]:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing, tell what is stale")
-    parser.add_argument("pages", nargs="*", type=Path, default=[ROOT / "README.md"], help="default: README.md")
+    parser.add_argument("pages", nargs="*", type=Path, default=PAGES, help="default: README, decorrelation.md")
     args = parser.parse_args(argv)
     stale = []
     for page in args.pages:

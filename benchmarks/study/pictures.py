@@ -11,9 +11,9 @@ from typing import Any
 
 from study.presets import OPTIMIZERS
 from study.protocol import Row
+from study.sensitivity import Curves
 from study.training import PLAIN
 
-Curves = dict[tuple[str, str], dict[float, list[float]]]  # (opt, arm): accuracies, a seed each, by learning rate
 INK = "#1f2328"
 # told apart in print and by the colour-blind, by mark as well as colour
 STYLES = {

@@ -167,8 +167,4 @@ def _filled(config: str | None) -> dict[str, Any] | None:
         return None
     values = json.loads(config)
     removed = [name for name, default in REMOVED_DEFAULTS.items() if values.get(name, default) == default]
-    return {
-        **DecorConfig().to_dict(),
-        **_BEFORE,
-        **{name: value for name, value in values.items() if name not in removed},
-    }
+    return {**DecorConfig().to_dict(), **{name: value for name, value in values.items() if name not in removed}}
