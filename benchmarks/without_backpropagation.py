@@ -39,7 +39,8 @@ from timm_decor.errors import exit_code
 from timm_decor.text import text_table
 
 EVERY = 20
-CONFIG = timm_decor.DecorConfig(every=EVERY, sample=1.0, sides="input")
+# Without a scale: a plain step along an estimate is no measure for one that was drawn in other coordinates.
+CONFIG = timm_decor.DecorConfig(every=EVERY, sample=1.0, sides="input", graft=False)
 ESTIMATORS = ("backpropagation", "forward gradients", "weight perturbation")
 ARMS: dict[str, timm_decor.DecorConfig | None] = {"plain": None, "decorrelated": CONFIG}
 GRID_STEP, FIRST_GRID = 2.0, {"backpropagation": (0.05, 0.4), "forward gradients": (0.0005, 0.016)}

@@ -242,7 +242,8 @@ def test_unusable_statistics_skip_the_refresh_and_are_named(value, opt, caplog):
     assert (row.refreshes, row.skips) == (1, 1)
     assert "step 1, layer 0: refresh of R skipped" in caplog.text
     after = optimizer.state_dict()["timm_decor"]["layers"]["0"]["r"]
-    assert all(torch.equal(before[key], after[key]) for key in before)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed <= {"step_scale"}  # which is the network's, measured with the other layers
     assert all(torch.isfinite(p).all() for p in model.parameters())
     step(model, optimizer, 2)
     assert handle.report().rows[0].refreshes == 2
