@@ -12,7 +12,7 @@ from torch import nn
 
 import timm_decor
 from timm_decor import DecorConfig
-from timm_decor.engine.optimizers import NO_SCALE, innermost
+from timm_decor.engine.optimizers import UNKNOWN, innermost
 from timm_decor.engine.probe import power_of
 
 CONFIG = DecorConfig(every=2, sample=1.0)
@@ -60,7 +60,7 @@ def test_an_optimizer_that_cannot_be_tried_has_no_scale(caplog):
             raise RuntimeError("needs its own weight")
 
     model = net()
-    assert power_of(Own(model.parameters(), 0.1), [model[0].weight]) == NO_SCALE
+    assert power_of(Own(model.parameters(), 0.1), [model[0].weight]) == UNKNOWN
     assert "may need tuning" in caplog.text
 
 

@@ -24,7 +24,7 @@ from timm_decor.engine.coordinates import transformed, unbatched
 from timm_decor.engine.flight import StepInFlight
 from timm_decor.engine.group import LayerGroup, Refreshed, grouped
 from timm_decor.engine.hooks import StepHooks
-from timm_decor.engine.optimizers import NO_SCALE, is_linear, is_zero, rates
+from timm_decor.engine.optimizers import UNKNOWN, is_linear, is_zero, rates
 from timm_decor.engine.probe import power_of
 from timm_decor.engine.watch import Watch
 from timm_decor.layers import DecorLayer
@@ -49,7 +49,7 @@ class DecorHandle:
         self, model: nn.Module, optimizer: Optimizer, layers: Sequence[tuple[str, DecorLayer]], config: DecorConfig
     ) -> None:
         self._model, self._optimizer = model, optimizer
-        self._power = power_of(optimizer, [layer.weight for _, layer in layers]) if config.graft else NO_SCALE
+        self._power = power_of(optimizer, [layer.weight for _, layer in layers]) if config.graft else UNKNOWN
         plans = {name: self._planned(config, layer) for name, layer in layers}
         if config.sides == "auto":
             config = dataclasses.replace(config, sides=_sides(config, is_linear(optimizer)))
@@ -98,6 +98,8 @@ class DecorHandle:
             return f"{sides}; without --decor-graft it wants a learning rate of its own"
         if self._power.exponent:
             return f"{sides}, steps as long as plain training's: keep its learning rate"
+        if self._power == UNKNOWN:
+            return f"{sides}, without a scale for this optimizer: the learning rate may need tuning"
         return f"{sides}; the length of its steps comes from the weights, as in plain training"
 
     @property

@@ -58,7 +58,7 @@ class Power(NamedTuple):
         return 1 + self.gradient - self.weight
 
 
-NO_SCALE = Power(0, 1)
+UNKNOWN = Power(-1, 0)  # of one that cannot be tried: no scale
 
 
 def is_linear(optimizer: Optimizer) -> bool:

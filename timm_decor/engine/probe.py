@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
-from timm_decor.engine.optimizers import NO_SCALE, Power
+from timm_decor.engine.optimizers import UNKNOWN, Power
 
 _logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def power_of(optimizer: Optimizer, weights: Iterable[Tensor]) -> Power:
         weights: decorrelated ones.
 
     Returns:
-        `NO_SCALE` where it cannot be tried, has no whole powers, or has others for other weights: then no scale can
+        `UNKNOWN` where it cannot be tried, has no whole powers, or has others for other weights: then no scale can
         keep its steps' length, and there is a warning.
     """
     kind, found = type(optimizer).__name__, set()
@@ -77,7 +77,7 @@ def power_of(optimizer: Optimizer, weights: Iterable[Tensor]) -> Power:
     if len(found) == 1 and (power := found.pop()) is not None and power.exponent in (0, 1, 2):
         return power
     _logger.warning("%s: its step has no length that a scale could keep; the learning rate may need tuning", kind)
-    return NO_SCALE
+    return UNKNOWN
 
 
 def _power(optimizer: Optimizer, number: int, dim: int) -> Power | None:

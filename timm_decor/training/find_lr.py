@@ -42,6 +42,11 @@ class Trial:
         return len(self.losses) < self.updates
 
     @property
+    def failed(self) -> bool:
+        """Whether it diverged, or its loss ended above where it began."""
+        return self.diverged or self.loss > self.losses[0]
+
+    @property
     def _last(self) -> list[float]:
         return self.losses[-max(1, round(_LAST * self.updates)) :]
 
@@ -124,7 +129,7 @@ def as_json(searches: Sequence[Search], context: dict[str, Any]) -> dict[str, An
 
 
 def save_picture(searches: Sequence[Search], path: Path, title: str) -> None:
-    """Training loss over the learning rate; rates that diverged stand at the top as crosses."""
+    """Training loss over the learning rate; rates that ended above where they began stand at the top as crosses."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -133,7 +138,7 @@ def save_picture(searches: Sequence[Search], path: Path, title: str) -> None:
     figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     axis.set_title(title, fontsize=12)
     for each, colour, marker in zip(searches, _COLOURS, _MARKERS, strict=False):
-        good = [trial for trial in each.trials if not trial.diverged]
+        good = [trial for trial in each.trials if not trial.failed]
         axis.errorbar(
             [t.lr for t in good], [t.loss for t in good], [t.error for t in good],
             color=colour, marker=marker, markersize=5, capsize=3, label=each.name,
@@ -141,13 +146,13 @@ def save_picture(searches: Sequence[Search], path: Path, title: str) -> None:
         if each.best:
             axis.plot(each.best.lr, each.best.loss, marker="o", markersize=13, fillstyle="none", color=colour)
     for each, colour in zip(searches, _COLOURS, strict=False):
-        lost = [trial.lr for trial in each.trials if trial.diverged]
+        lost = [trial.lr for trial in each.trials if trial.failed]
         axis.plot(lost, [0.97] * len(lost), "x", color=colour, transform=axis.get_xaxis_transform())
     axis.set_xscale("log", base=2)
     rates = [trial.lr for trial in searches[0].trials]
     axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
     axis.minorticks_off()
-    axis.set_xlabel("peak learning rate (circle: the one that is named; cross: diverged)")
+    axis.set_xlabel("peak learning rate (circle: the one that is named; cross: ended above its start)")
     axis.set_ylabel("training loss of the last updates")
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
