@@ -163,7 +163,7 @@ class _FromStart(StepOnW):
         shares = self._decay_shares()
         moved = [m if a is None else m - a * w for m, (a, w) in zip(self._moved, shares, strict=True)]
         if sides is None:  # what it came to on A; of W it is A
-            ends = self._increments or self._product()
+            ends = self._increments or self._product()  # not kept: it is as large as all weights
             ends = [e if a is None else e - a * k for e, k, (a, _) in zip(ends, self.kernels, shares, strict=True)]
             return squared(moved), self._at_unit_scale(squared(ends), 1)
         return squared(moved), squared_parts(transformed(self.layers, sides.unit.apply, moved), len(self.layers))
@@ -177,7 +177,7 @@ class _FromStart(StepOnW):
         self._restore()
         self._decays = self._factors()
         # What can fail for want of memory is done before a single weight moves.
-        self._increments = None if self._is_in_place() and not self._measures else self._product()
+        self._increments = None if self._is_in_place() else self._product()
 
     def _differences(self, ends: list[Tensor]) -> list[Tensor]:
         return ends
