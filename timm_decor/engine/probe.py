@@ -26,6 +26,7 @@ _LEAST_SHARE = 0.05  # of a weight in a tensor of the state, to say that it hold
 _LARGER = 4.0  # how much larger a gradient or a weight is tried to see what becomes of the step
 _SETTLED = 60  # steps after which averages hardly know where they began: RAdam's and RMSpropTF's begin as SGD
 _SMALL = 0.05  # of weights: about the size that those of networks have, where a clipped trust ratio is not clipped
+_OF_NO_MATTER = ("params", "param_names", "lr", "initial_lr", "lr_scale", "weight_decay")  # to a step's length
 _HARDLY = 1e-9  # weight decay that does nothing, but is there: LARS and LAMB have their ratio only where it is
 
 
@@ -69,7 +70,12 @@ def power_of(optimizer: Optimizer, weights: Iterable[Tensor]) -> Power:
         keep its steps' length, and there is a warning.
     """
     kind, found = type(optimizer).__name__, set()
+    alike: dict[str, tuple[int, int]] = {}  # layer decay makes dozens of groups that differ in their rate alone
     for number, dim in _kinds(optimizer, weights):
+        group = optimizer.param_groups[number]
+        options = [(name, group[name]) for name in sorted(group) if name not in _OF_NO_MATTER]
+        alike[str((dim, bool(group.get("weight_decay")), options))] = number, dim
+    for number, dim in alike.values():
         try:
             found.add(_power(optimizer, number, dim))
         except Exception:  # whatever a foreign optimizer does on a weight that is not its own
