@@ -19,9 +19,7 @@ Runs are added to the file; one that is there already is not made again.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
-import json
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,10 +29,7 @@ from unittest import mock
 import torch
 
 from study.presets import OPTIMIZERS, PRESETS
-from study.protocol import budget_steps
-from study.results import session
-from study.stages import load_split
-from study.training import Run, Spec
+from study.trials import Trials
 from timm_decor import DecorConfig
 from timm_decor.engine.flight import StepInFlight
 from timm_decor.engine.handle import DecorHandle
@@ -73,34 +68,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--budgets", type=float, nargs="+", default=[1.0], help="shares of the preset's epochs")
     args = parser.parse_args(argv)
-    preset = PRESETS["cpu"]
-    if preset.threads:
-        torch.set_num_threads(preset.threads)
-    split = load_split(preset, args.data_dir, True)
-    whole = round(preset.epochs * (len(split.train) // preset.batch_size))
-    wanted = itertools.product(args.seeds, args.budgets, args.opt, args.variant)
-    for seed, budget, opt, variant in wanted:
-        key = {"opt": opt, "variant": variant, "seed": seed, "steps": budget_steps(budget, whole)}
-        if any(key.items() <= run.items() for run in read(args.json)):
-            continue
-        config = None if variant == "plain" else DecorConfig(graft=variant != "none").to_json()
-        settings = OPTIMIZERS[opt]
-        spec = Spec(opt, variant, config, settings.plain_lr, settings.weight_decays[0], seed, key["steps"])
+    trials = Trials(args.json, PRESETS["cpu"], args.data_dir)
+    for seed, budget, opt, variant in itertools.product(args.seeds, args.budgets, args.opt, args.variant):
         with ExitStack() as monkey:
             if change := VARIANTS[variant]:
                 change(monkey)
-            run = Run(spec, dataclasses.replace(preset, turn=whole), split, variant)
-            while not run.is_done:
-                run.advance()
-        row = {**key, "lr": spec.lr, "top1": run.record.final, "loss": run.record.loss}
-        made_by = session(torch.device("cpu"), preset.threads, 1)
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"made_by": made_by, "runs": [*read(args.json), row]}, indent=1) + "\n")
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The runs in a result file."""
-    return json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
+            config = None if variant == "plain" else DecorConfig(graft=variant != "none")
+            trials.make(variant, opt, seed, config, budget)
 
 
 if __name__ == "__main__":
