@@ -59,12 +59,13 @@ class Trials:
         if self._split is None:
             self._split = load_split(self.preset, self._data_dir, True)
         whole = round(self.preset.epochs * (len(self._split.train) // self.preset.batch_size))
-        key = {"opt": opt, "variant": variant, "seed": seed, "steps": budget_steps(budget, whole)}
+        steps = budget_steps(budget, whole)
+        key = {"opt": opt, "variant": variant, "seed": seed, "steps": steps}
         if any(key.items() <= row.items() for row in self.runs):
             return
         settings = OPTIMIZERS[opt]
         text = None if config is None else config.to_json()
-        spec = Spec(opt, variant, text, settings.plain_lr, settings.weight_decays[0], seed, key["steps"])
+        spec = Spec(opt, variant, text, settings.plain_lr, settings.weight_decays[0], seed, steps)
         run = Run(spec, dataclasses.replace(self.preset, turn=whole), self._split, variant)
         while not run.is_done:
             run.advance()
