@@ -3,7 +3,8 @@
     python benchmarks/knob_study.py --data-dir ../shared/data/cifar10 --json benchmarks/results/knobs/sgd.json --opt sgd
 
 The setting is that of time_to_accuracy's cpu preset. `--knob every=5 damping=0.3` tries those alone. Seeds differ
-by about half a point, so three before a default moves. Runs are added to the file; one that is there already is not made again.
+by about half a point, so three before a default moves. Runs are added to the file; one that is there already is not
+made again.
 """
 
 from __future__ import annotations
