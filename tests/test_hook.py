@@ -193,7 +193,12 @@ def test_an_unmodified_loop_of_timms_parts(opt, script, tmp_path):
     assert status == 0 and "done after epoch 3" in output, output
     kind = {"sgd": "SGD", "adamw": "AdamW"}[opt]
     (line,) = (line for line in lines(output) if "is on" in line)
-    assert re.fullmatch(rf"decorrelation is on: \w+, \d+ layers, whiten, kronecker, every 4 steps, {kind}", line), line
+    sides = (
+        f"inputs {'and outputs ' if kind == 'SGD' else ''}decorrelated, steps as long as plain training's: keep its .*"
+    )
+    assert re.fullmatch(
+        rf"decorrelation is on: \w+, \d+ layers, whiten, kronecker, every 4 steps, {kind}; {sides}", line
+    ), line
 
     status, _ = python(*hooked, folders["killed"], "--kill", 16, **variables)
     assert status == -signal.SIGKILL
@@ -324,7 +329,8 @@ step(model, optimizer)
         "optimizer must hold them all",
     ]
     assert (
-        said[0] == "timm_decor.hook: decorrelation is on: Sequential, 2 layers, whiten, kronecker, every 3 steps, SGD"
+        said[0] == "timm_decor.hook: decorrelation is on: Sequential, 2 layers, whiten, kronecker, every 3 steps, SGD; "
+        "inputs and outputs decorrelated, steps as long as plain training's: keep its learning rate"
     )
 
 
