@@ -63,7 +63,10 @@ def test_report_names_sizes_and_reasons():
     rows = {row.name: row for row in report.rows}
     assert "norm" not in rows  # no weight matrix: nobody expects it here
     assert [row.name for row in report.decorrelated] == ["conv"]
-    assert (rows["conv"].dim, rows["conv"].bytes) == (36, 4 * 2 * 2 * 36 * 36)  # R and its inverse; two groups
+    assert (rows["conv"].dim, rows["conv"].bytes) == (
+        36,
+        4 * 2 * (2 * 36 * 36 + 1),
+    )  # R, its inverse and the scale; two groups
     assert rows["conv"].moment_bytes == 4 * 2 * 36 * 36
     assert "OddConv may not multiply its input by its weight as it is" in rows["odd"].plain_reason
     assert "ParametrizedConv2d" in rows["normed"].plain_reason
@@ -99,7 +102,10 @@ def test_depthwise_convolutions_share_one_r():
     """A channel's own S x S eigenproblem each would cost more than the layer: `kronecker` is `space` there."""
     model = nn.Sequential(nn.Conv2d(6, 6, 3, groups=6), nn.Flatten(), nn.Linear(6, 2))
     timm_decor.decorrelate(model, filter_fn=lambda name, layer: True)
-    assert (model.decor_report.rows[0].dim, model.decor_report.rows[0].bytes) == (9, 4 * 2 * 81)
+    assert (model.decor_report.rows[0].dim, model.decor_report.rows[0].bytes) == (
+        9,
+        4 * (2 * 81 + 6),
+    )  # and the scale, a group
 
 
 def reasons(name, **kwargs):

@@ -17,6 +17,7 @@ from timm_decor import DecorConfig
 from timm_decor.engine.checkpoint import read_r
 from timm_decor.engine.handle import DecorHandle
 from timm_decor.errors import UserError
+from timm_decor.structures import SCALE
 
 CONFIG = DecorConfig(every=2, sample=1.0)
 
@@ -36,8 +37,13 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
 
 
 def r_of(handle: DecorHandle) -> dict[str, torch.Tensor]:
-    layers = handle.state()["layers"]
-    return {f"{name}|{key}": value for name, entry in layers.items() for key, value in entry["r"].items()}
+    """R and L. The scale is no part of a file: it is measured anew."""
+    return {
+        f"{name}|{key}": value
+        for name, entry in handle.state()["layers"].items()
+        for key, value in entry["r"].items()
+        if key != SCALE
+    }
 
 
 @pytest.mark.parametrize("structure", ["kronecker", "full", "space"])
@@ -56,6 +62,7 @@ def test_training_goes_on_with_the_r_of_a_file(structure: str, opt: str, tmp_pat
     assert not all(torch.equal(before[key], value) for key, value in r_of(its_handle).items() if key in before)
     its_handle.load_r(tmp_path / "decor.safetensors")
     assert all(torch.equal(before[key], value) for key, value in r_of(its_handle).items())
+    assert its_handle.scale == 1 != handle.scale
     assert its_handle.report().mean_correlation() == handle.report().mean_correlation()
 
     plain, plain_optimizer, _ = attached(config, opt)

@@ -21,6 +21,7 @@ from timm_decor import DecorConfig
 from timm_decor.engine import coordinates
 from timm_decor.engine.optimizers import DECAYING
 from timm_decor.engine.probe import refuse
+from timm_decor.structures import SCALE
 
 CONFIG = DecorConfig(every=2, sample=1.0)
 KINDS = {  # by the way of their step, see engine/coordinates.py
@@ -301,7 +302,9 @@ class TestOptimizers:
             if kind.__module__.startswith("torch.") and kind.__name__ == "Muon":  # takes matrices alone
                 hidden, head = nn.Linear(192, 8, bias=False), nn.Linear(8, 3, bias=False)
                 model = nn.Sequential(nn.Flatten(), hidden, nn.Tanh(), head)
-            model = timm_decor.decorrelate(model.double(), DecorConfig(every=2, sample=1.0, sides="both"))
+            # The scale has another measure here: decay is projected out where it is not known.
+            config = DecorConfig(every=2, sample=1.0, sides="both", graft=False)
+            model = timm_decor.decorrelate(model.double(), config)
             optimizer = kind(model.parameters(), lr=0.02, weight_decay=0.5)
             if general:
                 monkeypatch.setattr("timm_decor.engine.flight.step_type", lambda _: coordinates.General)
@@ -531,7 +534,8 @@ class TestChanges:
         wanted = torch.promote_types(dtype, torch.float32)
         for name, entry in handle.state()["layers"].items():
             for key, value in entry["r"].items():
-                assert value.dtype == wanted and torch.equal(value.float(), r[name][key].float())
+                assert value.dtype == wanted
+                assert key == SCALE or torch.equal(value.float(), r[name][key].float())
         step(model, optimizer, 4, dtype=dtype)
         assert handle.step == 5 and all(p.isfinite().all() for p in model.parameters())
 
