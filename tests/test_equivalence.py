@@ -111,7 +111,7 @@ def compare(config, optimizer_name, batches=False):
                 now.append(measured(own, reference, starts.values(), stepped, gradients.values()))
 
         stepped = [layer.weight.detach().clone() for layer in own]
-        if step and step % config.every == 1 % config.every:
+        if step and (step % config.every == 1 % config.every or (step < config.every and step in (1, 2, 4, 8, 16))):
             measure()
         if step % config.every == 0:
             for layer in own:

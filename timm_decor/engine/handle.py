@@ -279,10 +279,13 @@ class DecorHandle:
     def _measure_due(self) -> bool:
         """Whether the next step is the first one with a new R: on other inputs than R was made from.
 
-        With those a step looks shorter than the following ones are, most of all where a layer saw few rows.
+        With those a step looks shorter than the following ones are, most of all where a layer saw few rows. Before the
+        second refresh it is asked again after 2, 4, 8... steps: at first the gradients of many layers are zero (those in
+        front of a BatchNorm with a weight of zero), and the network's number is that of the others.
         """
-        is_next = self._counted % self.config.every == 1 % self.config.every
-        return self._grafts and self._has_refreshed and (is_next or self._counted == 0)
+        step, every = self._counted, self.config.every
+        due = step % every == 1 % every or (step < every and step & (step - 1) == 0)
+        return self._grafts and self._has_refreshed and due
 
     def _rescale(self, scale: Tensor) -> None:
         """Take a measured scale over: its geometric mean with the one before, because a single batch is noisy."""
