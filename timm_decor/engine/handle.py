@@ -280,8 +280,8 @@ class DecorHandle:
         """Whether the next step is the first one with a new R: on other inputs than R was made from.
 
         With those a step looks shorter than the following ones are, most of all where a layer saw few rows. Before the
-        second refresh it is asked again after 2, 4, 8... steps: at first the gradients of many layers are zero (those in
-        front of a BatchNorm with a weight of zero), and the network's number is that of the others.
+        second refresh it is asked again after 2, 4, 8... steps: at first many layers' gradients are zero (behind them
+        is a BatchNorm with a weight of zero), and the network's number is that of the others.
         """
         step, every = self._counted, self.config.every
         due = step % every == 1 % every or (step < every and step & (step - 1) == 0)
