@@ -79,6 +79,22 @@ def test_the_step_is_as_long_as_plain_sgds():
     assert lengths[True] == pytest.approx(1, abs=1e-4) and lengths[False] < 0.8
 
 
+def test_when_it_is_measured():
+    """At the first refresh and more often until the second; then at the step after each; never at a rate of zero."""
+    model, optimizer, handle = attached(sgd, DecorConfig(every=10, sample=1.0))
+    changed, before = [], 1.0
+    for i in range(42):
+        step(model, optimizer, i)
+        now = scale_of(handle)
+        changed += [i] if now != before else []
+        before = now
+    assert changed == [0, 1, 2, 4, 8, 11, 21, 31, 41]
+    optimizer.param_groups[0]["lr"] = 0.0
+    for i in range(50, 62):
+        step(model, optimizer, i)
+    assert scale_of(handle) == before and handle.step == 42
+
+
 @pytest.mark.parametrize("name", ["lamb", "lars"])
 def test_a_trust_ratio_has_no_scale(name):
     def make(model):

@@ -7,9 +7,9 @@ number for the network,
     c^k = |plain step| / |decorrelated step at c = 1|,
 
 norms over all decorrelated layers, measured at the first step after each refresh: on another batch than R was made
-from, on which it would look shorter than it is. Only at the first refresh of all it is that batch's, so that the next
-step has a scale. This is norm grafting (arXiv
-2002.11803) as Distributed Shampoo has it (2309.06497), with one factor for all layers.
+from, on which it would look shorter than it is. At the first refresh of all it is that batch's, so that the next step
+has a scale, and it is measured more often until the second one (DecorHandle._measure_due). This is norm
+grafting (arXiv 2002.11803) as Distributed Shampoo has it (2309.06497), with one factor for all layers.
 """
 
 from __future__ import annotations
