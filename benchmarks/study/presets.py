@@ -15,26 +15,27 @@ class Optimizer:
         name: timm's.
         kwargs: for `timm.optim.create_optimizer_v2`.
         weight_decays: the values to tune over; the first is used where nothing was tuned.
-        plain_lr: plain training's best of them in the cpu preset: what people have.
-        lrs: learning rates, a geometric series from half of that to sixteen times; tuning extends it where the best
-            lies at its edge.
+        lrs: learning rates, a geometric series from half of `plain_lr` to sixteen times; tuning extends it where the
+            best lies at its edge.
     """
 
     name: str
     kwargs: dict[str, Any]
     weight_decays: tuple[float, ...]
-    plain_lr: float
     lrs: tuple[float, ...]
+
+    @property
+    def plain_lr(self) -> float:
+        """Plain training's learning rate in the cpu preset: what people have."""
+        return self.lrs[1]
 
 
 # Muon with the momentum and the Nesterov step that its authors use; timm's defaults are weaker. Biases and BatchNorm
 # are not decayed (timm's default), so that nothing but the learning rate stands between the arms.
 OPTIMIZERS = {
-    "sgd": Optimizer("sgd", {"momentum": 0.9}, (5e-4,), 0.2, (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)),
-    "adamw": Optimizer("adamw", {}, (0.05,), 8e-3, (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128)),
-    "muon": Optimizer(
-        "muon", {"momentum": 0.95, "nesterov": True}, (0.05,), 0.025, (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4)
-    ),
+    "sgd": Optimizer("sgd", {"momentum": 0.9}, (5e-4,), (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)),
+    "adamw": Optimizer("adamw", {}, (0.05,), (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128)),
+    "muon": Optimizer("muon", {"momentum": 0.95, "nesterov": True}, (0.05,), (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4)),
 }
 
 

@@ -70,6 +70,7 @@ class Trials:
         while not run.is_done:
             run.advance()
         row = {**key, "lr": spec.lr, "top1": run.record.final, "loss": run.record.loss}
+        row["scale"] = None if run.handle is None else run.handle.scale
         made_by = session(torch.device("cpu"), self.preset.threads, 1)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"made_by": made_by, "runs": [*self.runs, row]}, indent=1) + "\n"

@@ -13,6 +13,7 @@ here is one batch's part of one step: made before it, and landed or aborted afte
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -115,20 +116,20 @@ class StepOnW:
         return self._weighted(squared(self.gradients), squared_parts(own, len(self.layers)))
 
     def _weighted(self, plain: Tensor, own: Tensor) -> Lengths:
-        rates = [self._group(layer).get("lr") or 0.0 for layer in self.layers]
+        rates = [group.get("lr") or 0.0 for group in self._options]
         weights = torch.stack([torch.as_tensor(rate, dtype=own.dtype, device=own.device) for rate in rates]).square()
         return plain * weights, own * weights
 
     def _at_unit_scale(self, lengths: Tensor, power: int) -> Tensor:
         """Squared lengths of what has the scale to a power in it without that."""
-        if self.sides.scale is None:
-            return lengths
+        assert self.sides.scale is not None  # nobody measures without one
         return lengths / parts(self.sides.scale, len(self.layers)).flatten(1)[:, 0] ** (2 * power)
 
-    def _group(self, layer: DecorLayer) -> dict[str, Any]:
-        """The optimizer's group that holds the layer's weight."""
+    @cached_property
+    def _options(self) -> list[dict[str, Any]]:
+        """Of each layer the optimizer's group that holds its weight."""
         groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
-        return groups[id(layer.weight)]
+        return [groups[id(layer.weight)] for layer in self.layers]
 
     def _swap_gradients(self, product: Product) -> None:
         new = unbatched(self.layers, transformed(self.layers, product, self.gradients), self.gradients)
@@ -239,7 +240,8 @@ class Decaying(_FromStart):
 
     def _factors(self) -> list[Any]:
         decay = DECAYING[type(self._optimizer)]
-        return [decay(self._group(layer), self._optimizer.state.get(layer.weight, {})) for layer in self.layers]
+        states = [self._optimizer.state.get(layer.weight, {}) for layer in self.layers]
+        return [decay(group, state) for group, state in zip(self._options, states, strict=True)]
 
 
 class Linear(StepOnW):

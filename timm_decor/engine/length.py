@@ -1,6 +1,6 @@
 """How long a decorrelated step is: as long as the plain optimizer's, so that people keep their learning rate.
 
-Whitening shortens a step (SGD's four to ten times, AdamW's by a third). A scale c beside R and L makes up for it:
+Whitening shortens a step (SGD's several times over, AdamW's by less). A scale c beside R and L makes up for it:
 z = c R x, so that a step on A is c^k times as long, where k depends on the optimizer (`Power.exponent`). c is one
 number for the network,
 

@@ -7,7 +7,6 @@ favour higher rates a little, so of rates that are as good as the best within th
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 from collections.abc import Sequence
@@ -16,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from timm_decor.text import text_table
+from timm_decor.training.plot import COLOURS, MARKERS
 
 _FACTOR = 2.0  # between neighbours of the grid, at most
 _LAST = 0.2  # of the updates, whose loss counts
-_COLOURS = ("#d1495b", "#30638e")  # decorrelated, plain
-_MARKERS = ("o", "s")
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,7 @@ def save_picture(searches: Sequence[Search], path: Path, title: str) -> None:
 
     figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     axis.set_title(title, fontsize=12)
-    for each, colour, marker in zip(searches, _COLOURS, _MARKERS, strict=False):
+    for each, colour, marker in zip(searches, COLOURS, MARKERS, strict=False):
         good = [trial for trial in each.trials if not trial.failed]
         axis.errorbar(
             [t.lr for t in good], [t.loss for t in good], [t.error for t in good],
@@ -145,7 +143,7 @@ def save_picture(searches: Sequence[Search], path: Path, title: str) -> None:
         )  # fmt: skip
         if each.best:
             axis.plot(each.best.lr, each.best.loss, marker="o", markersize=13, fillstyle="none", color=colour)
-    for each, colour in zip(searches, _COLOURS, strict=False):
+    for each, colour in zip(searches, COLOURS, strict=False):
         lost = [trial.lr for trial in each.trials if trial.failed]
         axis.plot(lost, [0.97] * len(lost), "x", color=colour, transform=axis.get_xaxis_transform())
     axis.set_xscale("log", base=2)
@@ -159,10 +157,3 @@ def save_picture(searches: Sequence[Search], path: Path, title: str) -> None:
     axis.legend(frameon=False)
     figure.savefig(path, dpi=150, format="png")
     pyplot.close(figure)
-
-
-def with_rate(args: Any, lr: float) -> Any:
-    """The arguments of a run at another learning rate."""
-    found = copy.copy(args)
-    found.lr, found.lr_base = lr, None
-    return found

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from timm_decor.training.compare import Side
 
-_COLOURS = ("#d1495b", "#30638e")  # decorrelated, plain: told apart in print and by the colour-blind
-_MARKERS = ("o", "s")
+COLOURS = ("#d1495b", "#30638e")  # decorrelated, plain: told apart in print and by the colour-blind
+MARKERS = ("o", "s")
 
 
 def save_picture(sides: Sequence[Side], path: Path, title: str) -> None:
@@ -29,7 +29,7 @@ def save_picture(sides: Sequence[Side], path: Path, title: str) -> None:
     figure.suptitle(title, fontsize=13)
     for column, (key, unit) in enumerate((("steps", "optimizer steps"), ("seconds", "training time (s)"))):
         accuracy, loss = axes[0][column], axes[1][column]
-        for side, colour, marker in zip(sides, _COLOURS, _MARKERS, strict=False):
+        for side, colour, marker in zip(sides, COLOURS, MARKERS, strict=False):
             style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.8}
             rows = side.evaluated
             accuracy.plot([r[key] for r in rows], [r["eval_top1"] for r in rows], label=side.name, **style)

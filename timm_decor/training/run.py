@@ -189,14 +189,12 @@ def _find_lr(
     """Short trainings over a grid of learning rates, of the model and, to compare, of its plain twin."""
     rates, searches, accelerator = find_lr.grid(*args.find_lr), [], None
     for side in compare.SIDES if args.compare else compare.SIDES[not decorrelated :][:1]:
-        name = without_paths(build.twin_name(args.model) if side == "plain" else args.model)
-        if side != "plain" and build.twin_name(args.model) == args.model:
-            name = f"decorrelated {name}"
-        trials = []
+        name, trials = _side_name(args, decorrelated=side != "plain"), []
         for lr in rates:
             accelerator = make_accelerator(args.device, args.amp, args.amp_dtype, args.grad_accum_steps)
-            own = copy.deepcopy(model) if side != "plain" or not decorrelated else build.plain_twin(model)
-            arm = Arm(name, own, find_lr.with_rate(args, lr), accelerator, *loaders, decorrelated=side != "plain")
+            own = build.plain_twin(model) if side == "plain" else copy.deepcopy(model)
+            mine = argparse.Namespace(**{**vars(args), "lr": lr})
+            arm = Arm(name, own, mine, accelerator, *loaders, decorrelated=side != "plain")
             arm.distillation = distillation
             trials.append(find_lr.Trial(lr, arm.short_training(args.find_updates), args.find_updates))
             accelerator.free_memory()
@@ -216,6 +214,14 @@ def _find_lr(
     accelerator.end_training()
 
 
+def _side_name(args: argparse.Namespace, decorrelated: bool) -> str:
+    """What a side is called: by its model, which --decor leaves as it is."""
+    twin = build.twin_name(args.model)
+    if not decorrelated:
+        return without_paths(twin)
+    return without_paths(args.model if args.model != twin else f"decorrelated {args.model}")
+
+
 def _make_arms(
     args: argparse.Namespace,
     model: nn.Module,
@@ -232,12 +238,10 @@ def _make_arms(
     twin.epochs = args.compare_epochs or args.epochs
     # copied before the first arm wraps and moves the model
     twin_model = build.plain_twin(model) if args.compare else None
-    name = args.model if args.model != twin.model or not decorrelated else f"decorrelated {args.model}"
-    name = without_paths(name)
-    arms = [Arm(name, model, mine, accelerator, *loaders, decorrelated=decorrelated)]
+    arms = [Arm(_side_name(args, decorrelated), model, mine, accelerator, *loaders, decorrelated=decorrelated)]
     if twin_model is not None:
         own = make_accelerator(args.device, args.amp, args.amp_dtype, args.grad_accum_steps)
-        arms.append(Arm(without_paths(twin.model), twin_model, twin, own, *loaders, decorrelated=False))
+        arms.append(Arm(_side_name(args, False), twin_model, twin, own, *loaders, decorrelated=False))
     return arms
 
 
