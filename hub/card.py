@@ -12,7 +12,7 @@ from hub.repository import Options
 from hub.trained import Trained
 from timm_decor.config import DecorConfig
 from timm_decor.training.args import decor_config
-from timm_decor.training.compare import Side
+from timm_decor.training.seeing.compare import Side
 
 _TEMPLATE = Path(__file__).with_name("card.md.j2")
 _PAPERS = (

@@ -22,7 +22,7 @@ from hub import card, repository
 from hub.trained import Trained, find, read
 from hub.upload import Target, log_in, upload
 from timm_decor.errors import UserError, exit_code, first_line, message
-from timm_decor.training.folder import RunFolder
+from timm_decor.training.keeping.folder import RunFolder
 from timm_decor.training.parser import Parser
 
 LICENSE = "apache-2.0"  # of weights that began at random

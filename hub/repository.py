@@ -26,9 +26,9 @@ from hub.trained import Trained
 from timm_decor.engine.checkpoint import STATE_KEY, write_r
 from timm_decor.errors import UserError, first_line
 from timm_decor.training import validation
-from timm_decor.training.folder import RESUME_FILE, RunFolder, read_resume
-from timm_decor.training.plot import save_picture
-from timm_decor.training.privacy import PRIVATE, without_paths
+from timm_decor.training.keeping.folder import RESUME_FILE, RunFolder, read_resume
+from timm_decor.training.keeping.privacy import PRIVATE, without_paths
+from timm_decor.training.seeing.plot import save_picture
 
 WEIGHTS, CONFIG, R_FILE, RECIPE, RESULTS, PICTURE, CARD = FILES = (
     "model.safetensors",

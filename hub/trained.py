@@ -13,9 +13,9 @@ from timm.models import is_model
 
 from hub.datasets import Data, known
 from timm_decor.errors import UserError, first_line
-from timm_decor.training.build import EMA_SUFFIX, safetensors_metadata
-from timm_decor.training.compare import SIDES, Side
-from timm_decor.training.folder import ARGS_FILE, SUMMARY_FILE
+from timm_decor.training.build import safetensors_metadata
+from timm_decor.training.keeping.folder import ARGS_FILE, EMA_SUFFIX, SUMMARY_FILE
+from timm_decor.training.seeing.compare import SIDES, Side
 
 WEIGHTS = "last.safetensors"
 _NEEDED = ("architecture", "num_classes", "data_config", "model_kwargs", "epoch")

@@ -160,7 +160,7 @@ def in_float64() -> None:
     """Let models be made, and batches come, in float64."""
     import torch
 
-    from timm_decor.training.loaders import Batches
+    from timm_decor.training.data.loaders import Batches
 
     torch.set_default_dtype(torch.float64)
     getitems = Batches.__getitems__
@@ -176,7 +176,7 @@ def keep_own_end(file: str) -> None:
     """Write this process's weights and optimizer state, R included, at the end of each epoch."""
     import torch
 
-    from timm_decor.training.checkpoints import Keeper
+    from timm_decor.training.keeping.checkpoints import Keeper
 
     save = Keeper.save
 

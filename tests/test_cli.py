@@ -197,7 +197,7 @@ class TestParser:
 
     @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a reminder for the checkout")
     def test_every_argument_is_used(self):
-        code = "".join(path.read_text() for path in (ROOT / "timm_decor" / "training").glob("*.py"))
+        code = "".join(path.read_text() for path in (ROOT / "timm_decor" / "training").rglob("*.py"))
         # read by timm's own helpers (optimizer_kwargs, scheduler_kwargs, resolve_data_config) from the namespace
         timms = shlex.split(
             "opt_eps opt_betas layer_decay interpolation momentum weight_decay decay_milestones decay_epochs "

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from training_runs import DECOR, TINY, train
 
 from timm_decor.errors import Stopped, UserError
-from timm_decor.training import checkpoints as checkpoints_module
 from timm_decor.training import run as run_module
 from timm_decor.training.arm import Arm
-from timm_decor.training.folder import read_resume
+from timm_decor.training.keeping import checkpoints as checkpoints_module
+from timm_decor.training.keeping.folder import read_resume
 
 # Five batches an epoch, and three updates, the last one from a single batch.
 WORDS = shlex.split(

@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from training_runs import DECOR, TINY, history, train
 
 from timm_decor.errors import UserError
-from timm_decor.training import charts, report, trackers
-from timm_decor.training.clock import PHASES, StepClock
-from timm_decor.training.compare import Side
-from timm_decor.training.losswatch import LossWatch
-from timm_decor.training.observe import Series, phase_times
 from timm_decor.training.run import parse
+from timm_decor.training.seeing import charts, report, trackers
+from timm_decor.training.seeing.clock import PHASES, StepClock
+from timm_decor.training.seeing.compare import Side
+from timm_decor.training.seeing.losswatch import LossWatch
+from timm_decor.training.seeing.observe import Series, phase_times
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ class TestRecord:
             "clock.StepClock.lap",
             "display.Display.update",
         ):
-            monkeypatch.setattr(f"timm_decor.training.{name}", lambda *_: None)
+            monkeypatch.setattr(f"timm_decor.training.seeing.{name}", lambda *_: None)
         blind = train(tmp_path / "blind", *words)
         mine, theirs = (load_file(folder / "last.safetensors") for folder in (seeing, blind))
         assert all(torch.equal(mine[key], theirs[key]) for key in mine)

@@ -19,7 +19,7 @@ from training_runs import DECOR, TINY, train
 from timm_decor.errors import UserError
 from timm_decor.training import run as train_module
 from timm_decor.training import validation
-from timm_decor.training.privacy import published, published_command, refuse_secrets, without_paths
+from timm_decor.training.keeping.privacy import published, published_command, refuse_secrets, without_paths
 from timm_decor.training.run import parse
 
 TOKEN = "hf_" + "aB3" * 9

@@ -20,7 +20,7 @@ from test_kill_and_resume import command, final, same, stop_at, untimed
 from training_runs import DECOR, TINY, train
 
 from timm_decor.errors import Stopped, UserError
-from timm_decor.training.folder import RunFolder, find_resume, read_resume
+from timm_decor.training.keeping.folder import RunFolder, find_resume, read_resume
 
 WORDS = [*DECOR, "--recovery-interval", "1"]
 ALL_WORDS = [*command(Path())[len(TINY) : -4], *WORDS]

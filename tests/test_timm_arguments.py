@@ -19,9 +19,9 @@ from training_runs import DECOR, ROOT, TINY, history, reset_accelerate, train
 from timm_decor.errors import UserError
 from timm_decor.training import build
 from timm_decor.training.args import train_parser, validate_parser
-from timm_decor.training.datasets import open_source
+from timm_decor.training.data.datasets import open_source
+from timm_decor.training.data.loaders import train_loader
 from timm_decor.training.distill import Distillation, make_distillation
-from timm_decor.training.loaders import train_loader
 from timm_decor.training.optim import make_loss, make_optimizer
 from timm_decor.training.run import parse
 from timm_decor.training.runtime import make_accelerator

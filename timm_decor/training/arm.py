@@ -24,14 +24,14 @@ import timm_decor
 from timm_decor.errors import UserError
 from timm_decor.training.args import decor_config
 from timm_decor.training.build import check_fit, place
-from timm_decor.training.clock import StepClock
-from timm_decor.training.display import Display
 from timm_decor.training.evaluate import Metrics, evaluate
-from timm_decor.training.losswatch import LossWatch, NonFiniteLoss
-from timm_decor.training.observe import Observer
+from timm_decor.training.keeping.progress import Progress
 from timm_decor.training.optim import make_loss, make_optimizer, make_scheduler
-from timm_decor.training.progress import Progress
 from timm_decor.training.runtime import mixed_seed, seed_everything, set_random_state
+from timm_decor.training.seeing.clock import StepClock
+from timm_decor.training.seeing.display import Display
+from timm_decor.training.seeing.losswatch import LossWatch, NonFiniteLoss
+from timm_decor.training.seeing.observe import Observer
 
 Row = dict[str, Any]  # an epoch in summary.csv
 

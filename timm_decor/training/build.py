@@ -28,6 +28,7 @@ from timm_decor.models import PREFIX, plain_name
 from timm_decor.text import near
 from timm_decor.training.adjust import init_head, set_batch_norm
 from timm_decor.training.args import decor_config
+from timm_decor.training.keeping.folder import EMA_SUFFIX
 
 # What timm raises on arguments that it cannot follow.
 CREATION_ERRORS = (
@@ -35,7 +36,6 @@ CREATION_ERRORS = (
     pickle.UnpicklingError,
 )
 _WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load reads it at every call
-EMA_SUFFIX = "-ema"  # last.safetensors has its averaged weights in last-ema.safetensors
 
 
 def is_decorrelated(args: argparse.Namespace) -> bool:

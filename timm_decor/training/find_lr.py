@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_decor.text import text_table
-from timm_decor.training.plot import COLOURS, MARKERS
+from timm_decor.training.seeing.plot import COLOURS, MARKERS
 
 _FACTOR = 2.0  # between neighbours of the grid, at most
 _LAST = 0.2  # of the updates, whose loss counts

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from timm_decor.errors import UserError, first_line
 from timm_decor.text import near
-from timm_decor.training.loaders import mixes
+from timm_decor.training.data.loaders import mixes
 
 
 def learning_rate(args: argparse.Namespace, processes: int) -> float:

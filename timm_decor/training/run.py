@@ -22,20 +22,21 @@ from torch.utils.data import DataLoader
 
 from timm_decor.errors import UserError, first_line
 from timm_decor.reporting import AttachReport, ConversionReport
-from timm_decor.training import build, compare, find_lr, report, trackers
+from timm_decor.training import build, find_lr
 from timm_decor.training.args import as_recipe, decor_config, train_parser
 from timm_decor.training.arm import Arm
-from timm_decor.training.checkpoints import Keeper, load_states
-from timm_decor.training.datasets import open_source
+from timm_decor.training.data.datasets import open_source
+from timm_decor.training.data.loaders import eval_loader, train_loader
 from timm_decor.training.distill import make_distillation
-from timm_decor.training.folder import ARGS_FILE, RESUME_FILE, RunFolder, holds_run
-from timm_decor.training.loaders import eval_loader, train_loader
-from timm_decor.training.losswatch import NonFiniteLoss
+from timm_decor.training.keeping.checkpoints import Keeper, load_states
+from timm_decor.training.keeping.folder import ARGS_FILE, RESUME_FILE, RunFolder, holds_run
+from timm_decor.training.keeping.privacy import published, published_command, refuse_secrets, without_paths
+from timm_decor.training.keeping.stopping import StopRequest
 from timm_decor.training.optim import learning_rate
-from timm_decor.training.plot import save_picture
-from timm_decor.training.privacy import published, published_command, refuse_secrets, without_paths
 from timm_decor.training.runtime import machine, make_accelerator, seed_everything, versions
-from timm_decor.training.stopping import StopRequest
+from timm_decor.training.seeing import compare, report, trackers
+from timm_decor.training.seeing.losswatch import NonFiniteLoss
+from timm_decor.training.seeing.plot import save_picture
 
 AUTO = "auto"  # --resume: the run in --experiment's folder, if there is one
 
@@ -122,7 +123,7 @@ def main(argv: Sequence[str]) -> None:
         keepers = [
             Keeper(arm, at, metadata, args.recovery_interval, stop) for arm, at in zip(arms, folders, strict=True)
         ]
-        _take_turns(keepers)
+        _take_turns(list(zip(arms, keepers, strict=True)))
 
     context = {"config": published(args), "versions": versions(), "machine": machine(accelerator)}
     seen = []
@@ -313,23 +314,22 @@ def _warm_up(arms: list[Arm], input_size: tuple[int, int, int], batch_size: int)
     loss.backward()
 
 
-def _take_turns(keepers: list[Keeper]) -> None:
+def _take_turns(kept: list[tuple[Arm, Keeper]]) -> None:
     """Train all arms, an epoch each in turn, another one first each time: whatever slows the machine slows them all.
 
     Raises:
         NonFiniteLoss: the only arm diverged. One of two stops, which its `failure` says, and the other goes on.
         Stopped: a signal asked for it.
     """
-    for epoch in range(max(keeper.arm.epochs for keeper in keepers)):
-        for keeper in keepers if epoch % 2 == 0 else reversed(keepers):
-            arm = keeper.arm
+    for epoch in range(max(arm.epochs for arm, _ in kept)):
+        for arm, keeper in kept if epoch % 2 == 0 else reversed(kept):
             if arm.epoch != epoch or epoch >= arm.epochs:  # resumed further on, with fewer epochs, or failed
                 continue
             keeper.pause()
             try:
                 row = arm.run_epoch()
             except NonFiniteLoss as error:
-                if len(keepers) == 1:
+                if len(kept) == 1:
                     raise
                 arm.failure = str(error)  # not the error, whose traceback would keep the loader's iterator
                 arm.accelerator.print(arm.failure)

@@ -20,13 +20,13 @@ from torch import nn
 from timm_decor.errors import UserError, message
 from timm_decor.training import build
 from timm_decor.training.args import validate_parser
-from timm_decor.training.datasets import open_source
+from timm_decor.training.data.datasets import open_source
+from timm_decor.training.data.loaders import eval_loader
+from timm_decor.training.data.sources import Source
 from timm_decor.training.evaluate import evaluate
-from timm_decor.training.folder import RESUME_FILES, RunFolder
-from timm_decor.training.loaders import eval_loader
-from timm_decor.training.mistakes import confusion, write_confusion, write_worst
+from timm_decor.training.keeping.folder import EMA_SUFFIX, RESUME_FILES, RunFolder
 from timm_decor.training.runtime import make_accelerator, seed_everything
-from timm_decor.training.sources import Source
+from timm_decor.training.seeing.mistakes import confusion, write_confusion, write_worst
 
 Row = dict[str, Any]
 _ENDINGS = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin")
@@ -101,7 +101,7 @@ def find_checkpoints(paths: Sequence[str]) -> list[tuple[str, str | None]]:
             file
             for file in sorted(path.rglob("*"))
             if file.name.endswith(_ENDINGS) and file.is_file() and file.name not in RESUME_FILES
-            if not file.stem.endswith(build.EMA_SUFFIX)
+            if not file.stem.endswith(EMA_SUFFIX)
         ]
         if not inside:
             raise UserError(f"{text} holds no checkpoints: files that end in {', '.join(_ENDINGS)}")

@@ -26,7 +26,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from timm_decor.errors import UserError, first_line, load_failure
-from timm_decor.training.build import EMA_SUFFIX
 
 RESUME_FILE = "resume.pt"
 PREVIOUS_FILE = "resume-previous.pt"
@@ -34,6 +33,7 @@ DAMAGED_FILE = "resume-damaged.pt"
 RESUME_FILES = (RESUME_FILE, PREVIOUS_FILE, DAMAGED_FILE)
 ARGS_FILE = "args.yaml"
 SUMMARY_FILE = "summary.csv"
+EMA_SUFFIX = "-ema"  # last.safetensors has its averaged weights in last-ema.safetensors
 
 
 class RunFolder:

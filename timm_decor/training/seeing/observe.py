@@ -13,7 +13,7 @@ import torch
 
 from timm_decor.engine.handle import DecorHandle
 from timm_decor.reporting import AttachReport
-from timm_decor.training.clock import PHASES, synchronize
+from timm_decor.training.seeing.clock import PHASES, synchronize
 
 # What may be spent on looking at R: a share of the training time and, so that short runs see something, some seconds.
 _SHARE, _SECONDS = 0.01, 10.0

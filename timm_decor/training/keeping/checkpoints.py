@@ -2,21 +2,51 @@
 
 from __future__ import annotations
 
+import argparse
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import nn
 
 from timm_decor.errors import Stopped, UserError
-from timm_decor.training.arm import Arm
-from timm_decor.training.build import EMA_SUFFIX
-from timm_decor.training.folder import RESUME_FILE, RunFolder, find_resume, read_resume
-from timm_decor.training.stopping import StopRequest
+from timm_decor.training.keeping.folder import EMA_SUFFIX, RESUME_FILE, RunFolder, find_resume, read_resume
+from timm_decor.training.keeping.stopping import StopRequest
 
 T = TypeVar("T")
+
+
+class Trained(Protocol):
+    """What is kept: training/arm.py's Arm, as far as it matters here."""
+
+    name: str
+    args: argparse.Namespace
+    accelerator: Accelerator
+    model: nn.Module
+    ema: Any
+    history: list[dict[str, Any]]
+    pause: Callable[[], None]
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def best(self) -> dict[str, Any] | None: ...
+
+    @property
+    def ranked(self) -> list[dict[str, Any]]: ...
+
+    @property
+    def metric_column(self) -> str: ...
+
+    def check_finite(self) -> None: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load_state(self, state: dict[str, Any], path: str) -> None: ...
 
 
 class Keeper:
@@ -30,7 +60,9 @@ class Keeper:
         stop: tells of signals.
     """
 
-    def __init__(self, arm: Arm, folder: RunFolder, metadata: dict[str, str], interval: int, stop: StopRequest) -> None:
+    def __init__(
+        self, arm: Trained, folder: RunFolder, metadata: dict[str, str], interval: int, stop: StopRequest
+    ) -> None:
         self.arm, self.folder = arm, folder
         self._metadata = metadata
         self._interval = interval
@@ -75,7 +107,7 @@ class Keeper:
         self._saved = self.arm.steps
 
 
-def load_states(paths: Sequence[Path], arms: Sequence[Arm], folders: Sequence[RunFolder]) -> bool:
+def load_states(paths: Sequence[Path], arms: Sequence[Trained], folders: Sequence[RunFolder]) -> bool:
     """Let arms go on from their newest usable checkpoints. Collective.
 
     Args:

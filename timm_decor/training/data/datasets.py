@@ -11,7 +11,7 @@ from timm.data.readers.class_map import load_class_map
 
 from timm_decor.errors import UserError, first_line
 from timm_decor.text import near
-from timm_decor.training.sources import (
+from timm_decor.training.data.sources import (
     EVAL_NAMES,
     TRAIN_NAMES,
     Cached,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from timm_decor.training.compare import Side
+from timm_decor.training.seeing.compare import Side
 
 COLOURS = ("#d1495b", "#30638e")  # decorrelated, plain: told apart in print and by the colour-blind
 MARKERS = ("o", "s")

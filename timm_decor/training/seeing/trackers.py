@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 
 from timm_decor.errors import UserError, first_line
-from timm_decor.training.privacy import published
+from timm_decor.training.keeping.privacy import published
 
 NAMES = ("tensorboard", "wandb", "trackio")
 

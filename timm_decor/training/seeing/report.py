@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from timm_decor.training import charts
 from timm_decor.training.args import train_parser
-from timm_decor.training.clock import PHASES
-from timm_decor.training.compare import Side, figures, verdict
+from timm_decor.training.seeing import charts
+from timm_decor.training.seeing.clock import PHASES
+from timm_decor.training.seeing.compare import Side, figures, verdict
 
 _PARTS = (*PHASES, "refresh", "other")
 
@@ -44,7 +44,7 @@ def render(arms: Sequence[Seen], title: str, command: str, context: dict[str, An
     """
     from jinja2 import Environment, PackageLoader
 
-    loader = PackageLoader("timm_decor.training", ".")
+    loader = PackageLoader("timm_decor.training.seeing", ".")
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     sides = [arm.side for arm in arms]
     drawn = [arm for arm in arms if arm.side.history]

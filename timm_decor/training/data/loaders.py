@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from timm_decor.errors import UserError, first_line
+from timm_decor.training.data.sources import Source, read
+from timm_decor.training.keeping.stopping import spare_worker
 from timm_decor.training.runtime import available_cpus, mixed_seed, seed_everything
-from timm_decor.training.sources import Source, read
-from timm_decor.training.stopping import spare_worker
 
 
 class Batches(Dataset[Any]):

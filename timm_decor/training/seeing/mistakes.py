@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from timm_decor.training.sources import Source
+from timm_decor.training.data.sources import Source
 
 _PICTURES = 36
 _MOST_NUMBERS = 20  # classes up to which each cell of the matrix shows its count

@@ -11,8 +11,8 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from timm_decor.errors import UserError
-from timm_decor.training.losswatch import LossWatch
 from timm_decor.training.runtime import random_state
+from timm_decor.training.seeing.losswatch import LossWatch
 
 
 @dataclass

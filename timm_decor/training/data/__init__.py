@@ -1,0 +1,1 @@
+"""Which images, with which labels, in which order: sources, the data sets that name them, loaders."""
