@@ -35,3 +35,9 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
     """The same table for a markdown page."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(value) for value in line) + " |" for line in lines)
+
+
+def listed(names: Sequence[str], count: int = 3) -> str:
+    """Names as a person would list them, cut after `count`: `a, b, c and 4 more`."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return f"{', '.join(names[:count])}{more}"

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from timm_decor.errors import UserError
-from timm_decor.training.data.sources import Parquet, ParquetColumns, read
+from timm_decor.training.data.parquet import Parquet, ParquetColumns
+from timm_decor.training.data.sources import read
 
 CLASSES = 10  # of generated images
 

@@ -20,7 +20,7 @@ from study.results import RESULTS, Results, same_config, session
 from study.training import PLAIN, Record, Spec, train_in_turns
 from timm_decor import DecorConfig
 from timm_decor.errors import UserError
-from timm_decor.training.data.sources import Parquet, ParquetColumns
+from timm_decor.training.data.parquet import Parquet, ParquetColumns
 
 Arms = dict[str, str | None]  # configurations as JSON, None for plain
 AT_PLAIN_RATE = "at plain's rate"  # of a report: decorrelated with the learning rate that is plain training's best

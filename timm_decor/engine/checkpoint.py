@@ -173,7 +173,7 @@ def check_loadable(
             raise ValueError(f"the optimizer state has shape {has} for layer {name}, not {shape}")
     if saved["kind"] != kind:
         raise ValueError(f"the optimizer state is that of a {saved['kind']}, not that of a {kind}")
-    _check_same(saved, config, "sides", "graft")
+    _check_same(saved, config, "sides", "graft", "rank")
 
 
 def check_fits(saved: Mapping[str, Any], layers: Sequence[tuple[str, DecorLayer]], config: DecorConfig) -> None:

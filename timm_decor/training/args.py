@@ -13,7 +13,7 @@ from typing import Any
 from timm_decor import knobs
 from timm_decor.config import DecorConfig
 from timm_decor.errors import UserError
-from timm_decor.training.parser import KeyValues, Names, Parser, amount, count, index, positive, share
+from timm_decor.training.parser import KeyValues, Names, Parser, amount, count, index, positive, seed, share
 
 _SWITCH = argparse.BooleanOptionalAction
 _SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "constant", "none")
@@ -90,7 +90,7 @@ def validate_parser() -> Parser:
     )
     parser.add_argument("--confusion-matrix", metavar="FILE", help="write it as FILE, a csv, and as a png beside it")
     parser.add_argument("--worst-images", metavar="FILE", help="write the images with the highest loss as one png")
-    parser.add_argument("--seed", type=index, default=42, help="random seed")
+    parser.add_argument("--seed", type=seed, default=42, help="random seed")
     return parser
 
 
@@ -137,7 +137,7 @@ def add_model_arguments(parser: Parser, default_model: str | None) -> None:
     group.add_argument("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="compile the model")
     group.add_argument("--torchcompile-mode", metavar="MODE", help="torch.compile's mode")
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:N or mps; default: the best there is")
-    group.add_argument("--amp", action=_SWITCH, default=False, help="automatic mixed precision")
+    group.add_argument("--amp", action=_SWITCH, help="automatic mixed precision; default: accelerate's, else no")
     group.add_argument("--amp-dtype", default="float16", choices=("float16", "bfloat16"), help="AMP's dtype")
 
 
@@ -173,7 +173,9 @@ def _add_optimizer_arguments(parser: Parser) -> None:
     group.add_argument("--layer-decay-min-scale", type=share, default=0.0, metavar="X", help="its smallest factor")
     group.add_argument("--layer-decay-no-opt-scale", type=share, metavar="X", help="freeze below this factor")
     group.add_argument("--opt-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="for the optimizer")
-    group.add_argument("--grad-accum-steps", type=count, default=1, metavar="N", help="batches an update")
+    group.add_argument(
+        "--grad-accum-steps", type=count, metavar="N", help="batches an update; default: accelerate's, else 1"
+    )
     group.add_argument("--model-ema", action=_SWITCH, default=False, help="keep a moving average of the weights")
     group.add_argument("--model-ema-decay", type=share, default=0.9998, help="of that average")
     group.add_argument("--model-ema-warmup", action=_SWITCH, default=False, help="let that decay grow from 0")
@@ -252,7 +254,7 @@ def _add_distillation_arguments(parser: Parser) -> None:
 
 def _add_run_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("run")
-    group.add_argument("--seed", type=index, default=42, help="random seed")
+    group.add_argument("--seed", type=seed, default=42, help="random seed")
     group.add_argument("--log-interval", type=count, default=50, metavar="N", help="batches between progress figures")
     group.add_argument("--val-interval", type=count, default=1, metavar="N", help="epochs between evaluations")
     group.add_argument("--checkpoint-hist", type=index, default=10, metavar="N", help="best checkpoints to keep")

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator, skip_first_batches
 from timm.models import model_parameters
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader
 import timm_decor
 from timm_decor.errors import UserError
 from timm_decor.training.args import decor_config
-from timm_decor.training.build import check_fit, place
+from timm_decor.training.build import check_fit, class_count, place
 from timm_decor.training.evaluate import Metrics, evaluate
 from timm_decor.training.keeping.progress import Progress
 from timm_decor.training.optim import make_loss, make_optimizer, make_scheduler
@@ -53,6 +54,7 @@ class Arm:
         epochs: how many there will be.
         handle: what `timm_decor.attach` returned, or None.
         failure: why it cannot go on, or None.
+        peak_lr: the highest learning rate that an update was made with, of any parameter.
         distillation: adds a teacher's opinion to the loss, or None.
         observer: what its report will need.
         log: takes figures by name and the number of updates so far, for trackers.
@@ -74,6 +76,7 @@ class Arm:
         self.accelerator = accelerator
         self.history: list[Row] = []
         self.failure: str | None = None
+        self.peak_lr = 0.0
         self.distillation: nn.Module | None = None
         self.log: Callable[[Row, int], None] = lambda values, step: None
         self.pause: Callable[[], None] = lambda: None
@@ -110,11 +113,30 @@ class Arm:
         self._updates_per_epoch = -(-len(train_loader) // args.grad_accum_steps)
         self._scheduler, self.epochs = make_scheduler(args, optimizer, self._updates_per_epoch)
         self._schedule(0)
+        self._given = [_options(group) for group in self._optimizer.param_groups]
 
     @property
     def epoch(self) -> int:
         """Finished epochs."""
         return len(self.history)
+
+    @property
+    def chance(self) -> float:
+        """Top-1 accuracy, %, of guessing the same class always: that of the most frequent one."""
+        labels = self._eval_loader.dataset.source.labels  # type: ignore[attr-defined]
+        if labels is None:
+            return 100 / class_count(self.model)
+        return float(100 * np.bincount(labels).max() / len(labels))
+
+    @property
+    def evaluation_images(self) -> int:
+        """Images of an evaluation."""
+        return len(self._eval_loader.dataset)  # type: ignore[arg-type]
+
+    @property
+    def warmup_epochs(self) -> float:
+        """Epochs of the schedule's warm-up; 0 where there is none."""
+        return 0.0 if self.args.sched == "none" else float(self.args.warmup_epochs)
 
     @property
     def steps(self) -> int:
@@ -141,17 +163,25 @@ class Arm:
         """The column of the history that decides what is best."""
         return f"{'ema' if self.ema else 'eval'}_{self.args.eval_metric}"
 
-    def run_epoch(self) -> Row:
-        """Train one epoch, or the rest of it, evaluate where one is due, and append the row to the history.
+    def train_epoch(self) -> None:
+        """Train one epoch, or the rest of it. `state` has it, and `finish_epoch` can be called again.
 
         Raises:
             NonFiniteLoss: names epoch and step.
         """
-        epoch = self.epoch
         if self._progress is None:
             self._progress = Progress(self._loss_watch(), self.steps)
         if self._progress.batches < len(self._train_loader):
-            self._train(epoch, self._progress)
+            self._train(self.epoch, self._progress)
+
+    def finish_epoch(self) -> Row:
+        """Evaluate the epoch that was trained, where that is due, and append its row to the history.
+
+        Raises:
+            NonFiniteLoss: names epoch and step.
+        """
+        assert self._progress is not None, "train_epoch comes first"
+        epoch = self.epoch
         row = self._training_row(epoch, self._progress)
         due = (epoch + 1) % self.args.val_interval == 0 or epoch + 1 == self.epochs
         row |= _columns("eval", self.evaluate(self.model) if due else None)
@@ -202,8 +232,8 @@ class Arm:
                 if self.ema:
                     self.ema.update(self.model, step=progress.steps)
                 progress.lr = self._lr()
-                if self._scheduler is not None:
-                    self._scheduler.step_update(progress.steps)
+                self.peak_lr = max(self.peak_lr, *(group["lr"] for group in self._optimizer.param_groups))
+                self._schedule_update()
             looked = None
             if progress.losses.due:
                 self._check_loss(progress)
@@ -363,18 +393,32 @@ class Arm:
         return float(sum(group["lr"] for group in groups) / len(groups))
 
     def _schedule(self, epoch: int) -> None:
-        """Tell the scheduler that `epoch` epochs are done; one that steps on updates looks at those."""
+        """Tell the scheduler that `epoch` epochs are done; one that steps on updates counts them by epochs, too.
+
+        So a schedule goes on where it was when batches become larger or smaller between two epochs.
+        """
         if self._scheduler is None:
             return
         if epoch:
             self._scheduler.step(epoch, self.history[epoch - 1].get(self.metric_column))
-        self._scheduler.step_update(self.history[epoch - 1]["steps"] if epoch else 0)
+        self._scheduler.step_update(epoch * self._updates_per_epoch)
+
+    def _schedule_update(self) -> None:
+        """Tell a scheduler that steps on updates of one more in this epoch."""
+        if self._scheduler is not None:
+            before = self.history[-1]["steps"] if self.history else 0
+            self._scheduler.step_update(self.epoch * self._updates_per_epoch + self.steps - before)
 
     def state(self) -> dict[str, Any]:
         """All that is needed to go on, in tensors and plain Python types. Collective."""
         scaler = self.accelerator.scaler
         return {
             "arch": self.args.model,
+            "decorrelated": self.handle is not None,
+            "opt": self.args.opt,
+            "options": self._given,
+            "parameters": self._parameter_names,
+            "peak_lr": self.peak_lr,
             "epoch": self.epoch,
             "history": self.history,
             "state_dict": self.model.state_dict(),
@@ -386,19 +430,20 @@ class Arm:
         }
 
     def load_state(self, state: dict[str, Any], path: str) -> None:
-        """Go on from what `state` returned.
+        """Go on from what `state` returned. What the arguments say otherwise of the optimizer takes effect.
 
         Raises:
             UserError: the state is of another model or optimizer, or of the middle of an epoch of other batches.
         """
+        self._check_kind(state, path)
         check_fit(self.model, state["state_dict"], path)
         self.model.load_state_dict(state["state_dict"])
         if self.ema:
             self.ema.module.load_state_dict(state["state_dict_ema"] or state["state_dict"])
         self.history = list(state["history"])
+        self.peak_lr = state.get("peak_lr", 0.0)
         self.observer.load(state.get("observed"))
-        # A schedule is a function of updates and of the metrics so far: replaying those restores it. Before the
-        # optimizer's state, because plateau's schedule multiplies the learning rates that it finds.
+        # A schedule is a function of updates and of the metrics so far: replaying those restores it.
         for epoch in range(self.epoch + 1):
             self._schedule(epoch)
         if state.get("progress"):
@@ -407,14 +452,47 @@ class Arm:
                 self._progress.load(state["progress"], self.accelerator, self._models, self._plan)
             except UserError as error:
                 raise UserError(f"{path}: {error}") from error
-            if self._scheduler is not None:
-                self._scheduler.step_update(self.steps)
+            self._schedule_update()
+        rates = [{key: group[key] for key in _RATES if key in group} for group in self._optimizer.param_groups]
         try:
             self._optimizer.load_state_dict(state["optimizer"])
         except (ValueError, KeyError, RuntimeError) as error:
             raise UserError(f"{path}: its optimizer state does not fit this run: {error}") from error
+        # a state has the values of its own run, and what an optimizer counts in its groups: only what was changed on
+        # the command line is changed here
+        before = state.get("options", self._given)
+        for group, rate, given, its in zip(self._optimizer.param_groups, rates, self._given, before, strict=True):
+            group.update(rate | {key: value for key, value in given.items() if its.get(key, value) != value})
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def _check_kind(self, state: dict[str, Any], path: str) -> None:
+        """Refuse what would load, or nearly so, and be another run."""
+        decorrelated, opt = state.get("decorrelated", self.handle is not None), state.get("opt", self.args.opt)
+        if decorrelated != (self.handle is not None):
+            what = "decorrelated: go on with --decor, or a decor_ model" if decorrelated else "plain: leave out --decor"
+            raise UserError(f"{path} was trained {what}")
+        if opt.lower() != self.args.opt.lower():
+            raise UserError(f"{path} was trained with --opt {opt}, whose state is of no use to {self.args.opt}: "
+                            f"go on with it, or begin another run with --initial-checkpoint")  # fmt: skip
+        names = state.get("parameters", self._parameter_names)
+        if names != self._parameter_names:
+            raise UserError(f"{path} trained other parameters, or grouped them otherwise: --freeze and --layer-decay "
+                            f"cannot change on the way")  # fmt: skip
+
+    @property
+    def _parameter_names(self) -> list[list[str]]:
+        """What is trained, in the optimizer's order."""
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        return [[names.get(id(p), "") for p in group["params"]] for group in self._optimizer.param_groups]
+
+    @property
+    def options(self) -> list[dict[str, Any]]:
+        """What the optimizer's groups hold now: learning rate, weight decay and the like."""
+        return [
+            {"parameters": len(group["params"])} | {k: group[k] for k in _RATES if k in group} | _options(group)
+            for group in self._optimizer.param_groups
+        ]
 
     @property
     def _models(self) -> list[nn.Module]:
@@ -437,3 +515,19 @@ def _columns(prefix: str, metrics: Metrics | None) -> Row:
         return {}
     row = {f"{prefix}_loss": metrics.loss, f"{prefix}_top1": metrics.top1}
     return row if metrics.top5 is None else row | {f"{prefix}_top5": metrics.top5}
+
+
+_RATES = ("lr", "initial_lr")  # what schedules move
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    """A parameter group's settings: plain values, without the learning rate."""
+
+    def is_plain(value: Any) -> bool:
+        return (
+            all(map(is_plain, value))
+            if isinstance(value, tuple | list)
+            else value is None or isinstance(value, bool | int | float | str)
+        )
+
+    return {key: value for key, value in group.items() if key not in ("params", *_RATES) and is_plain(value)}

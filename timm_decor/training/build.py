@@ -245,6 +245,31 @@ def data_config(args: argparse.Namespace, model: nn.Module, in_chans: int) -> di
     return config
 
 
+@torch.no_grad()
+def check_size(model: nn.Module, input_size: tuple[int, int, int]) -> None:
+    """Refuse images that the model cannot take, before training begins: by one of zeros.
+
+    Args:
+        model: on the CPU; its mode, and all that it holds, stay as they are.
+        input_size: (C, H, W).
+
+    Raises:
+        UserError: with what the model says to it.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        model(torch.zeros(1, *input_size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        size = "x".join(map(str, input_size))
+        raise UserError(
+            f"{_kind(model)} cannot take images of {size}: {first_line(error)}; try another --img-size"
+        ) from error
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def input_channels(args: argparse.Namespace) -> int:
     """Channels of the images: 3 unless --in-chans or --input-size says 1.
 

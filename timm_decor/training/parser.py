@@ -134,6 +134,14 @@ def index(text: str) -> int:
     return _at_least(int(text), 0)
 
 
+def seed(text: str) -> int:
+    """A whole number that every random number generator takes: 0 to 2^32 - 1."""
+    value = index(text)
+    if value >= 2**32:
+        raise argparse.ArgumentTypeError(f"must be below 2^32, not {text}")
+    return value
+
+
 def amount(text: str) -> float:
     """A finite number, 0 or more."""
     value = float(text)

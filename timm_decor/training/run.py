@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import dataclasses
 import json
 import math
 import sys
@@ -25,15 +27,30 @@ from timm_decor.reporting import AttachReport, ConversionReport
 from timm_decor.training import build, find_lr
 from timm_decor.training.args import as_recipe, decor_config, train_parser
 from timm_decor.training.arm import Arm
-from timm_decor.training.data.datasets import open_source
+from timm_decor.training.data.datasets import open_splits
 from timm_decor.training.data.loaders import eval_loader, train_loader
+from timm_decor.training.data.names import check_labels
 from timm_decor.training.distill import make_distillation
 from timm_decor.training.keeping.checkpoints import Keeper, load_states
-from timm_decor.training.keeping.folder import ARGS_FILE, RESUME_FILE, RunFolder, holds_run
+from timm_decor.training.keeping.folder import (
+    ARGS_FILE,
+    REPORT_FILE,
+    RESULTS_FILE,
+    RESUME_FILE,
+    RunFolder,
+    holds_run,
+)
 from timm_decor.training.keeping.privacy import published, published_command, refuse_secrets, without_paths
 from timm_decor.training.keeping.stopping import StopRequest
 from timm_decor.training.optim import learning_rate
-from timm_decor.training.runtime import machine, make_accelerator, seed_everything, versions
+from timm_decor.training.runtime import (
+    decided_by_one,
+    follow_launcher,
+    machine,
+    make_accelerator,
+    seed_everything,
+    versions,
+)
 from timm_decor.training.seeing import compare, report, trackers
 from timm_decor.training.seeing.losswatch import NonFiniteLoss
 from timm_decor.training.seeing.plot import save_picture
@@ -76,21 +93,40 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--initial-r does nothing for plain {args.model}: use a {build.PREFIX} model, or --decor")
     trackers.check_available(args.log_with)
     decor_config(args)  # refuse a bad knob before the data are read
+    told = follow_launcher(args)
     accelerator = make_accelerator(args.device, args.amp, args.amp_dtype, args.grad_accum_steps)
-    folder = _find_lr_folder(args, accelerator) if args.find_lr else _open_folder(args, accelerator)
+    folder = decided_by_one(accelerator, lambda: _find_lr_folder(args) if args.find_lr else _open_folder(args))
+    with contextlib.ExitStack() as stack:
+        decided_by_one(accelerator, lambda: stack.enter_context(folder.held()))
+        if not accelerator.is_main_process:
+            folder = RunFolder(folder.path, writes=False)
+        for line in told:
+            accelerator.print(line)
+        _run(args, argv, accelerator, folder, decorrelated)
 
+
+def _run(
+    args: argparse.Namespace, argv: Sequence[str], accelerator: Accelerator, folder: RunFolder, decorrelated: bool
+) -> None:
+    """Read the data, make the model, train, and write what became of it."""
+    if args.resume:
+        _refuse_other_start(args, folder)
     channels = build.input_channels(args)
-    mode = "RGB" if channels == 3 else "L"
-    train_source, eval_source = open_source(args, args.train_split, mode), open_source(args, args.val_split, mode)
+    train_source, eval_source = open_splits(args, "RGB" if channels == 3 else "L")
+    for note in (*train_source.notes, *eval_source.notes):
+        accelerator.print(note)
     seed_everything(args.seed)
     model = build.create(args, args.num_classes or train_source.num_classes, channels)
     if args.sync_bn:
         model = build.synchronized(model, args.freeze, accelerator.device, accelerator.num_processes)
     base = build.hub_name(model) if args.pretrained else None
     classes = build.class_count(model)
+    check_labels(train_source, classes, f"split {args.train_split}")
+    check_labels(eval_source, classes, f"split {args.val_split}")
     if args.eval_metric == "top5" and classes <= 5:
         raise UserError(f"--eval-metric top5 means nothing with {classes} classes")
     data_config = build.data_config(args, model, channels)
+    build.check_size(model, data_config["input_size"])
     loaders = (
         train_loader(args, train_source, data_config, classes, accelerator),
         eval_loader(args, eval_source, data_config, classes, accelerator),
@@ -103,7 +139,7 @@ def main(argv: Sequence[str]) -> None:
     folders = _arm_folders(args, folder, arms, accelerator.is_main_process)
     metadata = _metadata(args, model, data_config, classes, train_source.class_names)
     if args.resume:
-        _load_states(args, arms, folder, folders)
+        _load_states(args, arms, folder, folders, metadata)
     accelerator.print(
         f"{args.model}: {len(train_source)} training and {len(eval_source)} evaluation images, "
         f"{data_config['input_size']}, on {accelerator.num_processes} x {accelerator.device.type}"
@@ -113,6 +149,9 @@ def main(argv: Sequence[str]) -> None:
             accelerator.print("\n".join(_conversion_lines(arm.model.decor_report)))  # type: ignore[arg-type]
         how = arm.handle.summary if arm.handle else "plain"
         accelerator.print(f"{arm.name}: {arm.args.opt} at learning rate {arm.args.lr:.4g}, {how}")
+        if arm.warmup_epochs >= arm.epochs:
+            accelerator.print(f"{arm.name}: a warm-up of {arm.warmup_epochs:g} epochs does not end within "
+                              f"{arm.epochs}: the learning rate never reaches {arm.args.lr:.4g}")  # fmt: skip
     if args.compare:
         _warm_up(arms, data_config["input_size"], args.batch_size)
     folder.write_args(as_recipe(args))  # not earlier: a resume that is refused leaves the run's own arguments alone
@@ -129,7 +168,10 @@ def main(argv: Sequence[str]) -> None:
     seen = []
     for arm, arm_folder in zip(arms, folders, strict=True):
         final = _report(arm)
-        arm_folder.write_json("results.json", _results(arm, base, final, context))
+        results = _results(arm, base, final, context) | {"sha256": arm_folder.digests()}
+        arm_folder.write_json(RESULTS_FILE, results)
+        if not arm.failure:
+            arm_folder.forget_previous()
         accelerator.print(_last_words(arm, final, arm_folder))
         layers = tuple(row.name for row in final.rows) if final else ()
         seen.append(report.Seen(_side(arm), arm.observer.record(final), layers))
@@ -138,18 +180,18 @@ def main(argv: Sequence[str]) -> None:
         if args.compare:
             _write_comparison(arms, folder, context, f"{title}, {args.opt}")
         command = published_command("train.py", argv)
-        folder.write_text("report.html", report.render(seen, title, command, context))
-        print(f"report: {folder.path / 'report.html'}")
+        folder.write_text(REPORT_FILE, report.render(seen, title, command, context))
+        print(f"report: {folder.path / REPORT_FILE}")
     accelerator.end_training()
     failures = [arm.failure for arm in arms if arm.failure]
     if failures:
         raise UserError("; ".join(failures))
 
 
-def _open_folder(args: argparse.Namespace, accelerator: Accelerator) -> RunFolder:
+def _open_folder(args: argparse.Namespace) -> RunFolder:
     if args.resume not in (None, AUTO):
         path = Path(args.resume)
-        return RunFolder(path if path.is_dir() else path.parent, accelerator.is_main_process)
+        return RunFolder(path if path.is_dir() else path.parent)
     size = args.img_size or (args.input_size[-1] if args.input_size else "")
     name = "-".join(filter(None, (time.strftime("%Y%m%d-%H%M%S"), safe_model_name(args.model), str(size))))
     path = Path(args.output) / (args.experiment or name)
@@ -161,13 +203,13 @@ def _open_folder(args: argparse.Namespace, accelerator: Accelerator) -> RunFolde
             kind = "a single model" if args.compare else "--compare"
             raise UserError(f"{path} holds a run of {kind}: go on with it as such, or take another --experiment")
     elif not args.experiment:
-        return RunFolder.fresh(path, accelerator.is_main_process)
+        return RunFolder.fresh(path)
     elif any(holds_run(folder) for folder in (*here, *sides)):
         raise UserError(f"{path} holds a run already: go on with it by --resume {path}, or take another --experiment")
-    return RunFolder(path, accelerator.is_main_process)
+    return RunFolder(path)
 
 
-def _find_lr_folder(args: argparse.Namespace, accelerator: Accelerator) -> RunFolder:
+def _find_lr_folder(args: argparse.Namespace) -> RunFolder:
     """A folder that no run has: a search touches none of a run's files."""
     if args.resume:
         raise UserError("--find-lr tries learning rates before a run is begun: leave out --resume")
@@ -175,7 +217,7 @@ def _find_lr_folder(args: argparse.Namespace, accelerator: Accelerator) -> RunFo
     if low > high:
         raise UserError(f"--find-lr {low:g} {high:g}: the lower one comes first")
     name = args.experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{safe_model_name(args.model)}"
-    return RunFolder.fresh(Path(args.output) / f"{name}-find-lr", accelerator.is_main_process)
+    return RunFolder.fresh(Path(args.output) / f"{name}-find-lr")
 
 
 def _find_lr(
@@ -252,26 +294,44 @@ def _arm_folders(args: argparse.Namespace, folder: RunFolder, arms: list[Arm], w
     return [RunFolder(folder.path / side, writes) for side, _ in zip(compare.SIDES, arms, strict=True)]
 
 
-def _load_states(args: argparse.Namespace, arms: list[Arm], folder: RunFolder, folders: list[RunFolder]) -> None:
+# They say how a run begins: on the way they would change nothing but the records.
+_START = ("pretrained", "pretrained_path", "initial_checkpoint", "initial_r", "head_init_scale", "head_init_bias")
+
+
+def _load_states(
+    args: argparse.Namespace, arms: list[Arm], folder: RunFolder, folders: list[RunFolder], metadata: dict[str, str]
+) -> None:
     paths = [Path(args.resume)] if args.resume != AUTO and not args.compare else [at.path for at in folders]
-    if load_states(paths, arms, folders):
+    changed = _changed(args, folder)
+    if load_states(paths, arms, folders, metadata):
         arms[0].accelerator.print("; ".join(f"{arm.name} goes on after update {arm.steps}" for arm in arms))
-        if args.resume == AUTO:
-            _tell_changes(args, folder, arms[0].accelerator)
+        if changed:
+            words = ", ".join(f"{key} {change}" for key, change in changed.items())
+            arms[0].accelerator.print(f"other arguments than before: {words}")
+        if any(arm.epoch < arm.epochs for arm in arms):
+            for at in (folder, *folders):
+                at.forget_results()
     elif args.resume != AUTO:
         raise UserError(f"nothing to resume: {paths[0] / RESUME_FILE} does not exist")
 
 
-def _tell_changes(args: argparse.Namespace, folder: RunFolder, accelerator: Accelerator) -> None:
-    """Say which arguments are not those that the run began with: it was to be the same command."""
+def _refuse_other_start(args: argparse.Namespace, folder: RunFolder) -> None:
+    """Refuse to go on from another start than the run had: nothing but its records would change."""
+    changed = _changed(args, folder)
+    for key in _START:
+        if key in changed:
+            flag = f"--{key.replace('_', '-')}"
+            raise UserError(f"{folder.path}: {flag} is for the start of a run ({changed[key]}); this one has begun")
+
+
+def _changed(args: argparse.Namespace, folder: RunFolder) -> dict[str, str]:
+    """The arguments that are not those that the run had before: `before -> now` by name."""
     try:
         before = yaml.safe_load((folder.path / ARGS_FILE).read_text(encoding="utf-8"))
         now = yaml.safe_load(yaml.safe_dump(as_recipe(args)))
-        changed = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
+        return {key: f"{before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]}
     except (OSError, yaml.YAMLError, TypeError):
-        return  # it is only to be told
-    if changed:
-        accelerator.print(f"other arguments than before: {', '.join(changed)}")
+        return {}  # a run that was killed before it wrote them
 
 
 def _conversion_lines(report: ConversionReport) -> list[str]:
@@ -327,7 +387,9 @@ def _take_turns(kept: list[tuple[Arm, Keeper]]) -> None:
                 continue
             keeper.pause()
             try:
-                row = arm.run_epoch()
+                arm.train_epoch()
+                keeper.save_trained()
+                row = arm.finish_epoch()
             except NonFiniteLoss as error:
                 if len(kept) == 1:
                     raise
@@ -348,8 +410,9 @@ def _epoch_line(arm: Arm, row: dict[str, Any]) -> str:
 
 def _side(arm: Arm) -> compare.Side:
     return compare.Side(
-        arm.name, without_paths(arm.args.model), arm.args.opt, arm.args.lr, arm.epochs, arm.history, arm.failure
-    )
+        arm.name, without_paths(arm.args.model), arm.args.opt, arm.peak_lr, arm.epochs, arm.history, arm.failure,
+        arm.chance, arm.evaluation_images,
+    )  # fmt: skip
 
 
 def _report(arm: Arm) -> AttachReport | None:
@@ -373,9 +436,11 @@ def _results(arm: Arm, base: str | None, report: AttachReport | None, context: d
         "model": without_paths(arm.args.model),
         "decorrelated": arm.handle is not None,
         "base_model": base,
-        "lr": arm.args.lr,
+        "lr": arm.peak_lr,  # the highest that was reached
         "epochs": arm.epochs,
         "failure": arm.failure,
+        "optimizer": {"name": arm.args.opt, "groups": arm.options},
+        "decor": dataclasses.asdict(arm.handle.config) if arm.handle else None,
         "final": arm.history[-1] if arm.history else None,
         "best": arm.best,
         "mean_correlation": dict(zip(("before", "after"), correlation, strict=True)) if correlation else None,

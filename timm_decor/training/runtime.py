@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import random
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import accelerate
 import numpy as np
@@ -16,11 +18,14 @@ from accelerate import Accelerator
 from accelerate.utils import (
     DataLoaderConfiguration,
     GradientAccumulationPlugin,
+    broadcast_object_list,
     parse_flag_from_env,
 )
 
 from timm_decor.errors import UserError, first_line
 from timm_decor.version import __version__
+
+T = TypeVar("T")
 
 
 def available_cpus() -> int:
@@ -55,6 +60,52 @@ def make_accelerator(device: str | None, amp: bool, amp_dtype: str, grad_accum_s
         )
     except ValueError as error:
         raise UserError(f"--device {device or 'default'}: {first_line(error)}") from error
+
+
+def follow_launcher(args: argparse.Namespace) -> list[str]:
+    """Fill in mixed precision and accumulation from `accelerate launch` or `accelerate config`, where we were not told.
+
+    Args:
+        args: of train.py or validate.py; `amp` and `grad_accum_steps` are None where they were not given.
+
+    Returns:
+        What the launcher was told and is not followed, a line each.
+
+    Raises:
+        UserError: a precision that there is no --amp-dtype for.
+    """
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    kinds = {"no": None, "fp16": "float16", "bf16": "bfloat16"}
+    if precision not in kinds:
+        raise UserError(f"accelerate is set up for mixed precision in {precision}; here there are {', '.join(kinds)}")
+    kind, lines = kinds[precision], []
+    if args.amp is None:
+        args.amp = kind is not None
+        args.amp_dtype = kind or args.amp_dtype
+    elif kind and (not args.amp or args.amp_dtype != kind):
+        ours = args.amp_dtype if args.amp else "--no-amp"
+        lines.append(f"accelerate's mixed precision {precision} is not followed: this run says {ours}")
+    steps = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
+    given = getattr(args, "grad_accum_steps", steps)
+    if given is None:
+        args.grad_accum_steps = steps
+    elif steps not in (1, given):
+        lines.append(f"accelerate's {steps} accumulation steps are not followed: this run says {given}")
+    return lines
+
+
+def decided_by_one(accelerator: Accelerator, decide: Callable[[], T]) -> T:
+    """What the main process found, or its `UserError`, on all processes. Collective."""
+    box: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            box = [decide()]
+        except UserError as error:
+            box = [error]
+    answer = broadcast_object_list(box)[0]
+    if isinstance(answer, UserError):
+        raise answer
+    return answer  # type: ignore[no-any-return]
 
 
 def _refuse_sharing_out() -> None:

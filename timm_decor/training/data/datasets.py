@@ -7,21 +7,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from timm.data import create_dataset
-from timm.data.readers.class_map import load_class_map
 
 from timm_decor.errors import UserError, first_line
 from timm_decor.text import near
-from timm_decor.training.data.sources import (
-    EVAL_NAMES,
-    TRAIN_NAMES,
-    Cached,
-    Digits,
-    Parquet,
-    ParquetColumns,
-    Source,
-    TimmDataset,
-    decoded_bytes,
-)
+from timm_decor.training.data.digits import Digits
+from timm_decor.training.data.folders import Folder
+from timm_decor.training.data.libraries import TimmDataset
+from timm_decor.training.data.names import numbered_as
+from timm_decor.training.data.parquet import Parquet, ParquetColumns
+from timm_decor.training.data.sources import Cached, Source, decoded_bytes
 
 _KINDS = ("digits", "parquet", "folder", "torch/", "hfds/")
 _CACHE_LIMIT = 2**30  # bytes of decoded images that are cached without being asked
@@ -44,16 +38,37 @@ def open_source(args: argparse.Namespace, split: str, mode: str) -> Source:
         source: Source = Digits(split, mode)
     elif kind == "parquet":
         source = Parquet(_existing(args.data_dir, name), split, mode, ParquetColumns(args.input_key, args.target_key))
-    elif kind in ("folder", "torch", "hfds") and ("/" in name or kind == "folder"):
+    elif kind == "folder":
+        source = Folder(_existing(args.data_dir, name), split, mode, _class_map(args))
+    elif kind in ("torch", "hfds") and "/" in name:
         source = _timm_source(args, name, kind, split, mode)
     else:
         raise UserError(f"unknown dataset '{name}'{near(name, _KINDS)}; datasets: {', '.join(_KINDS)}")
     if not len(source):
         raise UserError(f"{name}, split {split}: no images")
-    cache = args.cache_images
-    if cache is None:
-        cache = kind in ("digits", "parquet") and decoded_bytes(source) < _CACHE_LIMIT
-    return Cached(source) if cache else source
+    if args.cache_images:
+        return Cached(source)
+    small = args.cache_images is None and kind in ("digits", "parquet") and decoded_bytes(source) < _CACHE_LIMIT
+    return Cached(source, _CACHE_LIMIT) if small else source
+
+
+def open_splits(args: argparse.Namespace, mode: str) -> tuple[Source, Source]:
+    """train.py's two splits, the evaluation split numbered as the training split is, by the classes' names.
+
+    Args:
+        args: train.py's.
+        mode: PIL colour mode, RGB or L.
+
+    Raises:
+        UserError: as `open_source`, or the evaluation split has a class that the training split does not have.
+    """
+    train, evaluation = (open_source(args, split, mode) for split in (args.train_split, args.val_split))
+    its, others = f"split {args.val_split}", f"split {args.train_split}"
+    evaluation = numbered_as(evaluation, train.class_names, its, others)
+    if bool(train.class_names) != bool(evaluation.class_names):
+        named, other = (others, its) if train.class_names else (its, others)
+        evaluation.notes.append(f"{other} has no class names: its labels are taken to be numbered as {named} is")
+    return train, evaluation
 
 
 def _existing(data_dir: str | None, name: str) -> Path:
@@ -73,8 +88,6 @@ def _timm_source(args: argparse.Namespace, name: str, kind: str, split: str, mod
     if kind == "hfds" and find_spec("datasets") is None:
         raise UserError(f"--dataset {name} needs Hugging Face datasets: pip install 'timm-decor[data]'")
     try:
-        if kind == "folder":
-            return _folder(args, split, mode)
         if kind == "torch":
             dataset = create_dataset(name, root=args.data_dir, split=split, download=args.dataset_download)
         else:
@@ -91,30 +104,9 @@ def _timm_source(args: argparse.Namespace, name: str, kind: str, split: str, mod
         raise UserError(f"cannot open {name}, split {split}: {first_line(error)}") from error
 
 
-def _folder(args: argparse.Namespace, split: str, mode: str) -> Source:
-    root = _existing(args.data_dir, "folder")
-    folder = _split_folder(root, split)
-    if args.class_map:
-        class_map = load_class_map(args.class_map, str(root))
-    else:
-        # the training folder numbers the classes, also for an evaluation split that lacks some of them
-        train = next((root / word for word in TRAIN_NAMES if (root / word).is_dir()), folder)
-        names = sorted(path.name for path in train.iterdir() if path.is_dir())
-        class_map = {label: i for i, label in enumerate(names)}
-        strangers = {path.name for path in folder.iterdir() if path.is_dir()} - set(names)
-        if strangers:
-            raise UserError(f"{folder} has class '{min(strangers)}', which {train} has not")
-    if not class_map:
-        raise UserError(f"no class folders in {folder}: images are expected in {folder}/<class>/")
-    source = TimmDataset(create_dataset("", root=str(folder), class_map=class_map, search_split=False), "", mode)
-    source.num_classes = len(class_map)
-    return source
-
-
-def _split_folder(root: Path, split: str) -> Path:
-    wanted = TRAIN_NAMES if split in TRAIN_NAMES else EVAL_NAMES if split == "validation" else (split,)
-    for word in wanted:
-        if (root / word).is_dir():
-            return root / word
-    have = sorted(path.name for path in root.iterdir())[:5]
-    raise UserError(f"{root} has no folder '{wanted[0]}' for split '{split}'; it has: {', '.join(have)}")
+def _class_map(args: argparse.Namespace) -> Path | None:
+    """--class-map, which timm looks for in the data folder as well."""
+    if not args.class_map:
+        return None
+    return next((path for path in (Path(args.class_map), Path(args.data_dir, args.class_map)) if path.is_file()),
+                Path(args.class_map))  # fmt: skip

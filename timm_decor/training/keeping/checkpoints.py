@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from timm_decor.errors import Stopped, UserError
+from timm_decor.text import listed
 from timm_decor.training.keeping.folder import EMA_SUFFIX, RESUME_FILE, RunFolder, find_resume, read_resume
 from timm_decor.training.keeping.stopping import StopRequest
-
-T = TypeVar("T")
+from timm_decor.training.runtime import decided_by_one
 
 
 class Trained(Protocol):
@@ -87,6 +87,15 @@ class Keeper:
             saved = f"go on with the same command and --resume {self.folder.path}" if steps else "there is nothing yet"
             raise Stopped(signum, f"{where}; {saved}" if self.arm.accelerator.is_main_process else "")
 
+    def save_trained(self) -> None:
+        """Write the state of an epoch that is trained and not yet evaluated: whatever evaluation meets. Collective.
+
+        Raises:
+            NonFiniteLoss: there is nothing that is worth saving.
+        """
+        self.arm.check_finite()
+        self._write_resume()
+
     def save(self) -> None:
         """Write all files of a finished epoch: weights, what training needs to go on, summary.csv. Collective."""
         arm, folder = self.arm, self.folder
@@ -98,22 +107,26 @@ class Keeper:
         if best is row:
             folder.link_weights("last", "best")
         folder.link_weights("last", f"checkpoint-{row['epoch']}")
-        folder.keep_epochs({row["epoch"] for row in arm.ranked[: arm.args.checkpoint_hist]})
+        kept = {row["epoch"] for row in arm.ranked[: arm.args.checkpoint_hist]}
+        folder.forget_epochs(row["epoch"] for row in arm.history if row["epoch"] not in kept)
         self._write_resume()
         folder.write_summary(arm.history)
 
     def _write_resume(self) -> None:
-        self.folder.write_resume(self.arm.state())
+        self.folder.write_resume(self.arm.state() | {"label_names": json.loads(self._metadata["label_names"])})
         self._saved = self.arm.steps
 
 
-def load_states(paths: Sequence[Path], arms: Sequence[Trained], folders: Sequence[RunFolder]) -> bool:
+def load_states(
+    paths: Sequence[Path], arms: Sequence[Trained], folders: Sequence[RunFolder], metadata: dict[str, str]
+) -> bool:
     """Let arms go on from their newest usable checkpoints. Collective.
 
     Args:
         paths: per arm, its folder or one file; an arm whose folder holds no checkpoint starts from the beginning.
         arms: the arms.
         folders: their folders, which are put in order: the remains of a killed run go.
+        metadata: as the keepers have it; its classes must be those of the checkpoints.
 
     Returns:
         Whether any arm had a checkpoint.
@@ -123,10 +136,12 @@ def load_states(paths: Sequence[Path], arms: Sequence[Trained], folders: Sequenc
     """
     accelerator = arms[0].accelerator
     # one process decides: the others must not look while it tidies up
-    found = _decided_by_one(accelerator, lambda: [find_resume(path) if path.is_dir() else (path, "") for path in paths])
+    found = decided_by_one(accelerator, lambda: [find_resume(path) if path.is_dir() else (path, "") for path in paths])
     for arm, (file, _) in zip(arms, found, strict=True):
         if file is not None:
-            arm.load_state(read_resume(file), str(file.parent if file.name == RESUME_FILE else file))
+            state, name = read_resume(file), str(file.parent if file.name == RESUME_FILE else file)
+            _check_classes(state.get("label_names"), json.loads(metadata["label_names"]), name)
+            arm.load_state(state, name)
     accelerator.wait_for_everyone()
     for arm, folder, (file, wrong) in zip(arms, folders, found, strict=True):
         folder.remove_unfinished()
@@ -138,15 +153,11 @@ def load_states(paths: Sequence[Path], arms: Sequence[Trained], folders: Sequenc
     return any(file is not None for file, _ in found)
 
 
-def _decided_by_one(accelerator: Accelerator, decide: Callable[[], T]) -> T:
-    """What the main process found, or its `UserError`, on all processes."""
-    box: list[Any] = [None]
-    if accelerator.is_main_process:
-        try:
-            box = [decide()]
-        except UserError as error:
-            box = [error]
-    answer = broadcast_object_list(box)[0]
-    if isinstance(answer, UserError):
-        raise answer
-    return answer  # type: ignore[no-any-return]
+def _check_classes(before: list[str] | None, now: list[str], name: str) -> None:
+    """Refuse data whose classes are other ones, or numbered otherwise; where either side has no names, go on."""
+    if not before or not now or before == now:
+        return
+    gone, new = [c for c in before if c not in now], [c for c in now if c not in before]
+    how = [f"{words} {listed(names)}" for words, names in (("lack", gone), ("also have", new)) if names]
+    words = " and ".join(how) or "are numbered otherwise"
+    raise UserError(f"{name}: the data's classes are not those it was trained on: they {words}")

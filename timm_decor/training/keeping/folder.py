@@ -1,26 +1,30 @@
 """The output folder of a run.
 
-Every file is written under a temporary name, brought to the disk and renamed, so none is ever half there. resume.pt
-has one generation before it, for the day on which the disk itself spoils the newest.
+Every file is written in a folder of its own, brought to the disk and renamed, so none is ever half there, and what a
+killed run leaves, whoever wrote it, lies in one place. While a run lasts, resume.pt has one generation before it, for
+the day on which the disk itself spoils the newest.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import hashlib
 import io
 import itertools
 import json
 import os
 import shutil
+import uuid
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -33,6 +37,11 @@ DAMAGED_FILE = "resume-damaged.pt"
 RESUME_FILES = (RESUME_FILE, PREVIOUS_FILE, DAMAGED_FILE)
 ARGS_FILE = "args.yaml"
 SUMMARY_FILE = "summary.csv"
+RESULTS_FILE = "results.json"
+REPORT_FILE = "report.html"
+COMPARISON_FILES = ("compare.json", "compare.md", "compare.png")
+_UNFINISHED = ".unfinished-"  # begins the name of a folder; a file is renamed out of it
+_LOCK = ".lock"
 EMA_SUFFIX = "-ema"  # last.safetensors has its averaged weights in last-ema.safetensors
 
 
@@ -56,7 +65,7 @@ class RunFolder:
             except OSError as error:
                 raise UserError(f"cannot make output folder {path}: {error.strerror}") from error
             self._write(".writable", lambda file: file.touch())
-            (path / ".writable").unlink()
+            (path / ".writable").unlink(missing_ok=True)
 
     @classmethod
     def fresh(cls, path: Path, writes: bool = True) -> RunFolder:
@@ -79,6 +88,31 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"cannot make output folder {path}: {error.strerror}") from error
         return cls(folder)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep every other run out of the folder in here. The system lets go of it when the process ends, however.
+
+        Raises:
+            UserError: another run is in it.
+        """
+        if not self._writes:
+            yield
+            return
+        lock, is_held = FileLock(self.path / _LOCK), True
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(f"another run is at work in {self.path}: take another --experiment, or wait") from error
+        except (NotImplementedError, OSError):  # a file system without locks
+            is_held = False
+        try:
+            yield
+        finally:
+            if is_held:
+                with contextlib.suppress(OSError):  # before it is let go: later it would be the next run's
+                    (self.path / _LOCK).unlink()
+                lock.release()
 
     def write_args(self, recipe: Mapping[str, Any]) -> None:
         """args.yaml, which `-c` reads back."""
@@ -118,14 +152,25 @@ class RunFolder:
             if self._writes and source.is_file():
                 self._write(f"{other}{suffix}.safetensors", partial(_link, source))
 
-    def keep_epochs(self, epochs: set[int]) -> None:
-        """Remove the `checkpoint-<epoch>` files of all other epochs."""
-        if not self._writes:
-            return
-        for file in self.path.glob("checkpoint-*.safetensors"):
-            number = file.stem.removeprefix("checkpoint-").removesuffix(EMA_SUFFIX)
-            if number.isdigit() and int(number) not in epochs:
-                file.unlink()
+    def forget_epochs(self, epochs: Iterable[int]) -> None:
+        """Remove the `checkpoint-<epoch>` files of these epochs."""
+        for epoch in epochs:
+            for suffix in ("", EMA_SUFFIX):
+                self._remove(f"checkpoint-{epoch}{suffix}.safetensors")
+
+    def forget_results(self) -> None:
+        """Remove what a finished run wrote of itself: it is about to be another run."""
+        for name in (RESULTS_FILE, REPORT_FILE, *COMPARISON_FILES):
+            self._remove(name)
+
+    def forget_previous(self) -> None:
+        """Remove the resume state before the last: a finished run will not need it."""
+        self._remove(PREVIOUS_FILE)
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of `last` and `best`, and of their averages, by file name."""
+        names = [f"{name}{suffix}.safetensors" for name in ("best", "last") for suffix in ("", EMA_SUFFIX)]
+        return {name: sha256(self.path / name) for name in names if self._writes and (self.path / name).is_file()}
 
     def write_resume(self, state: Mapping[str, Any]) -> None:
         """resume.pt: all that training needs to go on, in one file, so that its parts always belong together.
@@ -147,33 +192,61 @@ class RunFolder:
     def remove_unfinished(self) -> None:
         """Remove what a killed run left half-written."""
         if self._writes:
-            for file in self.path.glob(_unfinished("*")):
-                file.unlink(missing_ok=True)
+            for room in self.path.glob(f"{_UNFINISHED}*"):
+                shutil.rmtree(room, ignore_errors=True)
 
     def _write(self, name: str, write: Callable[[Path], Any], keep: str | None = None) -> None:
         if not self._writes:
             return
         target = self.path / name
-        unfinished = self.path / _unfinished(name)
+        room = self.path / f"{_UNFINISHED}{uuid.uuid4().hex[:12]}"
+        unfinished = room / name
         try:
-            unfinished.unlink(missing_ok=True)
+            room.mkdir()
             write(unfinished)
+            # safetensors gives its files to their owner alone; the folder's own rights are as the umask has them
+            unfinished.chmod(room.stat().st_mode & 0o666)
             _to_disk(unfinished)
             if keep and target.is_file():
-                self._write(keep, partial(_link, target))
+                _link(target, room / keep)
+                os.replace(room / keep, self.path / keep)
             os.replace(unfinished, target)
-            unfinished.unlink(missing_ok=True)  # renaming does nothing where both are names of one file already
             with contextlib.suppress(OSError):  # not every file system has it for folders
                 _to_disk(self.path)
         except (OSError, RuntimeError, SafetensorError) as error:
             # a full disk is a RuntimeError from torch.save and a SafetensorError, which is neither, from save_file
-            with contextlib.suppress(OSError):
-                unfinished.unlink(missing_ok=True)
             raise UserError(f"cannot write {target}: {_reason(error)}") from error
+        finally:
+            # with what renaming leaves: it does nothing where both are names of one file already
+            shutil.rmtree(room, ignore_errors=True)
+
+    def _remove(self, name: str) -> None:
+        if self._writes:
+            (self.path / name).unlink(missing_ok=True)
 
 
-def _unfinished(name: str) -> str:
-    return f".{name}.unfinished"
+def sha256(path: Path) -> str:
+    """A file's digest, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_digest(path: Path) -> None:
+    """Refuse a file of weights that is not the one that its run's results.json speaks of; others are let through.
+
+    Raises:
+        UserError: it is damaged, or was replaced.
+    """
+    results = path.parent / RESULTS_FILE
+    try:
+        known = json.loads(results.read_text(encoding="utf-8"))["sha256"][path.name]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return
+    if known != sha256(path):
+        raise UserError(f"{path} is damaged, or was replaced: its SHA-256 is not the one in {results.name}")
 
 
 def _to_disk(path: Path) -> None:
@@ -204,7 +277,10 @@ def _link(source: Path, target: Path) -> None:
 
 def holds_run(path: Path) -> bool:
     """Whether a run has left its files in this folder."""
-    return any((path / name).is_file() for name in (RESUME_FILE, PREVIOUS_FILE, SUMMARY_FILE))
+    try:
+        return any((path / name).is_file() for name in (RESUME_FILE, PREVIOUS_FILE, SUMMARY_FILE))
+    except OSError:  # a name that the file system does not take
+        return False
 
 
 def find_resume(folder: Path) -> tuple[Path | None, str]:

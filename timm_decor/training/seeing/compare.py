@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -18,10 +19,12 @@ class Side:
         name: for headings.
         model: timm's name.
         optimizer: timm's name.
-        lr: peak learning rate.
+        lr: the highest learning rate that was reached.
         epochs: planned epochs.
         history: summary.csv's rows.
         failure: why it did not finish, or None.
+        chance: top-1 accuracy, %, that guessing has; None where that is not known.
+        images: of an evaluation; None where that is not known.
     """
 
     name: str
@@ -31,6 +34,8 @@ class Side:
     epochs: int
     history: list[dict[str, Any]]
     failure: str | None = None
+    chance: float | None = None
+    images: int | None = None
 
     @property
     def outcome(self) -> str:
@@ -46,6 +51,14 @@ class Side:
     def best(self) -> dict[str, Any]:
         """The evaluated epoch with the highest top-1 accuracy, the first of equals."""
         return max(self.evaluated, key=lambda row: row["eval_top1"])
+
+    @property
+    def at_chance(self) -> bool:
+        """Whether its best accuracy could be that of guessing, within three standard deviations."""
+        if self.chance is None or self.images is None:
+            return False
+        share = self.chance / 100
+        return self.best["eval_top1"] <= self.chance + 300 * math.sqrt(share * (1 - share) / self.images)
 
     @property
     def seconds_per_step(self) -> float:
@@ -118,17 +131,40 @@ def markdown(sides: tuple[Side, Side]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def half_interval(sides: tuple[Side, Side]) -> float | None:
+    """Half the 95 % interval of the difference of two best top-1 accuracies, in points, as far as images go.
+
+    That of two samples of independent images: both sides see the same ones, so that it is rather too wide. What another
+    seed would change is not in it. None where the number of images is not known.
+    """
+    variance = 0.0
+    for side in sides:
+        if not side.images:
+            return None
+        right = side.best["eval_top1"] / 100
+        variance += right * (1 - right) / side.images
+    return 196 * math.sqrt(variance)
+
+
 def verdict(sides: tuple[Side, Side]) -> str:
-    """Who won, in a sentence or two; who did not finish comes first."""
+    """Who won, in a sentence or two; who did not finish, or learned nothing, comes first."""
     mine, other = summary(sides[0], sides[1]), summary(sides[1], sides[0])
-    gap = mine["best_top1"] - other["best_top1"]
+    text = "".join(f"{side.name} {side.outcome}: its figures are those up to there. " for side in sides if side.failure)
+    lost = [side for side in sides if side.at_chance]
+    if lost:
+        names = " and ".join(f"{side.name} ({side.best['eval_top1']:.2f} %)" for side in lost)
+        return f"{text}{names}: no better than guessing ({lost[0].chance:.2f} %), so that there is nothing to compare."
+    gap, half = mine["best_top1"] - other["best_top1"], half_interval(sides)
     won = "level with" if abs(gap) < 0.005 else f"{abs(gap):.2f} points {'above' if gap > 0 else 'below'}"
     cost = mine["seconds_per_step"] / other["seconds_per_step"]
-    text = "".join(f"{side.name} {side.outcome}: its figures are those up to there. " for side in sides if side.failure)
     text += (
         f"{sides[0].name} (learning rate {mine['lr']:.4g}) ends {won} {sides[1].name} (learning rate "
-        f"{other['lr']:.4g}) in best top-1 accuracy; its step takes {cost:.2f} times as long."
+        f"{other['lr']:.4g}) in best top-1 accuracy"
     )
+    if half is not None:
+        told = "" if abs(gap) > half else ", which they cannot tell apart"
+        text += f" ({sides[0].images} images: +-{half:.2f}{told})"
+    text += f"; its step takes {cost:.2f} times as long."
     if mine["reach_epoch"] is not None:
         text += (
             f" It is as accurate as the twin's best after epoch {mine['reach_epoch']} of {mine['epochs']} "
@@ -142,6 +178,7 @@ def as_json(sides: tuple[Side, Side], context: dict[str, Any]) -> dict[str, Any]
     return {
         **context,
         "verdict": verdict(sides),
+        "interval_95": half_interval(sides),
         "sides": [
             {"name": side.name, **summary(side, other), "history": asdict(side)["history"]}
             for side, other in (sides, sides[::-1])
