@@ -28,9 +28,9 @@ KNOBS = (
 
 
 def config_of(knob: str) -> DecorConfig:
-    """`name=value` as a config; `default` as it is."""
-    name, _, value = knob.partition("=")
-    return DecorConfig(**({name: ast.literal_eval(value)} if value else {}))
+    """`name=value`, or several with commas between them, as a config; `default` as it is."""
+    pairs = [part.partition("=") for part in knob.split(",") if "=" in part]
+    return DecorConfig(**{name: ast.literal_eval(value) for name, _, value in pairs})
 
 
 def differs(knob: str, opt: str) -> bool:

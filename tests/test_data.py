@@ -18,8 +18,10 @@ from training_runs import TINY, reset_accelerate
 from timm_decor.errors import UserError, message
 from timm_decor.training.args import validate_parser
 from timm_decor.training.data.datasets import open_source
+from timm_decor.training.data.digits import Digits
 from timm_decor.training.data.loaders import eval_loader, train_loader
-from timm_decor.training.data.sources import Cached, Digits, Parquet, ParquetColumns, read, rows_of, split_of
+from timm_decor.training.data.parquet import Parquet, ParquetColumns
+from timm_decor.training.data.sources import Cached, read, rows_of, split_of
 from timm_decor.training.run import parse
 from timm_decor.training.runtime import make_accelerator
 

@@ -19,7 +19,8 @@ from training_runs import DECOR, history, reset_accelerate, train
 
 from timm_decor.errors import UserError
 from timm_decor.training import validation
-from timm_decor.training.data.sources import Digits, TimmDataset
+from timm_decor.training.data.digits import Digits
+from timm_decor.training.data.libraries import TimmDataset
 from timm_decor.training.seeing.mistakes import confusion
 
 DIGITS = ("--dataset", "digits", "--device", "cpu", "-j", "0", "--split", "test[:70]")
