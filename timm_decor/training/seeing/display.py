@@ -152,5 +152,6 @@ class _Bar(tqdm):  # type: ignore[type-arg]
     @property
     def format_dict(self) -> Any:
         known = super().format_dict
-        title, figures = self._fitted(known["ncols"] or _COLUMNS)
-        return {**known, "title": title, "figures": figures}
+        columns = known["ncols"] or _COLUMNS
+        title, figures = self._fitted(columns)
+        return {**known, "ncols": columns, "title": title, "figures": figures}

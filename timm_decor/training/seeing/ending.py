@@ -8,14 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from timm_decor.text import wrapped
-from timm_decor.training.keeping.folder import EMA_SUFFIX, SUMMARY_FILE
 
 RESULTS_FILE = "results.json"
-_KEPT = {  # name in the block, files
-    "best": ("best.safetensors", f"best{EMA_SUFFIX}.safetensors"),
-    "last": ("last.safetensors", f"last{EMA_SUFFIX}.safetensors"),
-    "results": (RESULTS_FILE, SUMMARY_FILE),
-}
+_KEPT = {"best": "best.safetensors", "last": "last.safetensors", "results": RESULTS_FILE}
+_WIDTH = len("results") + 2
 
 
 def here(path: Path) -> str:
@@ -29,26 +25,24 @@ def whereabouts(folder: Path, sides: Mapping[str, Path], args: argparse.Namespac
 
     Args:
         folder: of the run.
-        sides: the folder of each model, by what to call it; of a single one, whose name is not shown, the run's own.
+        sides: the folder of each model, by what to call it; "" for the only one.
         args: train.py's.
     """
-    places = {"report": folder / "report.html", "comparison": folder / "compare.png"}
-    lines = [(name, here(path)) for name, path in places.items() if path.is_file()]
+    text = _lines({"report": folder / "report.html", "compare": folder / "compare.png"})
     for side, path in sides.items():
-        for name, files in _KEPT.items():
-            there = [here(path / file) for file in files[:1] if (path / file).is_file()]
-            there += [file for file in files[1:] if (path / file).is_file()]
-            if there:
-                lines.append((f"{name}, {side}" if len(sides) > 1 else name, ", ".join(there)))
-    width = max(len(name) for name, _ in lines)
-    text = [f"{name:<{width}}  {places}" for name, places in lines]
-    chosen = next((path for path in sides.values() if (path / "best.safetensors").is_file()), None)
+        text += [f"{side}:"] if side else []
+        text += _lines({name: path / file for name, file in _KEPT.items()})
+    chosen = next((path for path in sides.values() if (path / _KEPT["best"]).is_file()), None)
     if chosen is not None:
-        weights = here(chosen / "best.safetensors")
-        evaluate = ["python", "validate.py", *_data(args), "--checkpoint", weights]
+        evaluate = ["python", "validate.py", *_data(args), "--checkpoint", here(chosen / _KEPT["best"])]
+        evaluate += ["--use-ema"] if args.model_ema else []  # it is their accuracy that made it the best
         publish = ["python", "-m", "hub.publish", here(chosen), "--repo-id", "YOU/NAME", "--dry-run", "staged"]
-        text += ["validate:", _command(evaluate), "publish (without --dry-run FOLDER it uploads):", _command(publish)]
+        text += ["validate:", _command(evaluate), "publish (it uploads without --dry-run FOLDER):", _command(publish)]
     return "\n".join(text)
+
+
+def _lines(places: Mapping[str, Path]) -> list[str]:
+    return [f"{name:<{_WIDTH}}{here(path)}" for name, path in places.items() if path.is_file()]
 
 
 def _data(args: argparse.Namespace) -> list[str]:
