@@ -80,10 +80,10 @@ class TestLines:
         return [line for line in capsys.readouterr().out.splitlines() if ": batch " in line]
 
     def test_the_first_the_last_and_each_interval(self, tmp_path: Path, capsys: pytest.CaptureFixture):
-        train(tmp_path / "run", "--train-split", "train[:224]", "--epochs", 2, "--log-interval", 3)
+        train(tmp_path / "run", *DECOR, "--train-split", "train[:224]", "--epochs", 2, "--log-interval", 3)
         lines = self.lines(capsys)
         assert [re.search(r"batch (\d)/7", line)[1] for line in lines] == ["1", "3", "6", "7"] * 2
-        assert all(re.search(NEEDED, line) for line in lines)
+        assert all(re.search(NEEDED + r", \d+ img/s, correlation 0\.\d+ > 0\.\d+$", line) for line in lines)
 
     def test_where_looking_costs_something(self, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch):
         """As on a GPU, where losses are fetched each --log-interval batches."""
