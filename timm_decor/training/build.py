@@ -28,7 +28,7 @@ from timm_decor.models import PREFIX, plain_name
 from timm_decor.text import closest, near
 from timm_decor.training.adjust import init_head, set_batch_norm
 from timm_decor.training.args import decor_config
-from timm_decor.training.keeping.folder import EMA_SUFFIX
+from timm_decor.training.keeping.folder import EMA_SUFFIX, RESUME_FILES
 
 # What timm raises on arguments that it cannot follow.
 CREATION_ERRORS = (
@@ -266,7 +266,8 @@ def no_checkpoint(path: str) -> str:
     there = sorted(
         f"{entry.name}/" if entry.is_dir() else entry.name
         for entry in folder.iterdir()
-        if entry.name.endswith(CHECKPOINT_ENDINGS) or (entry.is_dir() and not entry.name.startswith("."))
+        if (entry.name.endswith(CHECKPOINT_ENDINGS) and entry.name not in RESUME_FILES)
+        or (entry.is_dir() and not entry.name.startswith("."))
     )
     named = closest(Path(path).name, there, count=5, cutoff=0.0)
     more = f" and {len(there) - len(named)} more" if len(there) > len(named) else ""

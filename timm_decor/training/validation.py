@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
             continue
         rows.append({"checkpoint": name, **row} if several else row)
         if several:
-            _say(accelerator, f"{name}: top-1 {row['top1']:.2f} %, loss {row['loss']:.4f}")
+            _say(accelerator, f"{name}: top-1 {row['top1']:.2f}%, loss {row['loss']:.4f}")
     rows.sort(key=lambda row: -row["top1"])
     if accelerator.is_main_process and rows:
         if several and not args.json and sys.stdout.isatty():
