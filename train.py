@@ -3,8 +3,7 @@
 
 import sys
 
-from timm_decor.errors import exit_code
-from timm_decor.training.run import main
+from door import enter
 
 if __name__ == "__main__":
-    sys.exit(exit_code("train.py", main))
+    sys.exit(enter("train.py", "train_parser", "timm_decor.training.run"))

@@ -3,8 +3,7 @@
 
 import sys
 
-from timm_decor.errors import exit_code
-from timm_decor.training.validation import main
+from door import enter
 
 if __name__ == "__main__":
-    sys.exit(exit_code("validate.py", main))
+    sys.exit(enter("validate.py", "validate_parser", "timm_decor.training.validation"))

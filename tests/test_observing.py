@@ -1,11 +1,10 @@
-"""What is seen of a run: the record, the timed updates, progress lines, trackers, and the page at its end."""
+"""What is seen of a run: the record, the timed updates, trackers, and the page at its end."""
 
 from __future__ import annotations
 
 import html.parser
 import json
 import re
-import sys
 import time
 from pathlib import Path
 
@@ -121,26 +120,6 @@ class TestRecord:
         blind = train(tmp_path / "blind", *words)
         mine, theirs = (load_file(folder / "last.safetensors") for folder in (seeing, blind))
         assert all(torch.equal(mine[key], theirs[key]) for key in mine)
-
-
-class TestDisplay:
-    def test_lines_where_there_is_no_terminal(self, tmp_path: Path, capsys: pytest.CaptureFixture):
-        train(tmp_path / "run", *DECOR, "--epochs", 1, "--log-interval", 2)
-        lines = [line for line in capsys.readouterr().out.splitlines() if ": batch " in line]
-        assert [re.search(r"batch (\d)/4", line)[1] for line in lines] == ["2", "4"]
-        figures = (
-            r"loss [\d.]+, training top-1 [\d.]+ %, \d+ images/s, \d\d:\d\d left, correlation 0\.\d+, after R 0\.\d+"
-        )
-        assert all(re.search(figures, line) for line in lines)
-
-    def test_a_bar_where_there_is_one(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-    ):
-        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-        train(tmp_path / "run", *DECOR, "--epochs", 1)
-        captured = capsys.readouterr()
-        assert re.search(r"test_resnet 1/1: .*img/s.*loss=\d.*top-1=[\d.]+%.*corr=0\.\d+>0\.\d+", captured.err)
-        assert ": batch " not in captured.out
 
 
 class TestTrackers:

@@ -119,7 +119,10 @@ class TestContributing:
             keys = (name.as_posix(), *(f"{folder.as_posix()}/" for folder in name.parents))
             return next((level[key] for key in keys if key in level), None)
 
-        files = [*(ROOT / "timm_decor").rglob("*.py"), ROOT / "train.py", ROOT / "validate.py"]
+        files = [
+            *(ROOT / "timm_decor").rglob("*.py"),
+            *(ROOT / name for name in ("door.py", "train.py", "validate.py")),
+        ]
         assert [file.name for file in files if depth(file) is None] == ["__init__.py"], "files without a row"
         upward = []
         for file in files:

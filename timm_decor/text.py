@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import textwrap
 from collections.abc import Iterable, Sequence
 
 
@@ -15,6 +16,11 @@ def near(name: str, known: Iterable[str], count: int = 3) -> str:
     """The known names closest to `name`, as text to append to a message: `; near: a, b`, or nothing."""
     matches = closest(name, known, count)
     return f"; near: {', '.join(matches)}" if matches else ""
+
+
+def wrapped(text: str, indent: str = "  ") -> str:
+    """A line of words for a terminal of 80 columns: where it is longer, it goes on in indented lines."""
+    return textwrap.fill(text, 80, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -88,6 +88,9 @@ def validate_parser() -> Parser:
     parser.add_argument(
         "--results-format", choices=("csv", "json", "md"), help="format of that file; default: by its ending, else csv"
     )
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON, as in a pipe, where a terminal would get a table"
+    )
     parser.add_argument("--confusion-matrix", metavar="FILE", help="write it as FILE, a csv, and as a png beside it")
     parser.add_argument("--worst-images", metavar="FILE", help="write the images with the highest loss as one png")
     parser.add_argument("--seed", type=seed, default=42, help="random seed")

@@ -10,6 +10,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from timm_decor.training.seeing.clock import StepClock
 from timm_decor.training.seeing.display import Display
 from timm_decor.training.seeing.losswatch import LossWatch, NonFiniteLoss
 from timm_decor.training.seeing.observe import Observer
+from timm_decor.training.seeing.timeleft import TimeLeft
 
 Row = dict[str, Any]  # an epoch in summary.csv
 
@@ -58,6 +60,7 @@ class Arm:
         distillation: adds a teacher's opinion to the loss, or None.
         observer: what its report will need.
         log: takes figures by name and the number of updates so far, for trackers.
+        time_left: of its run; of both arms where they take turns.
         pause: called where an epoch can be left and gone on with: after an update, and before a batch of evaluation.
     """
 
@@ -80,6 +83,7 @@ class Arm:
         self.distillation: nn.Module | None = None
         self.log: Callable[[Row, int], None] = lambda values, step: None
         self.pause: Callable[[], None] = lambda: None
+        self.time_left = TimeLeft([self])
         self._progress: Progress | None = None  # of the epoch that is being trained
         self._train_loader, self._eval_loader = train_loader, eval_loader
         self.model = place(model, accelerator.device, args.channels_last)
@@ -216,6 +220,7 @@ class Arm:
             accelerator,
             args.log_interval,
             self.log,
+            partial(self.time_left.seconds, self),
             done=progress.batches,
         )
         clock = StepClock(accelerator.device, self._updates_per_epoch, self.handle)
@@ -235,7 +240,7 @@ class Arm:
                 self.peak_lr = max(self.peak_lr, *(group["lr"] for group in self._optimizer.param_groups))
                 self._schedule_update()
             looked = None
-            if progress.losses.due:
+            if progress.losses.due or display.due:
                 self._check_loss(progress)
                 looked = progress.losses.figures()
                 observer.point(progress.steps, looked[0], progress.lr or self._lr())

@@ -25,16 +25,17 @@ import timm_decor
 from timm_decor import knobs
 from timm_decor.errors import UserError, first_line, load_failure
 from timm_decor.models import PREFIX, plain_name
-from timm_decor.text import near
+from timm_decor.text import closest, near
 from timm_decor.training.adjust import init_head, set_batch_norm
 from timm_decor.training.args import decor_config
-from timm_decor.training.keeping.folder import EMA_SUFFIX
+from timm_decor.training.keeping.folder import EMA_SUFFIX, RESUME_FILES
 
 # What timm raises on arguments that it cannot follow.
 CREATION_ERRORS = (
     *(RuntimeError, ValueError, TypeError, KeyError, OSError, AttributeError, AssertionError),
     pickle.UnpicklingError,
 )
+CHECKPOINT_ENDINGS = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin")
 _WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load reads it at every call
 
 
@@ -282,6 +283,22 @@ def input_channels(args: argparse.Namespace) -> int:
     return channels
 
 
+def no_checkpoint(path: str) -> str:
+    """What to say of a file of weights that does not exist: the checkpoints and folders that are where it should be."""
+    folder = Path(path).parent
+    if not folder.is_dir():
+        return f"no checkpoint file {path}: there is no folder {folder}"
+    there = sorted(
+        f"{entry.name}/" if entry.is_dir() else entry.name
+        for entry in folder.iterdir()
+        if (entry.name.endswith(CHECKPOINT_ENDINGS) and entry.name not in RESUME_FILES)
+        or (entry.is_dir() and not entry.name.startswith("."))
+    )
+    named = closest(Path(path).name, there, count=5, cutoff=0.0)
+    more = f" and {len(there) - len(named)} more" if len(there) > len(named) else ""
+    return f"no checkpoint file {path}; in its folder: {', '.join(named) or 'none'}{more}"
+
+
 def load_weights(model: nn.Module, path: str, use_ema: bool = False) -> None:
     """Load a checkpoint's weights: safetensors, or a torch file that loads with weights_only.
 
@@ -303,7 +320,7 @@ def _read_weights(path: str, use_ema: bool | None = None) -> Any:
     """The state dict in a file; without a wish (None) the averaged one where a torch file has it, as timm's loader."""
     file = Path(path)
     if not file.is_file():
-        raise UserError(f"no checkpoint file {path}")
+        raise UserError(no_checkpoint(path))
     if use_ema and file.suffix == ".safetensors" and not file.stem.endswith(EMA_SUFFIX):
         averaged = file.with_name(f"{file.stem}{EMA_SUFFIX}{file.suffix}")
         if not averaged.is_file():

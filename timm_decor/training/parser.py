@@ -19,11 +19,20 @@ from timm_decor.knobs import did_nothing, removed
 from timm_decor.text import near
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds an argument's default where it has one and its help does not say it in words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, [], {}) or "default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are `UserError`s (one line, exit code 2) and name near misses."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)

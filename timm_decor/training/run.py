@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from timm_decor.errors import UserError, first_line
 from timm_decor.reporting import AttachReport, ConversionReport
+from timm_decor.text import wrapped
 from timm_decor.training import build, find_lr
 from timm_decor.training.args import as_recipe, decor_config, train_parser
 from timm_decor.training.arm import Arm
@@ -51,9 +52,10 @@ from timm_decor.training.runtime import (
     seed_everything,
     versions,
 )
-from timm_decor.training.seeing import compare, report, trackers
+from timm_decor.training.seeing import compare, ending, report, trackers
 from timm_decor.training.seeing.losswatch import NonFiniteLoss
 from timm_decor.training.seeing.plot import save_picture
+from timm_decor.training.seeing.timeleft import TimeLeft
 
 AUTO = "auto"  # --resume: the run in --experiment's folder, if there is one
 
@@ -140,18 +142,26 @@ def _run(
     metadata = _metadata(args, model, data_config, classes, train_source.class_names)
     if args.resume:
         _load_states(args, arms, folder, folders, metadata)
+        if _is_finished(arms, folders):
+            done = " and ".join(dict.fromkeys(f"{arm.epoch} of {arm.epochs}" for arm in arms))
+            accelerator.print(f"{ending.here(folder.path)} is finished: {done} epochs; --epochs N trains on")
+            accelerator.end_training()
+            return
     accelerator.print(
-        f"{args.model}: {len(train_source)} training and {len(eval_source)} evaluation images, "
-        f"{data_config['input_size']}, on {accelerator.num_processes} x {accelerator.device.type}"
+        wrapped(
+            f"{args.model}: {len(train_source)} training and {len(eval_source)} evaluation images of "
+            f"{'x'.join(map(str, data_config['input_size']))}, on {accelerator.num_processes} x "
+            f"{accelerator.device.type}"
+        )
     )
     for arm in arms:
         if arm.handle:
             accelerator.print("\n".join(_conversion_lines(arm.model.decor_report)))  # type: ignore[arg-type]
         how = arm.handle.summary if arm.handle else "plain"
-        accelerator.print(f"{arm.name}: {arm.args.opt} at learning rate {arm.args.lr:.4g}, {how}")
+        accelerator.print(wrapped(f"{arm.name}: {arm.args.opt} at learning rate {arm.args.lr:.4g}, {how}"))
         if arm.warmup_epochs >= arm.epochs:
-            accelerator.print(f"{arm.name}: a warm-up of {arm.warmup_epochs:g} epochs does not end within "
-                              f"{arm.epochs}: the learning rate never reaches {arm.args.lr:.4g}")  # fmt: skip
+            text = f"{arm.name}: a warm-up of {arm.warmup_epochs:g} epochs does not end within {arm.epochs}"
+            accelerator.print(wrapped(f"{text}: the learning rate never reaches {arm.args.lr:.4g}"))
     if args.compare:
         _warm_up(arms, data_config["input_size"], args.batch_size)
     folder.write_args(as_recipe(args))  # not earlier: a resume that is refused leaves the run's own arguments alone
@@ -172,7 +182,7 @@ def _run(
         arm_folder.write_json(RESULTS_FILE, results)
         if not arm.failure:
             arm_folder.forget_previous()
-        accelerator.print(_last_words(arm, final, arm_folder))
+        accelerator.print(wrapped(_last_words(arm, final)))
         layers = tuple(row.name for row in final.rows) if final else ()
         seen.append(report.Seen(_side(arm), arm.observer.record(final), layers))
     title = f"{' and '.join(arm.name for arm in arms)} on {args.dataset or Path(args.data_dir or 'digits').name}"
@@ -181,7 +191,9 @@ def _run(
             _write_comparison(arms, folder, context, f"{title}, {args.opt}")
         command = published_command("train.py", argv)
         folder.write_text(REPORT_FILE, report.render(seen, title, command, context))
-        print(f"report: {folder.path / REPORT_FILE}")
+        sides = [side for side, _ in zip(compare.SIDES, arms, strict=False)] if args.compare else [""]
+        at = {side: arm_folder.path for side, arm_folder in zip(sides, folders, strict=True)}
+        print(f"\n{ending.whereabouts(folder.path, at, args)}")
     accelerator.end_training()
     failures = [arm.failure for arm in arms if arm.failure]
     if failures:
@@ -304,13 +316,14 @@ def _load_states(
     paths = [Path(args.resume)] if args.resume != AUTO and not args.compare else [at.path for at in folders]
     changed = _changed(args, folder)
     if load_states(paths, arms, folders, metadata):
-        arms[0].accelerator.print("; ".join(f"{arm.name} goes on after update {arm.steps}" for arm in arms))
+        goes_on = any(arm.epoch < arm.epochs for arm in arms)
+        if goes_on:
+            arms[0].accelerator.print("; ".join(f"{arm.name} goes on after update {arm.steps}" for arm in arms))
         if changed:
             words = ", ".join(f"{key} {change}" for key, change in changed.items())
             arms[0].accelerator.print(f"other arguments than before: {words}")
-        if any(arm.epoch < arm.epochs for arm in arms):
-            for at in (folder, *folders):
-                at.forget_results()
+        for at in (folder, *folders) if goes_on else ():
+            at.forget_results()
     elif args.resume != AUTO:
         raise UserError(f"nothing to resume: {paths[0] / RESUME_FILE} does not exist")
 
@@ -345,7 +358,7 @@ def _conversion_lines(report: ConversionReport) -> list[str]:
         lines.append(f"  {', '.join(names[:3])}{more}: {reason}")
     if len(lines) > 5:
         lines[5:] = [f"  and others, for {len(lines) - 5} more reasons"]
-    return [report.summary(), *lines]
+    return [wrapped(report.summary()), *(wrapped(line, "    ") for line in lines)]
 
 
 def _metadata(
@@ -381,11 +394,15 @@ def _take_turns(kept: list[tuple[Arm, Keeper]]) -> None:
         NonFiniteLoss: the only arm diverged. One of two stops, which its `failure` says, and the other goes on.
         Stopped: a signal asked for it.
     """
+    time_left = TimeLeft([arm for arm, _ in kept])
+    sides = ("decor", "plain") if len(kept) > 1 else ("epoch",)
+    heads = {arm.name: side for (arm, _), side in zip(kept, sides, strict=True)}
     for epoch in range(max(arm.epochs for arm, _ in kept)):
         for arm, keeper in kept if epoch % 2 == 0 else reversed(kept):
             if arm.epoch != epoch or epoch >= arm.epochs:  # resumed further on, with fewer epochs, or failed
                 continue
             keeper.pause()
+            arm.time_left, start = time_left, time.perf_counter()
             try:
                 arm.train_epoch()
                 keeper.save_trained()
@@ -397,14 +414,20 @@ def _take_turns(kept: list[tuple[Arm, Keeper]]) -> None:
                 arm.accelerator.print(arm.failure)
                 continue
             keeper.save()
-            arm.accelerator.print(_epoch_line(arm, row))
+            time_left.end_epoch(arm, time.perf_counter() - start)
+            arm.accelerator.print(wrapped(_epoch_line(heads[arm.name], arm.epochs, row)))
 
 
-def _epoch_line(arm: Arm, row: dict[str, Any]) -> str:
-    scores = "".join(f", {key[:-5]} top-1 {row[key]:.2f} %" for key in ("eval_top1", "ema_top1") if key in row)
+def _epoch_line(head: str, epochs: int, row: dict[str, Any]) -> str:
+    scores = "".join(
+        f", {kind} {row[f'{kind}_loss']:.3f}, top-1 {row[f'{kind}_top1']:.2f}%"
+        for kind in ("eval", "ema")
+        if f"{kind}_top1" in row
+    )
+    seconds = row["epoch_seconds"]
     return (
-        f"{arm.name} epoch {row['epoch']}/{arm.epochs}: training loss {row['train_loss']:.4f}{scores}, "
-        f"lr {row['lr']:.4g}, {row['epoch_seconds']:.1f} s ({row['images_per_s']:.0f} images/s)"
+        f"{head} {row['epoch']}/{epochs}: loss {row['train_loss']:.3f}{scores}, lr {row['lr']:.2g}, "
+        f"{seconds:.{0 if seconds >= 100 else 1}f} s, {row['images_per_s']:.0f} img/s"
     )
 
 
@@ -457,7 +480,20 @@ def _results(arm: Arm, base: str | None, report: AttachReport | None, context: d
     }
 
 
-def _last_words(arm: Arm, report: AttachReport | None, folder: RunFolder) -> str:
+def _is_finished(arms: list[Arm], folders: list[RunFolder]) -> bool:
+    """Whether nothing is left to do: all epochs are done, and their results were written behind them."""
+
+    def has_results(arm: Arm, path: Path) -> bool:
+        try:
+            final = json.loads((path / ending.RESULTS_FILE).read_text(encoding="utf-8"))["final"]
+        except (OSError, ValueError, TypeError, KeyError):
+            return False
+        return bool(arm.history) and final == json.loads(json.dumps(arm.history[-1]))
+
+    return all(arm.epoch >= arm.epochs and has_results(arm, at.path) for arm, at in zip(arms, folders, strict=True))
+
+
+def _last_words(arm: Arm, report: AttachReport | None) -> str:
     best, column, correlation = arm.best, arm.metric_column, _correlation(report)
     text = f"{arm.name}: best {column} {best[column]:.4g} in epoch {best['epoch']}" if best else arm.name
     if correlation:
@@ -466,7 +502,7 @@ def _last_words(arm: Arm, report: AttachReport | None, folder: RunFolder) -> str
     skips = sum(row.skips for row in rows)
     if skips:
         text += f"; {skips} of {skips + sum(row.refreshes for row in rows)} refreshes of R skipped"
-    return f"{text}; {folder.path}"
+    return text
 
 
 def _write_comparison(arms: list[Arm], folder: RunFolder, context: dict[str, Any], title: str) -> None:
@@ -478,4 +514,4 @@ def _write_comparison(arms: list[Arm], folder: RunFolder, context: dict[str, Any
     folder.write_text("compare.md", f"# {title}\n\n{table}\n{words}\n\n![accuracy and loss](compare.png)\n")
     picture = folder.path / "compare.png"
     save_picture(sides, picture, title)
-    print(f"\n{table}\n{words}\n\npicture: {picture}")
+    print(f"\n{table}\n{wrapped(words, '')}")

@@ -7,6 +7,7 @@ import copy
 import csv
 import io
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from timm.layers import TestTimePoolHead
 from torch import nn
 
 from timm_decor.errors import UserError, message
+from timm_decor.text import text_table
 from timm_decor.training import build
 from timm_decor.training.args import validate_parser
 from timm_decor.training.data.datasets import open_source
@@ -29,11 +31,14 @@ from timm_decor.training.runtime import make_accelerator, seed_everything
 from timm_decor.training.seeing.mistakes import confusion, write_confusion, write_worst
 
 Row = dict[str, Any]
-_ENDINGS = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin")
+_NARROW = ("checkpoint", "top1", "top5", "loss")  # columns of the table on a terminal; others where there is room
+_WIDE = ("images_per_s", "img_size", "model")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Evaluate, print the result as JSON on stdout (a list for several checkpoints) and write what was asked for.
+    """Evaluate, print the result on stdout and write what was asked for.
+
+    It is printed as JSON (a list for several checkpoints); several on a terminal are a table, unless --json asks.
 
     Raises:
         UserError: anything that the person who called can put right, in one line. Of several checkpoints, those that
@@ -67,10 +72,13 @@ def main(argv: Sequence[str]) -> None:
             continue
         rows.append({"checkpoint": name, **row} if several else row)
         if several:
-            _say(accelerator, f"{name}: top-1 {row['top1']:.2f} %, loss {row['loss']:.4f}")
+            _say(accelerator, f"{name}: top-1 {row['top1']:.2f}%, loss {row['loss']:.4f}")
     rows.sort(key=lambda row: -row["top1"])
     if accelerator.is_main_process and rows:
-        print(json.dumps(rows if several else rows[0], indent=4))
+        if several and not args.json and sys.stdout.isatty():
+            print(_table(rows, shutil.get_terminal_size().columns))
+        else:
+            print(json.dumps(rows if several else rows[0], indent=4))
         if args.results_file:
             file = Path(args.results_file)
             form = args.results_format or {".json": "json", ".md": "md"}.get(file.suffix, "csv")
@@ -87,7 +95,7 @@ def find_checkpoints(paths: Sequence[str]) -> list[tuple[str, str | None]]:
     own (--use-ema takes those) nor the states to resume from, and a file with two names (best, last) only once.
 
     Raises:
-        UserError: a folder without checkpoints.
+        UserError: a folder without checkpoints, or a path where nothing is.
     """
     if not paths:
         return [("", None)]
@@ -95,16 +103,18 @@ def find_checkpoints(paths: Sequence[str]) -> list[tuple[str, str | None]]:
     for text in paths:
         path = Path(text)
         if not path.is_dir():
+            if not path.is_file():
+                raise UserError(build.no_checkpoint(text))
             found.append((path.name, text))
             continue
         inside = [
             file
             for file in sorted(path.rglob("*"))
-            if file.name.endswith(_ENDINGS) and file.is_file() and file.name not in RESUME_FILES
+            if file.name.endswith(build.CHECKPOINT_ENDINGS) and file.is_file() and file.name not in RESUME_FILES
             if not file.stem.endswith(EMA_SUFFIX)
         ]
         if not inside:
-            raise UserError(f"{text} holds no checkpoints: files that end in {', '.join(_ENDINGS)}")
+            raise UserError(f"{text} holds no checkpoints: files that end in {', '.join(build.CHECKPOINT_ENDINGS)}")
         once: dict[tuple[int, int], Path] = {}
         for file in inside:
             status = file.stat()
@@ -238,6 +248,22 @@ def _formatted(rows: list[Row], form: str, several: bool) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def _table(rows: list[Row], columns: int) -> str:
+    """The rows for a terminal, with the columns that fit into it."""
+
+    def with_names(names: Sequence[str]) -> str:
+        return text_table(names, [[row.get(name, "") for name in names] for row in rows])
+
+    names = [name for name in _NARROW if any(name in row for row in rows)]
+    table = with_names(names)
+    for name in _WIDE:
+        wider = with_names([*names, name])
+        if max(map(len, wider.splitlines())) > columns:
+            break
+        names, table = [*names, name], wider
+    return table
 
 
 def _say(accelerator: Accelerator, text: str) -> None:

@@ -10,9 +10,15 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
+_COLUMNS = 80  # of a terminal that does not say how wide it is
+_BAR = len("100%|######| ")  # what the bar itself takes at least
+
 
 class Display:
-    """Shows loss, accuracy, images/s, time left and mean correlation during one epoch.
+    """Shows top-1, loss, learning rate, the run's time left, images/s and mean correlation during one epoch.
+
+    On a terminal it is a bar of one line with as much of these, in this order, as there are columns for. Elsewhere it
+    is a line after the first batch, after each `interval` batches and after the last one.
 
     Args:
         title: of the epoch.
@@ -21,6 +27,8 @@ class Display:
         accelerator: only its main process shows anything.
         interval: batches between two lines, and between two calls of `log`.
         log: takes figures by name, and the number of updates so far, for trackers.
+        left: the run's seconds left, given the seconds of a whole epoch's batches at the rate of those so far, the
+            share of them that is done in this process, and the share that is still to come.
         done: batches that were done before, in a resumed epoch.
     """
 
@@ -32,21 +40,29 @@ class Display:
         accelerator: Accelerator,
         interval: int,
         log: Callable[[dict[str, float], int], None],
+        left: Callable[[float, float, float], float],
         done: int = 0,
     ) -> None:
         self._title, self._batches, self._images = title, batches, images
-        self._accelerator, self._interval, self._log = accelerator, interval, log
+        self._accelerator, self._interval, self._log, self._time_left = accelerator, interval, log, left
         self._on_terminal = sys.stderr.isatty()
-        self._start = time.perf_counter()
+        self._start = self._second = time.perf_counter()
         self._done, self._before = done, done
-        self._bar: Any = tqdm(
-            total=batches * images,
-            initial=done * images,
-            desc=title,
-            unit="img",
+        self._figures: dict[str, str] = {}  # the most important first
+        self._bar = _Bar(
+            self._title_and_figures,
+            total=batches,
+            initial=done,
             leave=False,
+            dynamic_ncols=True,
+            bar_format="{title} {percentage:3.0f}%|{bar}| {figures}",
             disable=not (accelerator.is_main_process and self._on_terminal),
         )
+
+    @property
+    def due(self) -> bool:
+        """Whether the batch that comes is one to show figures of."""
+        return self._done in (self._before, self._batches - 1) or (self._done + 1) % self._interval == 0
 
     def update(
         self, looked: tuple[float, float] | None, lr: float, correlation: tuple[float, float] | None, step: int
@@ -59,33 +75,83 @@ class Display:
             correlation: mean correlation of the layers' inputs, before and after R.
             step: number of updates so far.
         """
+        due = self.due
         self._done += 1
+        left, rate = self._left_and_rate()
         if looked is not None:
-            figures = {"loss": f"{looked[0]:.3f}", "top-1": f"{looked[1]:.1f}%", "lr": f"{lr:.2g}"}
+            self._figures = {
+                "top-1": f"top-1 {looked[1]:.1f}%",
+                "loss": f"loss {looked[0]:.3f}",
+                "lr": f"lr {lr:.2g}",
+                "left": "",
+                "rate": f"{rate:.0f} img/s",
+            }
             if correlation is not None:
-                figures["corr"] = f"{correlation[0]:.2f}>{correlation[1]:.2f}"
-            self._bar.set_postfix(figures, refresh=False)
-        self._bar.update(self._images)
-        if looked is None or self._done % self._interval:
+                self._figures["correlation"] = f"correlation {correlation[0]:.2f} > {correlation[1]:.2f}"
+        if self._figures:
+            self._figures["left"] = f"{left} left"
+        self._bar.update()
+        if looked is None or not due:
             return
-        rate = (self._done - self._before) * self._images / (time.perf_counter() - self._start)
-        logged = {"train/loss": looked[0], "train/top1": looked[1], "train/lr": lr, "train/images_per_s": rate}
-        if correlation is not None:
-            logged |= {"train/correlation_before": correlation[0], "train/correlation_after": correlation[1]}
-        self._log(logged, step)
+        if self._done % self._interval == 0:
+            logged = {"train/loss": looked[0], "train/top1": looked[1], "train/lr": lr, "train/images_per_s": rate}
+            if correlation is not None:
+                logged |= {"train/correlation_before": correlation[0], "train/correlation_after": correlation[1]}
+            self._log(logged, step)
         if not self._on_terminal:
-            self._accelerator.print(self._line(looked, rate, correlation))
+            where = f"batch {self._done}/{self._batches}"
+            self._accelerator.print(f"  {self._title}: {', '.join([where, *self._figures.values()])}")
 
     def close(self) -> None:
         """Take the bar away."""
         self._bar.close()
 
-    def _line(self, looked: tuple[float, float], rate: float, correlation: tuple[float, float] | None) -> str:
-        left = tqdm.format_interval((self._batches - self._done) * self._images / rate)
-        text = (
-            f"  {self._title}: batch {self._done}/{self._batches}, loss {looked[0]:.4g}, training top-1 "
-            f"{looked[1]:.1f} %, {rate:.0f} images/s, {left} left"
-        )
-        if correlation is not None:
-            text += f", correlation {correlation[0]:.3f}, after R {correlation[1]:.3f}"
-        return text
+    def _left_and_rate(self) -> tuple[str, float]:
+        """The run's time left in words, and images/s."""
+        now, done = time.perf_counter(), self._done - self._before
+        if done == 1:
+            self._second = now
+            seconds = now - self._start
+        else:  # the first batch waits for the loader, and for what the device does only once
+            seconds = (now - self._second) / (done - 1)
+        share = 1 / self._batches
+        left = self._time_left(seconds * self._batches, done * share, (self._batches - self._done) * share)
+        return tqdm.format_interval(left), done * self._images / (now - self._start)
+
+    def _title_and_figures(self, columns: int) -> tuple[str, str]:
+        """What fits beside the bar: the title and the first four figures always, by shortening the title's name."""
+        if not self._figures:
+            return self._title, ""
+        known = list(self._figures.values())
+        figures, more = known[:4], known[4:]
+        room = columns - _BAR - 1 - len(", ".join(figures))
+        if len(self._title) > room:
+            name, _, epoch = self._title.rpartition(" ")
+            return f"{name[: max(0, room - len(epoch) - 2)]}… {epoch}", ", ".join(figures)
+        room -= len(self._title)
+        for figure in more:
+            room -= len(figure) + 2
+            if room < 0:
+                break
+            figures.append(figure)
+        return self._title, ", ".join(figures)
+
+
+class _Bar(tqdm):  # type: ignore[type-arg]
+    """tqdm's bar between a title and figures that depend on the columns there are.
+
+    Args:
+        fitted: title and figures for so many columns.
+        kwargs: tqdm's.
+    """
+
+    def __init__(self, fitted: Callable[[int], tuple[str, str]], **kwargs: Any) -> None:
+        self._fitted = fitted
+        super().__init__(**kwargs)
+
+    @property
+    def format_dict(self) -> Any:
+        known = super().format_dict
+        columns = known["ncols"] or _COLUMNS
+        title, figures = self._fitted(columns)
+        return {**known, "ncols": columns, "title": title, "figures": figures}
