@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import sys
 import time
@@ -21,15 +20,19 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from timm_decor.errors import UserError, first_line
+from timm_decor.redact import without_secrets
 from timm_decor.reporting import AttachReport, ConversionReport
+from timm_decor.text import markdown_text, printable
 from timm_decor.training import build, find_lr
 from timm_decor.training.args import as_recipe, decor_config, train_parser
 from timm_decor.training.arm import Arm
 from timm_decor.training.data.datasets import open_source
 from timm_decor.training.data.loaders import eval_loader, train_loader
 from timm_decor.training.distill import make_distillation
+from timm_decor.training.foreign import read_mapping
 from timm_decor.training.keeping.checkpoints import Keeper, load_states
 from timm_decor.training.keeping.folder import ARGS_FILE, RESUME_FILE, RunFolder, holds_run
+from timm_decor.training.keeping.metadata import stored_metadata
 from timm_decor.training.keeping.privacy import published, published_command, refuse_secrets, without_paths
 from timm_decor.training.keeping.stopping import StopRequest
 from timm_decor.training.optim import learning_rate
@@ -265,13 +268,13 @@ def _load_states(args: argparse.Namespace, arms: list[Arm], folder: RunFolder, f
 def _tell_changes(args: argparse.Namespace, folder: RunFolder, accelerator: Accelerator) -> None:
     """Say which arguments are not those that the run began with: it was to be the same command."""
     try:
-        before = yaml.safe_load((folder.path / ARGS_FILE).read_text(encoding="utf-8"))
+        before = read_mapping(folder.path / ARGS_FILE, "recipe")
         now = yaml.safe_load(yaml.safe_dump(as_recipe(args)))
         changed = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
-    except (OSError, yaml.YAMLError, TypeError):
+    except UserError:
         return  # it is only to be told
     if changed:
-        accelerator.print(f"other arguments than before: {', '.join(changed)}")
+        accelerator.print(f"other arguments than before: {printable(without_secrets(', '.join(changed)))}")
 
 
 def _conversion_lines(report: ConversionReport) -> list[str]:
@@ -295,13 +298,7 @@ def _metadata(
     architecture = build.architecture(args.model)
     if ":" in architecture:  # local-dir:... is a place on this machine, hf-hub:... says where its weights came from
         architecture = str(model.pretrained_cfg["architecture"])  # type: ignore[index]
-    return {
-        "architecture": architecture,
-        "num_classes": str(classes),
-        "data_config": json.dumps(data_config),
-        "model_kwargs": json.dumps(args.model_kwargs),
-        "label_names": json.dumps(label_names if len(label_names) == classes else []),
-    }
+    return stored_metadata(architecture, classes, data_config, args.model_kwargs, label_names)
 
 
 def _warm_up(arms: list[Arm], input_size: tuple[int, int, int], batch_size: int) -> None:
@@ -410,7 +407,9 @@ def _write_comparison(arms: list[Arm], folder: RunFolder, context: dict[str, Any
         return  # one diverged before there was anything to compare
     table, words = compare.markdown(sides), compare.verdict(sides)
     folder.write_json("compare.json", compare.as_json(sides, context))
-    folder.write_text("compare.md", f"# {title}\n\n{table}\n{words}\n\n![accuracy and loss](compare.png)\n")
+    folder.write_text(
+        "compare.md", f"# {markdown_text(title)}\n\n{table}\n{words}\n\n![accuracy and loss](compare.png)\n"
+    )
     picture = folder.path / "compare.png"
     save_picture(sides, picture, title)
     print(f"\n{table}\n{words}\n\npicture: {picture}")
