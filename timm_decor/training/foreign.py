@@ -14,7 +14,7 @@ import yaml
 from timm_decor.errors import UserError, first_line
 
 _MOST_YAML = 2**20  # bytes: a recipe has a few thousand
-_MOST_JSON = 2**26  # the record of a long run with many layers has a few million
+_MOST = 2**26  # the record of a long run with many layers has a few million
 _DEEPEST = 16  # levels of YAML in one another
 
 _short = reprlib.Repr()
@@ -81,7 +81,7 @@ def read_json(path: str | Path) -> Fields:
     Raises:
         UserError: it cannot be read, is larger than 64 MB, is no JSON or no object.
     """
-    return parse_json(_read(path, "file", _MOST_JSON), str(path))
+    return parse_json(_read(path, "file", _MOST), str(path))
 
 
 def parse_json(text: str, where: str) -> Fields:
@@ -103,6 +103,15 @@ def json_value(text: str, where: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: {first_line(error)}") from error
+
+
+def read_text(path: str | Path) -> str:
+    """A text file in UTF-8.
+
+    Raises:
+        UserError: it cannot be read, is larger than 64 MB or no UTF-8.
+    """
+    return _read(path, "file", _MOST)
 
 
 def _read(path: str | Path, what: str, most: int) -> str:

@@ -33,7 +33,9 @@ def confusion(seen: Any, classes: int) -> Any:
 def write_confusion(counts: Any, names: Sequence[str], path: Path) -> None:
     """The matrix as a CSV file, and beside it as a picture that shows the share of each row."""
     rows = [[name, *row] for name, row in zip(names, counts.tolist(), strict=True)]
-    path.write_text(csv_text([["label", *(f"predicted {name}" for name in names)], *rows]), encoding="utf-8", newline="")
+    path.write_text(
+        csv_text([["label", *(f"predicted {name}" for name in names)], *rows]), encoding="utf-8", newline=""
+    )
     shown = [label(name) for name in names]
     size = min(14.0, max(4.5, 1.8 + 0.42 * len(names)))
     figure = _figure(size, 0.88 * size)
