@@ -105,6 +105,17 @@ def json_value(text: str, where: str) -> Any:
         raise UserError(f"{where} is not JSON: {first_line(error)}") from error
 
 
+def text_list(value: Any, where: str) -> list[str]:
+    """A list of texts, such as the names of classes.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise UserError(f"{where} must be a list of texts, not {_short.repr(value)}")
+    return value
+
+
 def read_text(path: str | Path) -> str:
     """A text file in UTF-8.
 

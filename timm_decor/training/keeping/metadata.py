@@ -19,11 +19,11 @@ from timm.models import is_model, list_models
 from timm_decor.errors import UserError, load_failure
 from timm_decor.models import PREFIX
 from timm_decor.text import near
-from timm_decor.training.foreign import Fields, json_value, parse_json
+from timm_decor.training.foreign import Fields, json_value, parse_json, text_list
 
 _NEEDED = ("architecture", "num_classes", "data_config", "model_kwargs")
 _CROP_MODES = ("center", "squash", "border")
-_LARGEST = 8192  # pixels of a side: more would only fill the memory
+_LARGEST = 4096  # pixels of a side: more would only fill the memory
 # Arguments of timm's create_model by which weights or configurations are fetched from elsewhere.
 _PLACES = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 
@@ -124,8 +124,8 @@ def _architecture(path: str, name: str) -> str:
     if ":" in name or "/" in name or not is_model(name):
         known = [] if ":" in name or "/" in name else list_models()
         raise UserError(
-            f"{path}: architecture is {name!r}, which is no model of timm and no {PREFIX} one{near(name, known)}: "
-            f"a checkpoint may name no other"
+            f"{path}: architecture is {name!r}, which is no model of timm and no {PREFIX} one, and a "
+            f"checkpoint may name nothing else{near(name, known)}"
         )
     return name
 
@@ -141,13 +141,14 @@ def _data_config(fields: Fields) -> dict[str, Any]:
         "interpolation": fields.text("interpolation"),
         "mean": fields.numbers("mean", size[0]),
         "std": fields.numbers("std", size[0], positive=True),
-        "crop_pct": fields.number("crop_pct", 0.01, 100),
+        "crop_pct": fields.number("crop_pct", 0.1, 10),
         "crop_mode": fields.text("crop_mode", _CROP_MODES),
     }
 
 
 def _label_names(path: str, text: str, classes: int) -> list[str]:
-    names = json_value(text, f"{path}: label_names")
-    if not isinstance(names, list) or len(names) not in (0, classes) or not all(isinstance(n, str) for n in names):
-        raise UserError(f"{path}: label_names must be a list of {classes} texts, or empty")
+    where = f"{path}: label_names"
+    names = text_list(json_value(text, where), where)
+    if len(names) not in (0, classes):
+        raise UserError(f"{where} has {len(names)} names for {classes} classes")
     return names

@@ -152,7 +152,7 @@ def _figure(height: float) -> Any:
 
 
 def _style(axes: Any, title: str, x_label: str) -> None:
-    axes.set_title(title, fontsize=9, color=_TEXT, loc="left")
+    axes.set_title(label(title, 90), fontsize=9, color=_TEXT, loc="left")
     axes.set_xlabel(x_label, fontsize=8, color=_TEXT)
     axes.tick_params(colors=_TEXT, labelsize=7.5, length=2)
     axes.spines[["top", "right"]].set_visible(False)
@@ -165,7 +165,7 @@ def _svg(figure: Any, title: str) -> str:
 
     text = io.StringIO()
     # text stays text; a salt of its own keeps ids apart from those of other charts
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "svg.image_inline": True}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label(title, 90), "svg.image_inline": True}):
         figure.patch.set_alpha(0)
         for axes in figure.axes:
             axes.patch.set_alpha(0)

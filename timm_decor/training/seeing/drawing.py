@@ -23,4 +23,6 @@ def plain_text() -> Iterator[None]:
 def label(name: str, most: int = 48) -> str:
     """A name for a picture: on one line, and cut where it is longer than `most`."""
     name = printable(name)
+    if name.startswith("_"):  # which matplotlib leaves out of legends
+        name = f" {name}"
     return name if len(name) <= most else name[: most - 1] + "…"
