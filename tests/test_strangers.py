@@ -487,6 +487,12 @@ class TestSecrets:
         told += [json.dumps(published(argparse.Namespace(**values)))]
         assert not any(secret in text for text in told)
 
+    def test_a_message_that_quotes_one_hides_it(self, capsys: pytest.CaptureFixture[str]):
+        words = ["--model", "test_resnet", "--data-dir", "https://me:hunter22@example.org/data", "--device", "cpu"]
+        assert exit_code("validate.py", validation.main, words) == 2
+        line = capsys.readouterr().err
+        assert "hunter22" not in line and "https:/***@example.org/data does not exist" in line
+
     def test_named_ones_are_hidden_whatever_they_look_like(self):
         words = ["--opt-kwargs", "api_key=a;b c", "x=1", "--my-token=abc"]
         assert published_command("train.py", words) == "train.py --opt-kwargs 'api_key=***' x=1 '--my-token=***'"

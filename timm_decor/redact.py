@@ -29,7 +29,8 @@ _SHAPES = re.compile(
       | -----BEGIN[ A-Z]*PRIVATE\ KEY-----""",
     re.VERBOSE,
 )
-_URL_PASSWORD = re.compile(r"(?<=://)[^/\s?#]*:[^/\s?#]*(?=@)")
+# one slash: what pathlib leaves of two
+_URL_PASSWORD = re.compile(r"(\w\w:/{1,2})[^/\s?#]*:[^/\s?#]*@")
 
 _NAME = r"""(?: [\w.-]*(?: api[_-]?key | access[_-]?key | secret[_-]?key | private[_-]?key | token | secret | passwd
                          | password | passphrase )
@@ -60,7 +61,7 @@ def without_secrets(text: str) -> str:
     for secret in _of_the_environment():
         pattern = re.escape(secret)
         text = re.sub(pattern if len(secret) >= _LONG else rf"(?<![A-Za-z0-9]){pattern}(?![A-Za-z0-9])", HIDDEN, text)
-    text = _URL_PASSWORD.sub(HIDDEN, text)
+    text = _URL_PASSWORD.sub(rf"\1{HIDDEN}@", text)
     text = _PARAMETER.sub(lambda found: f"{found[1]}={HIDDEN}", text)
     text = _SETTING.sub(lambda found: found[1] + HIDDEN, text)
     return _SHAPES.sub(HIDDEN, text)
