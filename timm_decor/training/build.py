@@ -299,7 +299,7 @@ def load_weights(model: nn.Module, path: str, use_ema: bool = False) -> None:
     check_fit(model, weights, path)
     try:
         model.load_state_dict(weights)
-    except (RuntimeError, NotImplementedError, TypeError) as error:  # such as sparse tensors
+    except (RuntimeError, TypeError) as error:  # such as sparse tensors
         raise UserError(f"{path} does not fit {_kind(model)}: {reason(error)}") from error
 
 
