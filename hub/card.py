@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from hub.repository import Options
 from hub.trained import Trained
 from timm_decor.config import DecorConfig
+from timm_decor.text import markdown_cell, markdown_text, printable
 from timm_decor.training.args import decor_config
 from timm_decor.training.seeing.compare import Side
 
@@ -46,7 +48,7 @@ def render(trained: Trained, results: dict[str, Any], options: Options, repo_id:
         repo_id=repo_id,
         mode="L" if trained.data_config["input_size"][0] == 1 else "RGB",
         label_names=bool(trained.label_names),
-        opt=trained.args["opt"],
+        opt=json.dumps(trained.args["opt"]),
         lr_example=f"{trained.results['lr'] / 10:.2g}",
         decor_config=_changed_knobs(trained),
         with_r=with_r,
@@ -82,8 +84,8 @@ def _metadata(trained: Trained, results: dict[str, Any], options: Options, repo_
         eval_results=[
             EvalResult(
                 task_type="image-classification",
-                dataset_type=data.hub_id or data.name,
-                dataset_name=data.name,
+                dataset_type=data.hub_id or printable(data.name),
+                dataset_name=printable(data.name),
                 dataset_split=data.hub_split if whole and data.hub_split else trained.args["val_split"],
                 metric_type="accuracy",
                 metric_name=label,
@@ -106,7 +108,7 @@ def _rows(trained: Trained, results: dict[str, Any]) -> list[dict[str, str]]:
         twin = trained.twin
         last = twin.evaluated[-1] if twin.evaluated else {}
         kind = "plain twin" if trained.decorrelated else "decorrelated twin"
-        failed = f" ({twin.outcome})" if twin.failure else ""
+        failed = f" ({markdown_cell(twin.outcome)})" if twin.failure else ""
         rows.append(row(f"its {kind}{failed}", {key: last.get(f"eval_{key}") for key in score(results)}, twin))
     return rows
 
@@ -115,9 +117,10 @@ def _what(trained: Trained, options: Options) -> str:
     how = "decorrelated backpropagation (timm_decor)" if trained.decorrelated else "plain backpropagation"
     base = options.base_model
     start = f", starting from [{base}](https://huggingface.co/{base})" if base else ""
-    size, classes = trained.data_config["input_size"], trained.metadata["num_classes"]
+    size, classes = trained.data_config["input_size"], trained.metadata.num_classes
+    data = markdown_text(trained.data.name)
     return (
-        f"timm's `{trained.architecture}`, trained with {how} on {trained.data.name} ({classes} classes, "
+        f"timm's `{trained.architecture}`, trained with {how} on {data} ({classes} classes, "
         f"{size[-2]} x {size[-1]} pixels){start}."
     )
 
@@ -134,7 +137,7 @@ def _how_measured(trained: Trained, results: dict[str, Any]) -> str:
     images = _usual_images(trained, results)
     if not images:
         images = f"{found['images']} images" if found else "the images"
-        images += f" of the split {trained.args['val_split']}"
+        images += f" of the split {markdown_text(trained.args['val_split'])}"
     precision = ", with the weights in half precision as they are published" if results["dtype"] == "float16" else ""
     if found is not None:
         text = f"Measured by validate.py on the published file, on {images}{precision}."
@@ -156,13 +159,15 @@ def _how_measured(trained: Trained, results: dict[str, Any]) -> str:
 def _how_trained(trained: Trained) -> str:
     args, results = trained.args, trained.results
     machine, versions = results["machine"], results["versions"]
-    where = machine["gpu"] or f"{machine['cpu']} ({machine['torch_threads']} threads)"
+    where = markdown_text(machine["gpu"] or machine["cpu"])
+    where += "" if machine["gpu"] else f" ({machine['torch_threads']} threads)"
     minutes = results["final"]["seconds"] / 60
     size = args["batch_size"] * args.get("grad_accum_steps", 1) * machine["processes"]
-    known = ", ".join(f"{name} {versions[name]}" for name in ("timm_decor", "timm", "torch"))
+    known = ", ".join(f"{name} {markdown_text(versions[name])}" for name in ("timm_decor", "timm", "torch"))
     return (
-        f"{results['epochs']} epochs of {args['opt']}, batch {size}, peak learning rate {results['lr']:g}, weight "
-        f"decay {args['weight_decay']:g}, {args['sched']} schedule: {minutes:.0f} minutes on {where} ({known})."
+        f"{results['epochs']} epochs of {markdown_text(args['opt'])}, batch {size}, peak learning rate "
+        f"{results['lr']:g}, weight decay {args['weight_decay']:g}, {args['sched']} schedule: {minutes:.0f} minutes on "
+        f"{where} ({known})."
     )
 
 
@@ -174,8 +179,8 @@ def _command(trained: Trained) -> str:
 def _limits(trained: Trained) -> list[str]:
     size = trained.data_config["input_size"]
     limits = [
-        f"It knows the {trained.metadata['num_classes']} classes of {trained.data.name}, in images of about "
-        f"{size[-2]} x {size[-1]} pixels, and nothing of how it does elsewhere was measured.",
+        f"It knows the {trained.metadata.num_classes} classes of {markdown_text(trained.data.name)}, in images of "
+        f"about {size[-2]} x {size[-1]} pixels, and nothing of how it does elsewhere was measured.",
         "It has the biases of its data; do not let it decide about people.",
     ]
     if not trained.began_with:

@@ -10,6 +10,7 @@ Nothing is uploaded that is not in the folder that --dry-run writes. docs/publis
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from pathlib import Path
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from hub import card, repository
+from hub.licenses import license_id
 from hub.trained import Trained, find, read
 from hub.upload import Target, log_in, upload
 from timm_decor.errors import UserError, exit_code, first_line, message
@@ -36,12 +38,19 @@ def parser() -> Parser:
     words.add_argument(
         "--repo-id", required=True, metavar="OWNER/NAME", help="repository; for several models OWNER alone"
     )
-    words.add_argument("--tag", help="pretrained tag, as in resnet18.TAG; default: by rule, data and image size")
+    words.add_argument(
+        "--tag", type=_tag, help="pretrained tag, as in resnet18.TAG; default: by rule, data and image size"
+    )
     words.add_argument("--dry-run", metavar="FOLDER", help="write what would be uploaded into this folder, and stop")
     words.add_argument("--private", action="store_true", help="make a new repository private")
     words.add_argument("--revision", metavar="BRANCH", help="branch to commit to; it is made if need be")
     words.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
-    words.add_argument("--license", metavar="ID", help=f"of the weights, as the Hub names licenses; default: {LICENSE}")
+    words.add_argument(
+        "--license",
+        type=license_id,
+        metavar="ID",
+        help=f"of the weights, as the Hub names licenses; default: {LICENSE}",
+    )
     words.add_argument(
         "--base-model", metavar="ID", help="the Hub's name of the weights that training began with; none"
     )
@@ -52,6 +61,12 @@ def parser() -> Parser:
         "--no-eval", action="store_true", help="publish training's own last evaluation; run no validate.py"
     )
     return words
+
+
+def _tag(text: str) -> str:
+    if not re.fullmatch(r"[\w.-]+", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"letters, digits, '_', '-' and '.' make a tag, not '{text}'")
+    return text
 
 
 def main(argv: Sequence[str]) -> None:
@@ -76,10 +91,7 @@ def main(argv: Sequence[str]) -> None:
             f"{args.checkpoint} holds two models that would both be {twice}: publish them one by one, with --tag"
         )
     for name in names:
-        try:
-            validate_repo_id(name)
-        except HFValidationError as error:
-            raise UserError(f"--repo-id {name}: {first_line(error)}") from error
+        _check_id("--repo-id", name)
     if not args.dry_run:
         log_in(names[0])  # before the evaluation, which may take long
     failures = []
@@ -103,8 +115,17 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"{len(failures)} of {len(names)} models were not published: {failures[0]}, ...")
 
 
+def _check_id(flag: str, name: str) -> None:
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"{flag} {name}: {first_line(error)}") from error
+
+
 def _options(args: argparse.Namespace, trained: Trained) -> repository.Options:
     base_model = args.base_model or trained.base_model
+    if base_model not in (None, "none"):
+        _check_id("--base-model", base_model)
     if trained.began_with and not base_model:
         began = " ".join(trained.began_with)
         raise UserError(

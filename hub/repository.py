@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from hub.trained import Trained
 from timm_decor.engine.checkpoint import STATE_KEY, write_r
 from timm_decor.errors import UserError, first_line
-from timm_decor.training import validation
+from timm_decor.training import build, validation
 from timm_decor.training.keeping.folder import RESUME_FILE, RunFolder, read_resume
+from timm_decor.training.keeping.metadata import stored_metadata
 from timm_decor.training.keeping.privacy import PRIVATE, without_paths
 from timm_decor.training.seeing.plot import save_picture
 
@@ -39,7 +40,6 @@ WEIGHTS, CONFIG, R_FILE, RECIPE, RESULTS, PICTURE, CARD = FILES = (
     "training.png",
     "README.md",
 )
-_METADATA = ("architecture", "num_classes", "data_config", "model_kwargs", "label_names", "epoch")
 _NOISY = ("images_per_s",)  # what differs from one evaluation of the same weights to the next
 _HALF_TOLERANCE = 0.02  # of the outputs' standard deviation: what rounding the weights to half precision may change
 _POINTS = 1.0  # between training's own evaluation, which may be in bfloat16, and that of the published file
@@ -90,7 +90,11 @@ def write(trained: Trained, path: Path, options: Options) -> dict[str, Any]:
     stored = {
         key: value.half() if options.half and value.is_floating_point() else value for key, value in weights.items()
     }
-    folder.write_weights("model", stored, {key: trained.metadata[key] for key in _METADATA if key in trained.metadata})
+    known = trained.metadata
+    said = stored_metadata(
+        known.architecture, known.num_classes, known.data_config, known.model_kwargs, known.label_names
+    )
+    folder.write_weights("model", stored, {**said, "epoch": str(trained.epoch)})
     config = timm_config(trained, options)
     folder.write_json(CONFIG, config)
     _check(config, weights, load_file(path / WEIGHTS), trained.checkpoint)
@@ -135,7 +139,7 @@ def timm_config(trained: Trained, options: Options) -> dict[str, Any]:
     size = data["input_size"]
     config: dict[str, Any] = {
         "architecture": trained.architecture,
-        "num_classes": int(trained.metadata["num_classes"]),
+        "num_classes": trained.metadata.num_classes,
         "pretrained_cfg": {
             "tag": options.tag,
             "custom_load": False,
@@ -146,14 +150,14 @@ def timm_config(trained: Trained, options: Options) -> dict[str, Any]:
             "crop_mode": data["crop_mode"],
             "mean": list(data["mean"]),
             "std": list(data["std"]),
-            "num_classes": int(trained.metadata["num_classes"]),
+            "num_classes": trained.metadata.num_classes,
             "pool_size": None,
             "first_conv": twin.first_conv if twin else None,
             "classifier": twin.classifier if twin else None,
             "license": options.license,
         },
     }
-    model_args = dict(json.loads(trained.metadata["model_kwargs"]))
+    model_args = dict(trained.metadata.model_kwargs)
     if trained.args.get("gp"):
         model_args["global_pool"] = trained.args["gp"]
     if size[0] != 3:
@@ -184,7 +188,7 @@ def _check(config: dict[str, Any], weights: dict[str, Tensor], stored: dict[str,
         expected = model(x)
         model.load_state_dict(stored)
         found = model(x)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except build.CREATION_ERRORS as error:
         raise UserError(f"{checkpoint} does not fit timm's {config['architecture']}: {first_line(error)}") from error
     if not torch.isfinite(expected).all():
         raise UserError(f"{checkpoint} gives outputs that are not finite: there is nothing in it to publish")

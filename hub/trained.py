@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from timm.models import is_model
-
 from hub.datasets import Data, known
-from timm_decor.errors import UserError, first_line
-from timm_decor.training.build import safetensors_metadata
+from timm_decor.errors import UserError, first_line, message
+from timm_decor.models import PREFIX
+from timm_decor.training.args import as_recipe
+from timm_decor.training.foreign import Fields, read_json, read_mapping, read_text
 from timm_decor.training.keeping.folder import ARGS_FILE, EMA_SUFFIX, SUMMARY_FILE
+from timm_decor.training.keeping.metadata import CheckpointMetadata
+from timm_decor.training.run import parse
 from timm_decor.training.seeing.compare import SIDES, Side
 
 WEIGHTS = "last.safetensors"
-_NEEDED = ("architecture", "num_classes", "data_config", "model_kwargs", "epoch")
+# Of args.yaml, which is sorted: what the card tells, and its last line.
+_WRITTEN = ("batch_size", "dataset", "epochs", "model", "opt", "sched", "val_split", "weight_decay", "workers")
 # Files on the machine of the training that a recipe cannot bring along.
 _FILES = ("initial_checkpoint", "pretrained_path", "initial_r", "kd_pretrained_path", "class_map")
 
@@ -37,7 +39,7 @@ class Trained:
     """
 
     checkpoint: Path
-    metadata: dict[str, str]
+    metadata: CheckpointMetadata
     results: dict[str, Any]
     args: dict[str, Any]
     side: Side
@@ -46,7 +48,7 @@ class Trained:
     @property
     def architecture(self) -> str:
         """timm's name of the plain model, without a tag."""
-        return self.metadata["architecture"]
+        return self.metadata.architecture
 
     @property
     def decorrelated(self) -> bool:
@@ -61,7 +63,8 @@ class Trained:
     @property
     def epoch(self) -> int:
         """After which the weights were written, from 1."""
-        return int(self.metadata["epoch"])
+        assert self.metadata.epoch is not None  # `read` saw to it
+        return self.metadata.epoch
 
     @property
     def averaged(self) -> bool:
@@ -84,12 +87,12 @@ class Trained:
     @property
     def data_config(self) -> dict[str, Any]:
         """timm's: input_size (C, H, W), mean, std, interpolation, crop_pct, crop_mode."""
-        return dict(json.loads(self.metadata["data_config"]))
+        return self.metadata.data_config
 
     @property
     def label_names(self) -> list[str]:
         """By class index; empty where the data set has none."""
-        return list(json.loads(self.metadata.get("label_names", "[]")))
+        return self.metadata.label_names
 
     @property
     def data_name(self) -> str:
@@ -154,46 +157,135 @@ def read(checkpoint: Path) -> Trained:
     """
     if checkpoint.suffix != ".safetensors":
         raise UserError(f"{checkpoint} is no safetensors file: nothing else is published (a pickle can run code)")
-    metadata = safetensors_metadata(str(checkpoint))
-    missing = [key for key in _NEEDED if key not in metadata]
-    if missing:
-        raise UserError(f"{checkpoint} is damaged, or no checkpoint of train.py: it does not say its {missing[0]}")
-    if not is_model(metadata["architecture"]):
-        raise UserError(
-            f"{checkpoint} is a {metadata['architecture']}, which timm does not know: it could not be loaded"
-        )
+    metadata = CheckpointMetadata.read(checkpoint)
+    if metadata is None:
+        raise UserError(f"{checkpoint} does not say its architecture: it is no checkpoint of train.py")
+    if metadata.architecture.startswith(PREFIX):
+        raise UserError(f"{checkpoint} is a {metadata.architecture}, which timm does not know: it could not be loaded")
     folder = checkpoint.parent
     top = folder.parent if folder.name in SIDES and (folder.parent / "compare.json").is_file() else folder
     try:
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        args = yaml.safe_load((top / ARGS_FILE).read_text(encoding="utf-8"))
-        if results["failure"]:
-            raise UserError(f"{checkpoint}: training failed ({results['failure']})")
-        if args.get("bn_eps") is not None:
-            raise UserError(
-                f"{checkpoint} was trained with --bn-eps, which timm's config.json cannot say: no use to others"
-            )
+        results, args = _results(folder / "results.json"), _args(top / ARGS_FILE)
         sides = _compared(top) if top != folder else [_alone(folder, results, args)]
-        place = SIDES.index(folder.name) if top != folder else 0
-        twin = sides[1 - place] if len(sides) > 1 else None
-        return Trained(checkpoint, metadata, results, args, sides[place], twin)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        side = sides[SIDES.index(folder.name) if top != folder else 0]
+        if not results.get("failure"):
+            _check_epochs(checkpoint, metadata, results, side)
+    except UserError as error:
         raise UserError(
             f"{checkpoint} needs the other files of its run (results.json, {ARGS_FILE}, {SUMMARY_FILE}), as train.py "
-            f"writes them when it ends: {type(error).__name__}: {first_line(error)}"
+            f"writes them when it ends: {message(error)}"
         ) from error
+    if results.get("failure"):
+        raise UserError(f"{checkpoint}: training failed ({results['failure']})")
+    if args.get("bn_eps") is not None:
+        raise UserError(
+            f"{checkpoint} was trained with --bn-eps, which timm's config.json cannot say: no use to others"
+        )
+    return Trained(checkpoint, metadata, results, args, side, next((each for each in sides if each is not side), None))
+
+
+def _check_epochs(checkpoint: Path, metadata: CheckpointMetadata, results: dict[str, Any], side: Side) -> None:
+    """Refuse files of different runs, and a history that was cut."""
+    final, known = results["final"], len(side.history)
+    last = side.history[-1] if side.history else {}
+    if final["epoch"] != known or final["steps"] != last["steps"]:
+        raise UserError(
+            f"results.json ends with epoch {final['epoch']} ({final['steps']} updates), the history with epoch {known} "
+            f"({last.get('steps', 0)} updates): they are not of one run, or one was cut"
+        )
+    if metadata.epoch is None or metadata.epoch > known:
+        said = f"is of epoch {metadata.epoch}" if metadata.epoch else "does not say its epoch"
+        raise UserError(f"{checkpoint.name} {said}, the history has {known}")
+
+
+def _results(path: Path) -> dict[str, Any]:
+    """results.json, with all that is published of it or looked at."""
+    found = read_json(path)
+    if "failure" in found:
+        found.text("failure")
+        return found.values
+    found.text("model")
+    found.flag("decorrelated")
+    found.number("lr", 0)
+    found.whole("epochs")
+    final, machine, versions = found.fields("final"), found.fields("machine"), found.fields("versions")
+    final.whole("epoch")
+    final.whole("steps")
+    final.number("seconds", 0)
+    for key in ("processes", "torch_threads"):
+        machine.whole(key)
+    for fields, key in ((found, "base_model"), (machine, "gpu")):
+        if key in fields:
+            fields.text(key)
+    for fields, key in ((machine, "cpu"), *((versions, name) for name in ("timm_decor", "timm", "torch"))):
+        fields.text(key)
+    if "ms_per_update" in found:
+        found.fields("ms_per_update")
+    return {"base_model": None, "ms_per_update": None, **found.values, "machine": {"gpu": None, **machine.values}}
+
+
+def _args(path: Path) -> dict[str, Any]:
+    """args.yaml with the types that train.py's arguments have."""
+    given = read_mapping(path, "recipe")
+    missing = next((name for name in _WRITTEN if name not in given), None)
+    if missing:
+        raise UserError(f"{path} does not say its {missing}: it was cut, or is not what train.py writes")
+    return as_recipe(parse(["-c", str(path)]))
 
 
 def _compared(top: Path) -> list[Side]:
-    record = json.loads((top / "compare.json").read_text(encoding="utf-8"))
-    names = ("name", "model", "optimizer", "lr", "epochs", "history", "failure")
-    return [Side(*(side[name] for name in names)) for side in record["sides"]]
+    found = read_json(top / "compare.json")
+    sides = []
+    for side in found.objects("sides"):
+        failure = side.text("failure") if "failure" in side else None
+        text = [side.text(key) for key in ("name", "model", "optimizer")]
+        history = _history(side.objects("history"))
+        sides.append(Side(text[0], text[1], text[2], side.number("lr", 0), side.whole("epochs"), history, failure))
+    if len(sides) != len(SIDES):
+        raise found.wrong("sides", f"a list of {len(SIDES)}")
+    return sides
 
 
 def _alone(folder: Path, results: dict[str, Any], args: dict[str, Any]) -> Side:
-    with open(folder / SUMMARY_FILE, newline="", encoding="utf-8") as file:
-        history: list[dict[str, Any]] = [
-            {**{key: float(value) for key, value in row.items() if value}, "epoch": int(row["epoch"])}
-            for row in csv.DictReader(file)
-        ]
+    if results.get("failure"):
+        return Side("", "", "", 0.0, 0, [])
+    history = read_summary(folder / SUMMARY_FILE)
     return Side(results["model"], results["model"], args["opt"], results["lr"], results["epochs"], history)
+
+
+def read_summary(path: Path) -> list[dict[str, Any]]:
+    """summary.csv: a row an epoch, numbers all of them.
+
+    Raises:
+        UserError: it cannot be read, it was cut, or it is something else.
+    """
+    text = read_text(path)
+    if not text.endswith("\n"):
+        raise UserError(f"{path} ends within a line: it was cut")
+    rows = []
+    try:
+        for number, row in enumerate(csv.DictReader(io.StringIO(text, newline=""), strict=True), start=2):
+            if None in row or None in row.values():
+                raise UserError(f"{path}: line {number} has another number of cells than the first")
+            cells = {key: float(value) for key, value in row.items() if value}
+            whole = {
+                key: int(value) for key, value in cells.items() if key in ("epoch", "steps") and value == value // 1
+            }
+            rows.append(Fields(f"{path}, line {number}", {**cells, **whole}))
+    except (ValueError, OverflowError, csv.Error) as error:
+        raise UserError(f"{path} is not what train.py writes: {first_line(error)}") from error
+    return _history(rows)
+
+
+def _history(rows: list[Fields]) -> list[dict[str, Any]]:
+    for place, row in enumerate(rows, start=1):
+        if row.whole("epoch") != place:
+            raise row.wrong("epoch", f"{place}, one more than before")
+        row.whole("steps")
+        for key in ("seconds", "epoch_seconds"):
+            row.number(key, 0)
+        row.number("train_loss")
+        for key, value in row.values.items():
+            if isinstance(value, bool) or not isinstance(value, int | float | None):
+                raise row.wrong(key, "a number")
+    return [row.values for row in rows]

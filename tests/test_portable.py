@@ -8,7 +8,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from training_runs import DECOR, history, train
 
@@ -96,6 +97,12 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         attached(in_chans=1)[2].load_r(file)
     with pytest.raises(ValueError, match="cannot read"):
         read_r(tmp_path / "nothing.safetensors")
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    for change in ({"layers": "[]"}, {"layers": '{"a": 3}'}, {"layers": "[" * 10**5}, {"config": "3"}, {"config": "{"}):
+        save_file(load_file(file), tmp_path / "other.safetensors", {**metadata, **change})
+        with pytest.raises(ValueError):
+            read_r(tmp_path / "other.safetensors")
     (tmp_path / "half.safetensors").write_bytes(file.read_bytes()[:2000])
     with pytest.raises(ValueError, match="cannot read"):
         read_r(tmp_path / "half.safetensors")

@@ -114,7 +114,7 @@ class TestLoading:
     def test_a_recipe_makes_no_objects(self, tmp_path: Path):
         made = tmp_path / "made"
         (tmp_path / "r.yaml").write_text(f"lr: !!python/object/apply:os.mkdir ['{made}']\n")
-        with pytest.raises(UserError, match="r.yaml is not YAML: could not determine a constructor for the tag"):
+        with pytest.raises(UserError, match="r.yaml is not YAML: line 1 has the tag '.*os.mkdir': plain values"):
             parse(["-c", str(tmp_path / "r.yaml")])
         assert not made.exists()
 

@@ -6,6 +6,9 @@ import re
 import sys
 from collections.abc import Callable
 
+from timm_decor.redact import without_secrets
+from timm_decor.text import printable
+
 
 class UserError(Exception):
     """Bad input: one line that names the thing, the value and what would work. The command line exits with code 2."""
@@ -42,13 +45,15 @@ def load_failure(error: BaseException) -> str:
 
 
 def message(error: UserError) -> str:
-    """The error's own line.
+    """The error's own line: names in it that came with somebody's files are printable, and it holds no secret.
 
     A DataLoader worker's exception is raised again in the main process with the worker's traceback as its message;
-    the line that was written for the reader is then the last one, behind the class name.
+    the line that was written for the reader is then what stands behind the class name.
     """
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].split(f"{UserError.__name__}: ", 1)[-1]
+    text = str(error).strip() or type(error).__name__
+    if text.startswith("Caught "):
+        text = re.split(rf"^\S*\b{UserError.__name__}: ", text, flags=re.MULTILINE)[-1]
+    return printable(without_secrets(text))
 
 
 def exit_code(prog: str, main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
@@ -60,7 +65,7 @@ def exit_code(prog: str, main: Callable[[list[str]], None], argv: list[str] | No
         return 2
     except Stopped as stopped:
         if str(stopped):
-            print(f"{prog}: {stopped}", file=sys.stderr)
+            print(f"{prog}: {printable(str(stopped))}", file=sys.stderr)
         return 128 + stopped.signum
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)

@@ -1,10 +1,31 @@
-"""Text for people: tables, and the names that were probably meant."""
+"""Text for people: tables, the names that were probably meant, and names from elsewhere made harmless."""
 
 from __future__ import annotations
 
+import csv
 import difflib
+import io
+import re
 import textwrap
+import unicodedata
 from collections.abc import Iterable, Sequence
+
+# What a terminal would obey or cannot show: controls, halves of surrogate pairs (bytes of a file's name that are no
+# UTF-8), line and paragraph separators.
+_UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
+_REORDERING = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # of the text around them
+
+
+def printable(text: str) -> str:
+    r"""Text on one line, with `\x1b` and the like for characters that would reach a terminal as commands."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        char.encode("unicode_escape").decode()
+        if unicodedata.category(char) in _UNPRINTABLE or char in _REORDERING
+        else char
+        for char in text
+    )
 
 
 def closest(name: str, known: Iterable[str], count: int = 3, cutoff: float = 0.6) -> list[str]:
@@ -25,7 +46,7 @@ def wrapped(text: str, indent: str = "  ") -> str:
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Columns padded to equal width, numbers to the right, a rule under the header."""
-    cells = [[str(value) for value in row] for row in (header, *rows)]
+    cells = [[printable(str(value)) for value in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     numeric = [all(_is_number(row[i]) for row in cells[1:]) for i in range(len(header))]
     align = [str.rjust if number else str.ljust for number in numeric]
@@ -40,7 +61,37 @@ def _is_number(text: str) -> bool:
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """The same table for a markdown page."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(value) for value in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(markdown_cell(value) for value in line) + " |" for line in lines)
+
+
+def markdown_cell(value: object) -> str:
+    r"""A value that stays in its cell of a markdown table: `|` becomes `\|`, a new line `\n`."""
+    # backslashes before a bar are doubled, or they would escape the backslash that escapes it
+    return re.sub(r"(\\*)\|", lambda found: 2 * found[1] + r"\|", printable(str(value)))
+
+
+def markdown_text(text: str) -> str:
+    """A name in the prose of a markdown page: no markup, no HTML, no link, on one line."""
+    return re.sub(r"([\\`*<|]|(?<=\])\()", r"\\\1", printable(text))
+
+
+def csv_text(rows: Iterable[Sequence[object]]) -> str:
+    """Rows as a CSV file. Text that a spreadsheet would take for a formula gets an apostrophe in front."""
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([_csv_cell(value) for value in row] for row in rows)
+    return file.getvalue()
+
+
+def _csv_cell(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    if text.lstrip().startswith(("=", "+", "-", "@")):
+        try:
+            float(text)
+        except ValueError:
+            return f"'{text}"
+    return text
 
 
 def listed(names: Sequence[str], count: int = 3) -> str:

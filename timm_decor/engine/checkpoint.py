@@ -237,11 +237,13 @@ def read_r(path: str | Path) -> dict[str, Any]:
                     f"{path} holds no R that this version can read (decor.safetensors of a decorrelated run)"
                 )
             layers: dict[str, Any] = {
-                name: {**facts, "r": {}, "moments": {}} for name, facts in json.loads(metadata["layers"]).items()
+                name: {**{key: facts[key] for key in _FACTS}, "r": {}, "moments": {}}
+                for name, facts in json.loads(metadata["layers"]).items()
             }
+            dict(json.loads(metadata["config"]))
             for key in file.keys():  # noqa: SIM118 (it is no dictionary)
                 layer, part, name = key.rsplit("|", 2)
                 layers[layer][part][name] = file.get_tensor(key)
-    except (SafetensorError, OSError, KeyError) as error:
+    except (SafetensorError, OSError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     return {"config": metadata["config"], "layers": layers}

@@ -9,13 +9,12 @@ import functools
 import os
 import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
 from timm.data import resolve_data_config
 from timm.layers import convert_sync_batchnorm
 from timm.models import get_arch_pretrained_cfgs, is_model, list_models, load_state_dict, split_model_name_tag
@@ -32,8 +31,8 @@ from timm_decor.training.keeping.folder import EMA_SUFFIX, RESUME_FILES
 
 # What timm raises on arguments that it cannot follow.
 CREATION_ERRORS = (
-    *(RuntimeError, ValueError, TypeError, KeyError, OSError, AttributeError, AssertionError),
-    pickle.UnpicklingError,
+    *(RuntimeError, ValueError, TypeError, LookupError, OSError, AttributeError, AssertionError),
+    *(ArithmeticError, MemoryError, ImportError, pickle.UnpicklingError),
 )
 CHECKPOINT_ENDINGS = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin")
 _WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load reads it at every call
@@ -210,6 +209,33 @@ def place(model: nn.Module, device: torch.device, channels_last: bool) -> nn.Mod
     return model.to(memory_format=torch.channels_last) if channels_last else model
 
 
+@torch.no_grad()
+def check_images(
+    model: nn.Module,
+    input_size: Sequence[int],
+    device: torch.device,
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+    what: str,
+) -> None:
+    """Refuse a model in evaluation mode that takes no such images, before there are any.
+
+    Args:
+        model: on its device.
+        input_size: (C, H, W).
+        device: the model's.
+        autocast: for the precision in use.
+        what: the model, for the message.
+
+    Raises:
+        UserError: see above.
+    """
+    try:
+        with autocast():
+            model(torch.zeros(1, *input_size, device=device))
+    except CREATION_ERRORS as error:
+        raise UserError(f"{what} does not take images of {tuple(input_size)}: {first_line(error)}") from error
+
+
 def plain_twin(model: nn.Module) -> nn.Module:
     """A plain model with the same weights, as the other side of a comparison."""
     return timm_decor.to_plain(copy.deepcopy(model))
@@ -313,7 +339,10 @@ def load_weights(model: nn.Module, path: str, use_ema: bool = False) -> None:
     """
     weights = _read_weights(path, use_ema)
     check_fit(model, weights, path)
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError) as error:  # such as sparse tensors
+        raise UserError(f"{path} does not fit {_kind(model)}: {reason(error)}") from error
 
 
 def _read_weights(path: str, use_ema: bool | None = None) -> Any:
@@ -381,6 +410,8 @@ def check_fit(model: nn.Module, weights: Any, path: str) -> None:
     own = model.state_dict()
     _check_tensors(weights, path)
     for key, value in own.items():
+        if key in weights and not isinstance(weights[key], torch.Tensor):
+            raise UserError(f"{path} does not fit {_kind(model)}: '{key}' is no tensor")
         if key not in weights:
             raise UserError(f"{path} does not fit {_kind(model)}: it has no '{key}'")
         if weights[key].shape != value.shape:
@@ -395,14 +426,3 @@ def check_fit(model: nn.Module, weights: Any, path: str) -> None:
 
 def _kind(model: nn.Module) -> str:
     return str((getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__)
-
-
-def safetensors_metadata(path: str) -> dict[str, str]:
-    """The text that this project stores in its own checkpoints; empty for any other file."""
-    if not path.endswith(".safetensors"):
-        return {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except (SafetensorError, OSError):
-        return {}  # load_weights will say what is wrong with it

@@ -7,7 +7,6 @@ timm has classes for this (`timm.task`) since 1.0.24, but they own student and l
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 import timm
@@ -17,8 +16,9 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn import functional
 
-from timm_decor.errors import UserError, first_line
+from timm_decor.errors import UserError
 from timm_decor.training import build
+from timm_decor.training.keeping.metadata import CheckpointMetadata
 
 
 class Distillation(nn.Module):
@@ -51,7 +51,8 @@ class Distillation(nn.Module):
         theirs = _seen_by(teacher, args.kd_pretrained_path, data_config)
         factor, offset = _renormalisation(data_config, theirs)
         self._factor, self._offset = factor.to(accelerator.device), offset.to(accelerator.device)
-        self._check(data_config["input_size"], accelerator.device)
+        size, device = data_config["input_size"], accelerator.device
+        build.check_images(self.teacher, size, device, accelerator.autocast, "--kd-model-name: it")
 
     def forward(self, task_loss: Tensor, output: Tensor | tuple[Tensor, ...], images: Tensor) -> Tensor:
         """The whole loss.
@@ -73,14 +74,6 @@ class Distillation(nn.Module):
             ours, theirs = functional.log_softmax(student / t, 1), functional.log_softmax(teacher / t, 1)
             distill_loss = functional.kl_div(ours, theirs, reduction="batchmean", log_target=True) * t**2
         return self.task_weight * task_loss + self.distill_weight * distill_loss
-
-    @torch.no_grad()
-    def _check(self, input_size: tuple[int, ...], device: torch.device) -> None:
-        try:
-            with self._autocast():
-                self.teacher(torch.zeros(1, *input_size, device=device))
-        except (RuntimeError, ValueError, AssertionError) as error:
-            raise UserError(f"--kd-model-name: it does not take images of {input_size}: {first_line(error)}") from error
 
 
 def make_distillation(
@@ -132,8 +125,8 @@ def _renormalisation(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[Tens
 
 def _seen_by(teacher: nn.Module, path: str | None, data_config: dict[str, Any]) -> dict[str, Any]:
     """Mean and std of the teacher's images: its checkpoint's where that says so, timm's, or else the student's."""
-    saved = build.safetensors_metadata(path or "").get("data_config")
-    for known in (json.loads(saved) if saved else {}, getattr(teacher, "pretrained_cfg", {}), data_config):
+    saved = CheckpointMetadata.read(path or "")
+    for known in (saved.data_config if saved else {}, getattr(teacher, "pretrained_cfg", {}), data_config):
         if len(known.get("mean") or ()) == len(known.get("std") or ()) == data_config["input_size"][0]:
             return known
     return data_config

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_decor.text import text_table
+from timm_decor.training.seeing.drawing import label, plain_text
 from timm_decor.training.seeing.plot import COLOURS, MARKERS
 
 _FACTOR = 2.0  # between neighbours of the grid, at most
@@ -126,6 +127,7 @@ def as_json(searches: Sequence[Search], context: dict[str, Any]) -> dict[str, An
     }
 
 
+@plain_text()
 def save_picture(searches: Sequence[Search], path: Path, title: str) -> None:
     """Training loss over the learning rate; rates that ended above where they began stand at the top as crosses."""
     import matplotlib
@@ -134,12 +136,12 @@ def save_picture(searches: Sequence[Search], path: Path, title: str) -> None:
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    axis.set_title(title, fontsize=12)
+    axis.set_title(label(title, 90), fontsize=12)
     for each, colour, marker in zip(searches, COLOURS, MARKERS, strict=False):
         good = [trial for trial in each.trials if not trial.failed]
         axis.errorbar(
             [t.lr for t in good], [t.loss for t in good], [t.error for t in good],
-            color=colour, marker=marker, markersize=5, capsize=3, label=each.name,
+            color=colour, marker=marker, markersize=5, capsize=3, label=label(each.name),
         )  # fmt: skip
         if each.best:
             axis.plot(each.best.lr, each.best.loss, marker="o", markersize=13, fillstyle="none", color=colour)

@@ -12,11 +12,11 @@ import math
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-import yaml
-
-from timm_decor.errors import UserError, first_line
+from timm_decor.errors import UserError
 from timm_decor.knobs import did_nothing, removed
-from timm_decor.text import near
+from timm_decor.redact import without_secrets
+from timm_decor.text import near, printable
+from timm_decor.training.foreign import read_mapping
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -35,20 +35,26 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+        raise UserError(without_secrets(message))
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse a command line.
 
         Raises:
-            UserError: an unknown argument (with its near misses), or a value that is refused.
+            UserError: an unknown argument (with its near misses), or a value that is refused: one with control
+                characters, too, since names of files are made of them that are printed.
         """
         args, unknown = self.parse_known_args(list(argv))
         if unknown:
             if reason := removed(unknown):
                 raise UserError(reason)
-            flag = unknown[0].split("=", 1)[0]
+            flag = without_secrets(unknown[0].split("=", 1)[0])
             raise UserError(f"unknown argument '{flag}'{near(flag, self._option_string_actions)}")
+        for key, value in vars(args).items():
+            text = _unprintable(value)
+            if text is not None:
+                shown = without_secrets(printable(text))
+                raise UserError(f"--{key.replace('_', '-')} has a character that cannot be printed: '{shown}'")
         return args
 
     def recipe_words(self, path: str) -> list[str]:
@@ -60,17 +66,10 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UserError: the file cannot be read, is no mapping, or has a key that is no argument.
         """
-        try:
-            with open(path, encoding="utf-8") as file:
-                recipe = yaml.safe_load(file)
-        except OSError as error:
-            raise UserError(f"cannot read recipe {path}: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"recipe {path} is not YAML: {first_line(error)}") from error
-        if not isinstance(recipe, dict):
-            raise UserError(f"recipe {path} must be a mapping of argument names to values")
+        recipe = read_mapping(path, "recipe")
         by_dest = {action.dest: action for action in self._actions if action.option_strings}
         words: list[str] = []
+        given: dict[str, Any] = {}  # the recipe's own spelling by argument
         for key, value in recipe.items():
             action = by_dest.get(str(key).replace("-", "_"))
             if action is None and did_nothing(str(key).replace("-", "_"), value):
@@ -79,8 +78,20 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(f"recipe {path}: {reason}")
             if action is None or action.dest in ("config", "help"):
                 raise UserError(f"recipe {path}: unknown key '{key}'{near(str(key).replace('-', '_'), by_dest)}")
+            if action.dest in given:
+                raise UserError(f"recipe {path} has {key} twice: written as {given[action.dest]}, too")
+            given[action.dest] = key
             words += _words(action, value, f"recipe {path}: {key}")
         return words
+
+
+def _unprintable(value: Any) -> str | None:
+    """The first text in an argument's value that is not what `printable` makes of it."""
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple):
+        return next((text for item in value if (text := _unprintable(item)) is not None), None)
+    return value if isinstance(value, str) and printable(value) != value else None
 
 
 def _words(action: argparse.Action, value: Any, where: str) -> list[str]:
@@ -118,7 +129,7 @@ class KeyValues(argparse.Action):
                 parser.error(f"argument {self.option_strings[0]}: takes key=value, not {word!r}")
             try:
                 result[key] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
+            except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two: brackets by the thousand
                 result[key] = value
         setattr(namespace, self.dest, result)
 

@@ -23,8 +23,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from timm_decor.errors import UserError, first_line
+from timm_decor.redact import without_secrets
 from timm_decor.reporting import AttachReport, ConversionReport
-from timm_decor.text import wrapped
+from timm_decor.text import markdown_text, printable, wrapped
 from timm_decor.training import build, find_lr
 from timm_decor.training.args import as_recipe, decor_config, train_parser
 from timm_decor.training.arm import Arm
@@ -32,6 +33,7 @@ from timm_decor.training.data.datasets import open_splits
 from timm_decor.training.data.loaders import eval_loader, train_loader
 from timm_decor.training.data.names import check_labels
 from timm_decor.training.distill import make_distillation
+from timm_decor.training.foreign import read_mapping
 from timm_decor.training.keeping.checkpoints import Keeper, load_states
 from timm_decor.training.keeping.folder import (
     ARGS_FILE,
@@ -41,6 +43,7 @@ from timm_decor.training.keeping.folder import (
     RunFolder,
     holds_run,
 )
+from timm_decor.training.keeping.metadata import stored_metadata
 from timm_decor.training.keeping.privacy import published, published_command, refuse_secrets, without_paths
 from timm_decor.training.keeping.stopping import StopRequest
 from timm_decor.training.optim import learning_rate
@@ -340,11 +343,12 @@ def _refuse_other_start(args: argparse.Namespace, folder: RunFolder) -> None:
 def _changed(args: argparse.Namespace, folder: RunFolder) -> dict[str, str]:
     """The arguments that are not those that the run had before: `before -> now` by name."""
     try:
-        before = yaml.safe_load((folder.path / ARGS_FILE).read_text(encoding="utf-8"))
+        before = read_mapping(folder.path / ARGS_FILE, "recipe")
         now = yaml.safe_load(yaml.safe_dump(as_recipe(args)))
-        return {key: f"{before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]}
-    except (OSError, yaml.YAMLError, TypeError):
+        changed = {key: f"{before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]}
+    except UserError:
         return {}  # a run that was killed before it wrote them
+    return {key: printable(without_secrets(change)) for key, change in changed.items()}
 
 
 def _conversion_lines(report: ConversionReport) -> list[str]:
@@ -368,13 +372,7 @@ def _metadata(
     architecture = build.architecture(args.model)
     if ":" in architecture:  # local-dir:... is a place on this machine, hf-hub:... says where its weights came from
         architecture = str(model.pretrained_cfg["architecture"])  # type: ignore[index]
-    return {
-        "architecture": architecture,
-        "num_classes": str(classes),
-        "data_config": json.dumps(data_config),
-        "model_kwargs": json.dumps(args.model_kwargs),
-        "label_names": json.dumps(label_names if len(label_names) == classes else []),
-    }
+    return stored_metadata(architecture, classes, data_config, args.model_kwargs, label_names)
 
 
 def _warm_up(arms: list[Arm], input_size: tuple[int, int, int], batch_size: int) -> None:
@@ -511,7 +509,9 @@ def _write_comparison(arms: list[Arm], folder: RunFolder, context: dict[str, Any
         return  # one diverged before there was anything to compare
     table, words = compare.markdown(sides), compare.verdict(sides)
     folder.write_json("compare.json", compare.as_json(sides, context))
-    folder.write_text("compare.md", f"# {title}\n\n{table}\n{words}\n\n![accuracy and loss](compare.png)\n")
+    folder.write_text(
+        "compare.md", f"# {markdown_text(title)}\n\n{table}\n{words}\n\n![accuracy and loss](compare.png)\n"
+    )
     picture = folder.path / "compare.png"
     save_picture(sides, picture, title)
     print(f"\n{table}\n{wrapped(words, '')}")

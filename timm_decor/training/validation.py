@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
-import io
 import json
 import shutil
 import sys
@@ -19,7 +17,7 @@ from timm.layers import TestTimePoolHead
 from torch import nn
 
 from timm_decor.errors import UserError, message
-from timm_decor.text import text_table
+from timm_decor.text import csv_text, markdown_table, printable, text_table
 from timm_decor.training import build
 from timm_decor.training.args import validate_parser
 from timm_decor.training.data.datasets import open_source
@@ -27,6 +25,7 @@ from timm_decor.training.data.loaders import eval_loader
 from timm_decor.training.data.sources import Source
 from timm_decor.training.evaluate import evaluate
 from timm_decor.training.keeping.folder import EMA_SUFFIX, RESUME_FILES, RunFolder
+from timm_decor.training.keeping.metadata import CheckpointMetadata
 from timm_decor.training.runtime import make_accelerator, seed_everything
 from timm_decor.training.seeing.mistakes import confusion, write_confusion, write_worst
 
@@ -144,6 +143,7 @@ def _evaluate(args: argparse.Namespace, accelerator: Accelerator) -> Row:
     if args.test_pool:
         model = pooled_over_windows(model, args.trained_size, data_config["input_size"])
     build.place(model, accelerator.device, args.channels_last)
+    build.check_images(model.eval(), data_config["input_size"], accelerator.device, accelerator.autocast, args.model)
     runnable: Any = model
     if args.torchcompile:
         runnable = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
@@ -214,16 +214,16 @@ def _fill_from_checkpoint(args: argparse.Namespace) -> str | None:
         What to say where the checkpoint is of another model, so that nothing was taken; None otherwise.
     """
     args.trained_size = None
-    metadata = build.safetensors_metadata(args.checkpoint or "")
-    args.model = args.model or metadata.get("architecture")
-    if "data_config" not in metadata:
+    metadata = CheckpointMetadata.read(args.checkpoint or "")
+    if metadata is None:
         return None
-    mine, its = build.architecture(args.model), build.architecture(metadata["architecture"])
+    args.model = args.model or metadata.architecture
+    mine, its = build.architecture(args.model), build.architecture(metadata.architecture)
     if mine != its:
         return f"{args.checkpoint} is of {its}, not {mine}: its data configuration and number of classes are not used"
-    args.num_classes = args.num_classes or int(metadata["num_classes"])
-    args.model_kwargs = args.model_kwargs or json.loads(metadata["model_kwargs"])
-    saved = json.loads(metadata["data_config"])
+    args.num_classes = args.num_classes or metadata.num_classes
+    args.model_kwargs = args.model_kwargs or metadata.model_kwargs
+    saved = metadata.data_config
     args.trained_size = saved["input_size"]
     if args.img_size is None and args.input_size is None:
         args.input_size = [args.in_chans or saved["input_size"][0], *saved["input_size"][1:]]
@@ -231,7 +231,7 @@ def _fill_from_checkpoint(args: argparse.Namespace) -> str | None:
         args.in_chans = saved["input_size"][0]
     for name in ("mean", "std", "crop_pct", "crop_mode", "interpolation"):
         if getattr(args, name) is None:
-            setattr(args, name, saved.get(name))
+            setattr(args, name, saved[name])
     return None
 
 
@@ -240,14 +240,8 @@ def _formatted(rows: list[Row], form: str, several: bool) -> str:
         return json.dumps(rows if several else rows[0], indent=4) + "\n"
     names = list(dict.fromkeys(name for row in rows for name in row))
     if form == "md":
-        lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
-        lines += [f"| {' | '.join(str(row.get(name, '')) for name in names)} |" for row in rows]
-        return "\n".join(lines) + "\n"
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+        return markdown_table(names, [[row.get(name, "") for name in names] for row in rows]) + "\n"
+    return csv_text([names, *([row.get(name, "") for name in names] for row in rows)])
 
 
 def _table(rows: list[Row], columns: int) -> str:
@@ -268,4 +262,4 @@ def _table(rows: list[Row], columns: int) -> str:
 
 def _say(accelerator: Accelerator, text: str) -> None:
     if accelerator.is_main_process:
-        print(f"validate.py: {text}", file=sys.stderr)
+        print(f"validate.py: {printable(text)}", file=sys.stderr)

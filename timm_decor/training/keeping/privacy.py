@@ -1,15 +1,15 @@
-"""What may leave the machine: settings, commands and messages without its paths, and no secrets anywhere."""
+"""What may leave the machine: settings, commands and messages without its paths and without secrets."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from timm_decor.errors import UserError
+from timm_decor.redact import HIDDEN, holds_secret, is_secret, without_secrets
 
 # Arguments that name places on somebody's machine: kept out of files that are made to be published.
 PRIVATE = (
@@ -33,14 +33,6 @@ _PATH = re.compile(
     """,
     re.VERBOSE,
 )
-_SECRET = re.compile(
-    r"""\b(?: hf_[A-Za-z0-9]{20,} | sk-[\w-]{20,} | gh[opsu]_[A-Za-z0-9]{20,} | github_pat_\w{20,}
-      | wandb_v\d_\w{20,} | AKIA[0-9A-Z]{16} | xox[bp]-[\w-]{10,} )
-      | ://[^/\s:@]+:[^/\s@]+@        # a password in a URL
-    """,
-    re.VERBOSE,
-)
-_SECRET_NAME = re.compile(r"(?:^|_)(?:api_?key|token|secret|password)$", re.IGNORECASE)
 
 
 def without_paths(text: str) -> str:
@@ -65,9 +57,12 @@ def published_command(prog: str, argv: Sequence[str]) -> str:
         elif name in PRIVATE or flag == "-c":
             take = "" if equals else name
             words.append(f"{flag}={_place(name, value)}" if equals else flag)
+        elif equals and is_secret(flag.lstrip("-"), value):
+            take = ""
+            words.append(f"{flag}={HIDDEN}")
         else:
             take = ""
-            words.append(without_paths(word))
+            words.append(without_paths(without_secrets(word)))
     return " ".join(shlex.quote(word) for word in words)
 
 
@@ -77,29 +72,19 @@ def refuse_secrets(args: argparse.Namespace) -> None:
     Raises:
         UserError: names the argument, not the secret.
     """
-    known = {value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= 16}
     for key, value in vars(args).items():
-        if _holds_secret(value, known):
+        if holds_secret(value):
             raise UserError(
                 f"--{key.replace('_', '-')} holds what looks like a password or token: others can read command lines "
                 f"and args.yaml; give it by the environment (HF_TOKEN, WANDB_API_KEY)"
             )
 
 
-def _holds_secret(value: Any, known: set[str]) -> bool:
-    if isinstance(value, Mapping):
-        named = any(_SECRET_NAME.search(str(key)) and item for key, item in value.items())
-        return named or any(_holds_secret(item, known) for item in value.values())
-    if isinstance(value, list | tuple):
-        return any(_holds_secret(item, known) for item in value)
-    return isinstance(value, str) and (bool(_SECRET.search(value)) or any(secret in value for secret in known))
-
-
 def _cleaned(value: Any) -> Any:
     if isinstance(value, str):
-        return without_paths(value)
+        return without_paths(without_secrets(value))
     if isinstance(value, Mapping):
-        return {key: _cleaned(item) for key, item in value.items()}
+        return {_cleaned(key): HIDDEN if is_secret(str(key), item) else _cleaned(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_cleaned(item) for item in value]
     return value
@@ -107,4 +92,4 @@ def _cleaned(value: Any) -> Any:
 
 def _place(name: str, value: str) -> str:
     is_recipe = name in ("c", "config")
-    return without_paths(value) if is_recipe and not value.startswith("..") else "PATH"
+    return without_paths(without_secrets(value)) if is_recipe and not value.startswith("..") else "PATH"

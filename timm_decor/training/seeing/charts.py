@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from timm_decor.training.seeing.drawing import label, plain_text
+
 # What matplotlib draws with, and the CSS variable that takes its place.
 _COLOURS = {
     "#010101": "var(--text)",
@@ -48,6 +50,7 @@ class Line:
     faint: bool = False
 
 
+@plain_text()
 def lines(title: str, x_label: str, drawn: Sequence[Line], legend: bool = False) -> str:
     """A line chart as SVG.
 
@@ -65,7 +68,7 @@ def lines(title: str, x_label: str, drawn: Sequence[Line], legend: bool = False)
             axes.plot(line.x, line.y, color=colour, linewidth=0.6, alpha=0.45)
         else:
             marker = {"marker": _MARKERS[line.side], "markersize": 4 if len(line.x) <= 40 else 0}
-            axes.plot(line.x, line.y, color=colour, linewidth=1.7, label=line.name, **marker)
+            axes.plot(line.x, line.y, color=colour, linewidth=1.7, label=label(line.name), **marker)
             if len(line.x) == 1:  # a single point tells nothing by its place
                 at = {"xytext": (-6, 5), "textcoords": "offset points", "ha": "right"}
                 axes.annotate(f"{line.y[0]:.4g}", (line.x[0], line.y[0]), color=_TEXT, fontsize=8, **at)
@@ -90,6 +93,7 @@ def _limits(bold: list[Line], faint: list[Line]) -> tuple[float, float]:
     return float(low - room), float(high + room)
 
 
+@plain_text()
 def heat_map(title: str, rows: Sequence[str], steps: Sequence[int], values: Any, top: float) -> str:
     """Values of layers over training as SVG, the first layer on top.
 
@@ -105,7 +109,9 @@ def heat_map(title: str, rows: Sequence[str], steps: Sequence[int], values: Any,
     image = axes.imshow(values, aspect="auto", vmin=0, vmax=top, cmap="viridis", interpolation="nearest")
     _style(axes, title, "optimizer step")
     every = -(-len(rows) // _MOST_LABELS)
-    axes.set_yticks(range(0, len(rows), every), list(rows)[::every], fontsize=7 if len(rows) <= 40 else 6.5)
+    axes.set_yticks(
+        range(0, len(rows), every), [label(row) for row in rows[::every]], fontsize=7 if len(rows) <= 40 else 6.5
+    )
     columns = sorted({round(i * (len(steps) - 1) / 4) for i in range(5)})
     axes.set_xticks(columns, [str(steps[column]) for column in columns])
     bar = figure.colorbar(image, ax=axes, location="right", fraction=0.05, pad=0.02)
@@ -114,6 +120,7 @@ def heat_map(title: str, rows: Sequence[str], steps: Sequence[int], values: Any,
     return _svg(figure, title)
 
 
+@plain_text()
 def stacked_bars(title: str, names: Sequence[str], parts: Sequence[dict[str, float]], colours: dict[str, str]) -> str:
     """A horizontal bar a name, made of parts, as SVG.
 
@@ -131,7 +138,7 @@ def stacked_bars(title: str, names: Sequence[str], parts: Sequence[dict[str, flo
             axes.barh(row, values.get(part, 0.0), left=left, color=colour, height=0.62)
             left += values.get(part, 0.0)
     _style(axes, title, "")
-    axes.set_yticks(range(len(names)), list(names))
+    axes.set_yticks(range(len(names)), [label(name) for name in names])
     axes.invert_yaxis()
     axes.grid(axis="x", color=_FAINT, linewidth=0.5, alpha=0.5)
     axes.set_axisbelow(True)
@@ -145,7 +152,7 @@ def _figure(height: float) -> Any:
 
 
 def _style(axes: Any, title: str, x_label: str) -> None:
-    axes.set_title(title, fontsize=9, color=_TEXT, loc="left")
+    axes.set_title(label(title, 90), fontsize=9, color=_TEXT, loc="left")
     axes.set_xlabel(x_label, fontsize=8, color=_TEXT)
     axes.tick_params(colors=_TEXT, labelsize=7.5, length=2)
     axes.spines[["top", "right"]].set_visible(False)
@@ -158,7 +165,7 @@ def _svg(figure: Any, title: str) -> str:
 
     text = io.StringIO()
     # text stays text; a salt of its own keeps ids apart from those of other charts
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "svg.image_inline": True}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label(title, 90), "svg.image_inline": True}):
         figure.patch.set_alpha(0)
         for axes in figure.axes:
             axes.patch.set_alpha(0)

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
+from timm_decor.text import markdown_cell
+
 SIDES = ("decorrelated", "plain")  # the two models' folders in that of the run
 
 
@@ -126,8 +128,9 @@ def figures(sides: Sequence[Side]) -> list[tuple[str, list[str]]]:
 
 def markdown(sides: tuple[Side, Side]) -> str:
     """The comparison as a markdown table, a column a side."""
-    lines = [f"| | {sides[0].name} | {sides[1].name} |", "|---|---|---|"]
-    lines += [f"| {label} | {' | '.join(cells)} |" for label, cells in figures(sides)]
+    names = (markdown_cell(side.name) for side in sides)
+    lines = [f"| | {' | '.join(names)} |", "|---|---|---|"]
+    lines += [f"| {label} | {' | '.join(map(markdown_cell, cells))} |" for label, cells in figures(sides)]
     return "\n".join(lines) + "\n"
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from timm_decor.text import csv_text
 from timm_decor.training.data.sources import Source
+from timm_decor.training.seeing.drawing import label, plain_text
 
 _PICTURES = 36
 _MOST_NUMBERS = 20  # classes up to which each cell of the matrix shows its count
@@ -28,13 +29,14 @@ def confusion(seen: Any, classes: int) -> Any:
     return counts
 
 
+@plain_text()
 def write_confusion(counts: Any, names: Sequence[str], path: Path) -> None:
     """The matrix as a CSV file, and beside it as a picture that shows the share of each row."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["label", *(f"predicted {name}" for name in names)])
-        writer.writerows([name, *row] for name, row in zip(names, counts.tolist(), strict=True))
-
+    rows = [[name, *row] for name, row in zip(names, counts.tolist(), strict=True)]
+    path.write_text(
+        csv_text([["label", *(f"predicted {name}" for name in names)], *rows]), encoding="utf-8", newline=""
+    )
+    shown = [label(name) for name in names]
     size = min(14.0, max(4.5, 1.8 + 0.42 * len(names)))
     figure = _figure(size, 0.88 * size)
     axes = figure.add_subplot()
@@ -44,8 +46,8 @@ def write_confusion(counts: Any, names: Sequence[str], path: Path) -> None:
     axes.set_xlabel("predicted")
     axes.set_ylabel("label")
     if len(names) <= _MOST_NAMES:
-        axes.set_xticks(range(len(names)), list(names), rotation=90, fontsize=8)
-        axes.set_yticks(range(len(names)), list(names), fontsize=8)
+        axes.set_xticks(range(len(names)), shown, rotation=90, fontsize=8)
+        axes.set_yticks(range(len(names)), shown, fontsize=8)
     if len(names) <= _MOST_NUMBERS:
         for row, column in zip(*np.nonzero(counts), strict=True):
             colour = "white" if shares[row, column] > 0.5 else "black"
@@ -55,6 +57,7 @@ def write_confusion(counts: Any, names: Sequence[str], path: Path) -> None:
     figure.savefig(path.with_suffix(".png"), dpi=130, format="png")
 
 
+@plain_text()
 def write_worst(source: Source, seen: Any, names: Sequence[str], path: Path) -> None:
     """The images with the highest loss, as the data set has them, each with its label and what was predicted."""
     worst = np.argsort(-seen[:, 2], kind="stable")[:_PICTURES]
@@ -63,18 +66,15 @@ def write_worst(source: Source, seen: Any, names: Sequence[str], path: Path) -> 
     figure = _figure(1.75 * columns, 2.05 * rows + 0.4)
     figure.suptitle("highest loss first: label, then what was predicted", fontsize=10)
     for place, index in enumerate(worst):
-        label, predicted, loss, confidence = seen[index]
+        right, predicted, loss, confidence = seen[index]
         axes = figure.add_subplot(rows, columns, place + 1)
         axes.imshow(np.asarray(source.image(int(index))), cmap="gray", interpolation="nearest")
         axes.set_axis_off()
-        wrong = int(label) != int(predicted)
-        text = f"{_short(names[int(label)])}\n{_short(names[int(predicted)])} {100 * confidence:.0f} %, loss {loss:.1f}"
+        wrong = int(right) != int(predicted)
+        first, second = (label(names[int(number)], 18) for number in (right, predicted))
+        text = f"{first}\n{second} {100 * confidence:.0f} %, loss {loss:.1f}"
         axes.set_title(text, fontsize=7.5, color="#b02a3c" if wrong else "black")
     figure.savefig(path, dpi=130, format="png")
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 18 else name[:17] + "…"
 
 
 def _figure(width: float, height: float) -> Any:
