@@ -72,7 +72,7 @@ class DecorConfig:
         0.5, "weight of the unit-variance term V against the decorrelation term C, in [0, 1]", ("dbp",)
     )
     decor_lr: float = _knob(5e-3, "learning rate of R", ("dbp", "crgd"))
-    damping: float = _knob(1.0, "added to the second moment's eigenvalues, in units of their mean", ("whiten",))
+    damping: float = _knob(2.0, "added to the second moment's eigenvalues, in units of their mean", ("whiten",))
     every: int = _knob(20, "optimizer steps between two refreshes of R")
     sample: float = _knob(0.25, "share of the batch's images that the statistics are taken from; 1.0: every row")
     max_rows: int = _knob(16384, "rows of one forward pass in the statistics of a layer, where sample is below 1.0")

@@ -217,10 +217,10 @@ def check_images(
     autocast: Callable[[], contextlib.AbstractContextManager[Any]],
     what: str,
 ) -> None:
-    """Refuse a model in evaluation mode that takes no such images, before there are any.
+    """Refuse a model that takes no such images, before there are any.
 
     Args:
-        model: on its device.
+        model: on its device; its mode, and all that it holds, stay as they are.
         input_size: (C, H, W).
         device: the model's.
         autocast: for the precision in use.
@@ -229,11 +229,16 @@ def check_images(
     Raises:
         UserError: see above.
     """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
     try:
         with autocast():
             model(torch.zeros(1, *input_size, device=device))
     except CREATION_ERRORS as error:
         raise UserError(f"{what} does not take images of {tuple(input_size)}: {first_line(error)}") from error
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def plain_twin(model: nn.Module) -> nn.Module:
@@ -270,31 +275,6 @@ def data_config(args: argparse.Namespace, model: nn.Module, in_chans: int) -> di
         if len(config[name]) != in_chans:  # timm's defaults are for RGB
             config[name] = (sum(config[name]) / len(config[name]),) * in_chans
     return config
-
-
-@torch.no_grad()
-def check_size(model: nn.Module, input_size: tuple[int, int, int]) -> None:
-    """Refuse images that the model cannot take, before training begins: by one of zeros.
-
-    Args:
-        model: on the CPU; its mode, and all that it holds, stay as they are.
-        input_size: (C, H, W).
-
-    Raises:
-        UserError: with what the model says to it.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        model(torch.zeros(1, *input_size))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        size = "x".join(map(str, input_size))
-        raise UserError(
-            f"{_kind(model)} cannot take images of {size}: {first_line(error)}; try another --img-size"
-        ) from error
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def input_channels(args: argparse.Namespace) -> int:

@@ -131,7 +131,7 @@ def _run(
     if args.eval_metric == "top5" and classes <= 5:
         raise UserError(f"--eval-metric top5 means nothing with {classes} classes")
     data_config = build.data_config(args, model, channels)
-    build.check_size(model, data_config["input_size"])
+    build.check_images(model, data_config["input_size"], torch.device("cpu"), contextlib.nullcontext, args.model)
     loaders = (
         train_loader(args, train_source, data_config, classes, accelerator),
         eval_loader(args, eval_source, data_config, classes, accelerator),

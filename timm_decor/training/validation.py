@@ -143,7 +143,7 @@ def _evaluate(args: argparse.Namespace, accelerator: Accelerator) -> Row:
     if args.test_pool:
         model = pooled_over_windows(model, args.trained_size, data_config["input_size"])
     build.place(model, accelerator.device, args.channels_last)
-    build.check_images(model.eval(), data_config["input_size"], accelerator.device, accelerator.autocast, args.model)
+    build.check_images(model, data_config["input_size"], accelerator.device, accelerator.autocast, args.model)
     runnable: Any = model
     if args.torchcompile:
         runnable = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
