@@ -13,7 +13,7 @@ from timm_decor.errors import UserError, first_line, message
 from timm_decor.models import PREFIX
 from timm_decor.training.args import as_recipe
 from timm_decor.training.foreign import Fields, read_json, read_mapping, read_text
-from timm_decor.training.keeping.folder import ARGS_FILE, EMA_SUFFIX, SUMMARY_FILE
+from timm_decor.training.keeping.folder import ARGS_FILE, EMA_SUFFIX, SUMMARY_FILE, check_digest
 from timm_decor.training.keeping.metadata import CheckpointMetadata
 from timm_decor.training.run import parse
 from timm_decor.training.seeing.compare import SIDES, Side
@@ -157,6 +157,7 @@ def read(checkpoint: Path) -> Trained:
     """
     if checkpoint.suffix != ".safetensors":
         raise UserError(f"{checkpoint} is no safetensors file: nothing else is published (a pickle can run code)")
+    check_digest(checkpoint)
     metadata = CheckpointMetadata.read(checkpoint)
     if metadata is None:
         raise UserError(f"{checkpoint} does not say its architecture: it is no checkpoint of train.py")

@@ -26,6 +26,7 @@ import timm_decor
 from timm_decor.errors import UserError
 from timm_decor.training.args import decor_config
 from timm_decor.training.build import check_fit, class_count, place
+from timm_decor.training.data.loaders import told
 from timm_decor.training.evaluate import Metrics, evaluate
 from timm_decor.training.keeping.progress import Progress
 from timm_decor.training.optim import make_loss, make_optimizer, make_scheduler
@@ -203,7 +204,7 @@ class Arm:
         return evaluate(model, self._pausing(self._eval_loader), self.accelerator, self.args.channels_last)
 
     def _pausing(self, loader: DataLoader[Any]) -> Iterator[Any]:
-        for batch in loader:
+        for batch in told(loader):
             self.pause()
             yield batch
 
@@ -274,7 +275,15 @@ class Arm:
         if args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with accelerator.accumulate(self._wrapped):
-            output = self._wrapped(images)
+            try:
+                output = self._wrapped(images)
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                size = f"--batch-size {args.batch_size} at {images.shape[-1]} px"
+                raise UserError(
+                    f"{self.name}: {size} leaves BatchNorm one value a channel: take a larger one"
+                ) from error
             logits = output[0] if isinstance(output, tuple) else output  # of a model with a distillation head
             loss = self._loss(logits, labels)
             if self.distillation is not None:
@@ -331,7 +340,7 @@ class Arm:
         if progress.batches:
             loader = skip_first_batches(loader, progress.batches)
             loader.set_epoch(epoch)  # type: ignore[attr-defined]  # it counts epochs on its own
-        for number, batch in enumerate(loader):
+        for number, batch in enumerate(told(loader)):
             # not earlier: a loader draws a number when it starts its workers, which it does once in a process
             if progress.random is not None:
                 set_random_state(progress.random, self.accelerator.device)

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import timm
 import torch
-from timm.data import resolve_data_config
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from timm.layers import convert_sync_batchnorm
 from timm.models import get_arch_pretrained_cfgs, is_model, list_models, load_state_dict, split_model_name_tag
 from torch import nn
@@ -27,7 +27,7 @@ from timm_decor.models import PREFIX, plain_name
 from timm_decor.text import closest, near
 from timm_decor.training.adjust import init_head, set_batch_norm
 from timm_decor.training.args import decor_config
-from timm_decor.training.keeping.folder import EMA_SUFFIX, RESUME_FILES
+from timm_decor.training.keeping.folder import EMA_SUFFIX, RESUME_FILES, check_digest
 
 # What timm raises on arguments that it cannot follow.
 CREATION_ERRORS = (
@@ -198,6 +198,16 @@ def class_count(model: nn.Module) -> int:
     return cast(int, model.num_classes)
 
 
+def pretrained_names(model: nn.Module) -> list[str]:
+    """The classes that a model's pretrained weights know, by label: ImageNet's synsets; empty where nobody knows."""
+    config = cast(Any, model).pretrained_cfg
+    names = config.get("label_names")
+    if names:
+        return [str(name) for name in names]
+    subset = infer_imagenet_subset(config)
+    return ImageNetInfo(subset).label_names() if subset else []
+
+
 def hub_name(model: nn.Module) -> str | None:
     """The Hub's name of the pretrained weights that a timm model was made with."""
     return cast(Any, model).pretrained_cfg.get("hf_hub_id")  # type: ignore[no-any-return]
@@ -335,6 +345,7 @@ def _read_weights(path: str, use_ema: bool | None = None) -> Any:
         if not averaged.is_file():
             raise UserError(f"{path} has no averaged weights: {averaged.name} is not next to it")
         file = averaged
+    check_digest(file)
     try:
         if use_ema and file.suffix != ".safetensors":
             saved = torch.load(file, map_location="cpu", weights_only=True)

@@ -22,6 +22,7 @@ from timm_decor.training import build
 from timm_decor.training.args import validate_parser
 from timm_decor.training.data.datasets import open_source
 from timm_decor.training.data.loaders import eval_loader
+from timm_decor.training.data.names import check_labels, numbered_as
 from timm_decor.training.data.sources import Source
 from timm_decor.training.evaluate import evaluate
 from timm_decor.training.keeping.folder import EMA_SUFFIX, RESUME_FILES, RunFolder
@@ -138,6 +139,7 @@ def _evaluate(args: argparse.Namespace, accelerator: Accelerator) -> Row:
         _say(accelerator, ignored)
     data_config = build.data_config(args, model, channels)
     classes = build.class_count(model)
+    source = _numbered_as_the_model(args, source, model, accelerator)
     parameters = sum(p.numel() for p in model.parameters())
     loader = eval_loader(args, source, data_config, classes, accelerator)
     if args.test_pool:
@@ -163,6 +165,34 @@ def _evaluate(args: argparse.Namespace, accelerator: Accelerator) -> Row:
         "crop_pct": data_config["crop_pct"],
         "interpolation": data_config["interpolation"],
     }
+
+
+def _numbered_as_the_model(
+    args: argparse.Namespace, source: Source, model: nn.Module, accelerator: Accelerator
+) -> Source:
+    """The images with labels as the model numbers classes: by name, where both sides have names; else that is said.
+
+    Raises:
+        UserError: the data have classes that the model does not know.
+    """
+    its, classes = f"split {args.split}", build.class_count(model)
+    names, whose = args.label_names, args.checkpoint
+    if not args.checkpoint:
+        names, whose = build.pretrained_names(model), f"the weights of {args.model}"
+        if not set(source.class_names) & set(names):  # names in other words: ImageNet's synsets are numbers to most
+            names = []
+            if source.class_names and len(source.class_names) != classes:
+                raise UserError(f"{its} has {len(source.class_names)} classes and {whose} have {classes}, by other "
+                                f"names: a --class-map that lists {classes} names numbers the folders")  # fmt: skip
+    source = numbered_as(source, names, its, whose)
+    if source.class_names and not names:
+        first = ", ".join(f"{label} {name}" for label, name in enumerate(source.class_names[:3]))
+        _say(
+            accelerator,
+            f"{whose} does not name its classes: they are taken to be numbered as the data are ({first} ...)",
+        )
+    check_labels(source, classes, its)
+    return source
 
 
 def _write_mistakes(args: argparse.Namespace, source: Source, seen: Any, classes: int) -> None:
@@ -213,7 +243,7 @@ def _fill_from_checkpoint(args: argparse.Namespace) -> str | None:
     Returns:
         What to say where the checkpoint is of another model, so that nothing was taken; None otherwise.
     """
-    args.trained_size = None
+    args.trained_size, args.label_names = None, []
     metadata = CheckpointMetadata.read(args.checkpoint or "")
     if metadata is None:
         return None
@@ -223,6 +253,7 @@ def _fill_from_checkpoint(args: argparse.Namespace) -> str | None:
         return f"{args.checkpoint} is of {its}, not {mine}: its data configuration and number of classes are not used"
     args.num_classes = args.num_classes or metadata.num_classes
     args.model_kwargs = args.model_kwargs or metadata.model_kwargs
+    args.label_names = metadata.label_names
     saved = metadata.data_config
     args.trained_size = saved["input_size"]
     if args.img_size is None and args.input_size is None:

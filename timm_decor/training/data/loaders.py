@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import random
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -109,6 +109,10 @@ def _random_numbers_of(seed: int) -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
+
+
+WORKER_TIMEOUT = 600  # seconds for a batch: more than any disk needs, and less than forever
+T = TypeVar("T")
 
 
 def _as_is(batch: Any) -> Any:
@@ -233,8 +237,33 @@ def _loader(
         pin_memory=args.pin_mem,
         collate_fn=_as_is,
         worker_init_fn=spare_worker,
+        timeout=WORKER_TIMEOUT if workers else 0,
     )
     return accelerator.prepare_data_loader(loader)
+
+
+def told(loader: Iterable[T]) -> Iterator[T]:
+    """A loader's batches, with one line for a data worker that died or stands still.
+
+    Raises:
+        UserError: see above.
+    """
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:  # torch has no class of its own for these
+            text = str(error)
+            if "timed out" in text:
+                why = f"gave nothing for {WORKER_TIMEOUT} seconds: is the disk there?"
+            elif "DataLoader worker" in text:
+                why = "was ended from outside, as a machine does that has no memory left: try fewer --workers"
+            else:
+                raise
+            raise UserError(f"a data worker {why}; --resume goes on") from error
+        yield batch
 
 
 def default_workers() -> int:
