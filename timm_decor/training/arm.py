@@ -451,6 +451,10 @@ class Arm:
         """
         self._check_kind(state, path)
         check_fit(self.model, state["state_dict"], path)
+        names = state.get("parameters", self._parameter_names)
+        if names != self._parameter_names:
+            raise UserError(f"{path} trained other parameters, or grouped them otherwise: --freeze and --layer-decay "
+                            f"cannot change on the way")  # fmt: skip
         self.model.load_state_dict(state["state_dict"])
         if self.ema:
             self.ema.module.load_state_dict(state["state_dict_ema"] or state["state_dict"])
@@ -489,10 +493,6 @@ class Arm:
         if opt.lower() != self.args.opt.lower():
             raise UserError(f"{path} was trained with --opt {opt}, whose state is of no use to {self.args.opt}: "
                             f"go on with it, or begin another run with --initial-checkpoint")  # fmt: skip
-        names = state.get("parameters", self._parameter_names)
-        if names != self._parameter_names:
-            raise UserError(f"{path} trained other parameters, or grouped them otherwise: --freeze and --layer-decay "
-                            f"cannot change on the way")  # fmt: skip
 
     @property
     def _parameter_names(self) -> list[list[str]]:
