@@ -6,7 +6,7 @@ STAMP := $(VENV)/installed
 CODE := timm_decor hub tests benchmarks door.py train.py validate.py
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-lowest timm-tests zoo bench-cpu readme dist lint format clean help
+.PHONY: demo test chaos test-lowest timm-tests zoo bench-cpu readme dist lint format clean help
 
 demo: $(STAMP) ## train decor_resnet18 beside resnet18 on handwritten digits; print who won
 	$(PY) train.py -c recipes/digits_resnet18.yaml --compare --output output/demo
@@ -17,6 +17,9 @@ test: lint ## lint, check types, run every test
 test-lowest: ## run the tests on the oldest dependencies that pyproject.toml admits
 	$(MAKE) VENV=.venv-lowest RESOLUTION=lowest-direct .venv-lowest/installed
 	.venv-lowest/bin/python -m pytest -q
+
+chaos: $(STAMP) ## kill train.py a hundred times at random moments; it must end with the same bits (25 minutes)
+	PYTHONPATH=tests $(PY) tests/chaos.py --kills 100
 
 timm-tests: $(STAMP) ## run timm's own model tests over the twins (20 minutes); writes docs/timm_contract.md
 	$(PY) tests/timm_contract.py --workers 2 --page docs/timm_contract.md

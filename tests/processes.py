@@ -104,6 +104,13 @@ def join_group(rank: int, world_size: int, port: int) -> None:
     }  # fmt: skip
 
 
+def member(rank: int, world_size: int, port: int, die_at: int) -> None:
+    """Be one of several processes, the first of which dies at its `die_at`-th step of writing a file, if at all."""
+    join_group(rank, world_size, port)
+    if die_at and rank == 0:
+        die_at_event(die_at)
+
+
 def slow_update(marker: str, seconds: float) -> None:
     """Let the second update take its time, and leave a file when it begins.
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import random
 import shlex
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
-import processes
+import chaos
 import pytest
 import torch
-from processes import start
-from safetensors.torch import load_file
+from chaos import WORDS, final, same
 from training_runs import DECOR, TINY, train
 
 from timm_decor.errors import Stopped, UserError
@@ -21,41 +19,6 @@ from timm_decor.training import run as run_module
 from timm_decor.training.arm import Arm
 from timm_decor.training.keeping import checkpoints as checkpoints_module
 from timm_decor.training.keeping.folder import read_resume
-
-# Five batches an epoch, and three updates, the last one from a single batch.
-WORDS = shlex.split(
-    "--train-split train[:160] --epochs 4 --grad-accum-steps 2 --model-ema --model-ema-decay 0.9 --drop 0.2 --mixup 0.4"
-)
-
-
-def untimed(value: Any) -> Any:
-    """A state without what depends on the clock."""
-    if isinstance(value, dict):
-        return {key: untimed(item) for key, item in value.items() if "second" not in str(key) and key != "images_per_s"}
-    return [untimed(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two nested states are equal to the bit."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def final(folder: Path) -> Any:
-    """All that training ended with: weights, their average, optimizer state with R and W, history."""
-    state = read_resume(folder / "resume.pt")
-    del state["observed"]  # when R was looked at and how long updates took, which the clock decides
-    assert state["progress"] is None
-    return untimed(state)
-
-
-def command(folder: Path, *words: Any) -> list[str]:
-    return [*TINY, *WORDS, "--output", str(folder.parent), "--experiment", folder.name, *map(str, words)]
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
@@ -164,80 +127,24 @@ class TestAuto:
             train(run, *DECOR, "--epochs", 1, "--compare", "--resume", "auto")
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Runs that nothing happens to."""
-    folder = tmp_path_factory.mktemp("whole")
-    for name, words in KILLED.items():
-        process = start(command(folder / name, *words), folder / "log")
-        process.join()
-        assert process.exitcode == 0, (folder / "log").read_text()
-    return {name: folder / name for name in KILLED}
-
-
-KILLED = {
-    "sgd": [*DECOR, "--epochs", 8, "--reprob", 0.5, "--drop-path", 0.2],
-    "adamw": [*DECOR, "--epochs", 8, "--opt", "adamw", "--lr", 0.002],
-    "compare": [*DECOR, "--epochs", 5, "--compare"],
-}
-
-
-class Killer:
-    """Starts one command again and again and kills it at random moments, each of three kinds in turn.
-
-    Args:
-        words: the command, which must go on from where it was.
-        run: its folder.
-        seed: of the moments.
-    """
-
-    def __init__(self, words: list[str], run: Path, seed: int) -> None:
-        self.words, self.run, self.log = words, run, run.with_suffix(".log")
-        self.moments = random.Random(seed)
-        self.kills = 0
-
-    def kill_once(self) -> bool:
-        """Start it and kill it; false where it got to its end before."""
-        kind = self.kills % 3
-        if kind == 0:  # in the middle of writing
-            process = start(self.words, self.log, processes.die_at_event, self.moments.randrange(5, 60))
-        else:
-            before, process = self.checkpoints(), start(self.words, self.log)
-            while kind == 1 and process.exitcode is None and self.checkpoints() == before:  # after an update
-                time.sleep(0.01)
-            process.join(self.moments.uniform(0, 0.2 if kind == 1 else 0.6))  # kind 2: while it starts
-            process.kill()
-        process.join()
-        assert process.exitcode in (0, -signal.SIGKILL), self.log.read_text()[-3000:]
-        self.kills += process.exitcode != 0
-        return process.exitcode != 0
-
-    def checkpoints(self) -> list[int]:
-        return [file.stat().st_mtime_ns for file in sorted(self.run.rglob("resume.pt"))]
-
-    def finish(self) -> None:
-        process = start(self.words, self.log)
-        process.join()
-        assert process.exitcode == 0, self.log.read_text()[-3000:]
-
-
 class TestKilled:
-    """SIGKILL until it is enough, then the same command to its end."""
+    """SIGKILL until it is enough, then the same command to its end; `make chaos` does more of it."""
 
-    @pytest.mark.parametrize("name", KILLED)
-    def test_it_ends_with_the_same_bits(self, name: str, whole: dict[str, Path], tmp_path: Path):
-        seed, run = random.SystemRandom().randrange(10**6), tmp_path / name
-        words = command(run, *KILLED[name], "--resume", "auto", "--recovery-interval", 1)
-        killer = Killer(words, run, seed)
+    @pytest.mark.parametrize(("name", "kills"), [("sgd", 6), ("adamw", 3), ("muon", 3), ("compare", 3), ("workers", 3),
+                                                 ("two processes", 2)])  # fmt: skip
+    def test_it_ends_with_the_same_bits(self, name: str, kills: int, tmp_path: Path):
+        seed = random.SystemRandom().randrange(10**6)
+        killer = chaos.Killer(name, tmp_path / "run", seed)
         told = f"seed {seed}, log {killer.log}"
         print(told)
-        while killer.kills < 9 and killer.kill_once():
+        while killer.kills < kills and killer.kill_once():
             pass
-        assert killer.kills >= 7, "it was to be killed more often"
+        assert killer.kills >= kills - 1, "it was to be killed more often"
         killer.finish()
-        for side in ("plain", "decorrelated") if name == "compare" else (".",):
-            assert same(final(run / side), final(whole[name] / side)), told
-            for file in ("last.safetensors", "last-ema.safetensors", "best.safetensors"):
-                assert same(load_file(run / side / file), load_file(whole[name] / side / file)), told
-            assert not list((run / side).glob(".*")), f"nothing half-written stays behind: {told}"
-        print(f"{name}: killed {killer.kills} times, {killer.log.read_text().count('goes on after')} times gone on")
+        assert chaos.compare(name, killer.run, chaos.whole(name, tmp_path)) == [], told
+
+
+def test_two_at_once(tmp_path: Path):
+    reference = chaos.whole("sgd", tmp_path)
+    for number, apart in enumerate((0, 0.3)):
+        assert chaos.pair(tmp_path / f"pair{number}", reference, apart) == []

@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 import yaml
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from timm_decor.errors import UserError, first_line, load_failure
+from timm_decor.training.keeping.lock import locked
 
 RESUME_FILE = "resume.pt"
 PREVIOUS_FILE = "resume-previous.pt"
@@ -41,7 +41,6 @@ RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
 COMPARISON_FILES = ("compare.json", "compare.md", "compare.png")
 _UNFINISHED = ".unfinished-"  # begins the name of a folder; a file is renamed out of it
-_LOCK = ".lock"
 EMA_SUFFIX = "-ema"  # last.safetensors has its averaged weights in last-ema.safetensors
 
 
@@ -99,20 +98,10 @@ class RunFolder:
         if not self._writes:
             yield
             return
-        lock, is_held = FileLock(self.path / _LOCK), True
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise UserError(f"another run is at work in {self.path}: take another --experiment, or wait") from error
-        except (NotImplementedError, OSError):  # a file system without locks
-            is_held = False
-        try:
+        with locked(self.path) as is_ours:
+            if not is_ours:
+                raise UserError(f"another run is at work in {self.path}: take another --experiment, or wait")
             yield
-        finally:
-            if is_held:
-                with contextlib.suppress(OSError):  # before it is let go: later it would be the next run's
-                    (self.path / _LOCK).unlink()
-                lock.release()
 
     def write_args(self, recipe: Mapping[str, Any]) -> None:
         """args.yaml, which `-c` reads back."""
