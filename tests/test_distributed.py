@@ -10,10 +10,10 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from chaos import final, same
 from processes import context, start_group
 from safetensors.torch import load_file
 from test_attach import batch, net
-from test_kill_and_resume import final, same
 from torch.nn.parallel import DistributedDataParallel
 from training_runs import DECOR, TINY, history, reset_accelerate
 

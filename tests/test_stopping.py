@@ -15,8 +15,9 @@ from pathlib import Path
 import processes
 import pytest
 import torch
+from chaos import command, final, same, untimed
 from processes import context, start
-from test_kill_and_resume import command, final, same, stop_at, untimed
+from test_kill_and_resume import stop_at
 from training_runs import DECOR, TINY, train
 
 from timm_decor.errors import Stopped, UserError

@@ -135,29 +135,29 @@ class TestComparison:
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, epochs: int) -> None:
     """Let training be interrupted when `epochs` epochs of all arms together are done."""
-    run_epoch, done = arm_module.Arm.run_epoch, []
+    train_epoch, done = arm_module.Arm.train_epoch, []
 
-    def interrupted(self: arm_module.Arm) -> dict:
+    def interrupted(self: arm_module.Arm) -> None:
         if len(done) == epochs:
             raise KeyboardInterrupt
         done.append(self)
-        return run_epoch(self)
+        return train_epoch(self)
 
-    monkeypatch.setattr(arm_module.Arm, "run_epoch", interrupted)
+    monkeypatch.setattr(arm_module.Arm, "train_epoch", interrupted)
 
 
 def poison_loss(monkeypatch: pytest.MonkeyPatch, when: Callable[[arm_module.Arm], bool]) -> None:
     """Let the training loss of the arms and epochs that `when` chooses be NaN."""
-    run_epoch = arm_module.Arm.run_epoch
+    train_epoch = arm_module.Arm.train_epoch
 
-    def poisoned(self: arm_module.Arm) -> dict:
+    def poisoned(self: arm_module.Arm) -> None:
         if when(self):
             with monkeypatch.context() as patch:
                 patch.setattr(self, "_loss", lambda output, labels: output.sum() * math.nan)
-                return run_epoch(self)
-        return run_epoch(self)
+                return train_epoch(self)
+        return train_epoch(self)
 
-    monkeypatch.setattr(arm_module.Arm, "run_epoch", poisoned)
+    monkeypatch.setattr(arm_module.Arm, "train_epoch", poisoned)
 
 
 class TestResume:
@@ -190,8 +190,10 @@ class TestResume:
         run = train(tmp_path / "run", "--epochs", 1)
         with pytest.raises(UserError, match="does not fit resnet10t: "):
             train(tmp_path / "run", "--resume", run, "--model", "resnet10t")
-        with pytest.raises(UserError, match="optimizer state does not fit"):
-            train(tmp_path / "run", "--resume", run, "--opt-kwargs", "--weight-decay", 0, *DECOR, "--opt", "sgd")
+        with pytest.raises(UserError, match="was trained plain: leave out --decor"):
+            train(tmp_path / "run", "--resume", run, *DECOR)
+        with pytest.raises(UserError, match="trained other parameters, or grouped them otherwise"):
+            train(tmp_path / "run", "--resume", run, "--weight-decay", 0)
         with pytest.raises(UserError, match="nothing to resume"):
             train(tmp_path / "run", "--resume", tmp_path / "nope")
         (run / "resume.pt").write_bytes(b"PK nonsense")
