@@ -60,7 +60,7 @@ TRAIN_ERRORS = [
     ("--decor --decor-kappa 0.9", "kappa=0.9: rule 'whiten' has no kappa (dbp)"),
     ("--decor --decor-damping -1", "damping=-1.0"),
     ("--decor --decor-every 0", "every=0"),
-    ("--decor-damping 2", "--decor-damping does nothing for plain test_resnet: add --decor"),
+    ("--decor-damping 3", "--decor-damping does nothing for plain test_resnet: add --decor"),
     ("--compare", "--compare needs a decorrelated model"),
     ("--opt sdg", "unknown optimizer 'sdg'; near: sgd"),
     ("--opt sgd --opt-kwargs foo=1", "optimizer sgd: "),
@@ -74,7 +74,7 @@ TRAIN_ERRORS = [
     ("--batch-size 200", "the training split has 128"),
     ("--mixup 0.5 --batch-size 33", "--batch-size must be even, not 33"),
     ("--aa nonsense", "timm cannot make that transform"),
-    ("--num-classes 4", "but the model has 4 classes"),
+    ("--num-classes 4", "with 4 classes labels are 0 to 3"),
     ("--in-chans 2", "images have 1 or 3 channels, not 2"),
     ("--mean 0.5 0.5", "--mean takes 1 or 3 values, not 2"),
     ("--dataset digit", "unknown dataset 'digit'; near: digits"),
@@ -185,7 +185,7 @@ class TestParser:
         """They name knobs that are gone, at the values with which those did nothing."""
         assert "decor_warmup: 0" in path.read_text()
         args = parse(["-c", str(path)])
-        assert decor_config(args) == DecorConfig()
+        assert decor_config(args) == DecorConfig(damping=1.0), "the default of that time"
 
     def test_every_knob_of_decorrelation_has_an_argument(self):
         args = parse(["--decor-damping", "0.125", "--no-decor-preserve-function", "--decor-structure", "space"])

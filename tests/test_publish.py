@@ -22,6 +22,7 @@ from hub.publish import main
 from hub.repository import FILES
 from timm_decor.errors import UserError, exit_code
 from timm_decor.training import validation
+from timm_decor.training.keeping.folder import sha256
 
 REPO = "me/digits"
 
@@ -262,6 +263,11 @@ def test_weights_that_timm_would_not_make_the_model_of_are_refused(run: Path, tm
     del weights["fc.bias"]
     file.unlink()
     save_file(weights, file, metadata)
+    with pytest.raises(UserError, match="is damaged, or was replaced"):
+        publish(copy / "plain", "--no-eval", "--dry-run", str(tmp_path / "out"))
+    results = json.loads((copy / "plain" / "results.json").read_text())
+    results["sha256"]["last.safetensors"] = sha256(file)
+    (copy / "plain" / "results.json").write_text(json.dumps(results))
     with pytest.raises(UserError, match="does not fit timm's test_resnet"):
         publish(copy / "plain", "--no-eval", "--dry-run", str(tmp_path / "out"))
 

@@ -247,13 +247,13 @@ def _fill_from_checkpoint(args: argparse.Namespace) -> str | None:
     metadata = CheckpointMetadata.read(args.checkpoint or "")
     if metadata is None:
         return None
+    args.label_names = metadata.label_names  # whatever the model is
     args.model = args.model or metadata.architecture
     mine, its = build.architecture(args.model), build.architecture(metadata.architecture)
     if mine != its:
         return f"{args.checkpoint} is of {its}, not {mine}: its data configuration and number of classes are not used"
     args.num_classes = args.num_classes or metadata.num_classes
     args.model_kwargs = args.model_kwargs or metadata.model_kwargs
-    args.label_names = metadata.label_names
     saved = metadata.data_config
     args.trained_size = saved["input_size"]
     if args.img_size is None and args.input_size is None:
