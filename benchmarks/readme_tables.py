@@ -259,6 +259,26 @@ def graft(folder: Path, draw: bool) -> str:
     return markdown_table(("optimizer", "lr", "steps", *(GRAFT_VARIANTS[name] for name in variants)), rows)
 
 
+def knobs(folder: Path, draw: bool) -> str:
+    """knob_study.py: each knob at other values than its default, at plain training's own learning rate."""
+    found: dict[str, dict[str, list[float]]] = {}
+    opts = []
+    for file in sorted(folder.glob("*.json"), reverse=True):
+        opts.append(file.stem)
+        for run in sorted(json.loads(file.read_text(encoding="utf-8"))["runs"], key=lambda run: run["seed"]):
+            found.setdefault(run["variant"], {}).setdefault(file.stem, []).append(run["top1"])
+
+    def cell(values: list[float]) -> str:
+        each = f" ({', '.join(f'{value:.1f}' for value in values)})" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.1f}{each}" if values else "-"
+
+    rows = [
+        (f"`{name}`" if "=" in name else name, *(cell(found[name].get(opt, [])) for opt in opts))
+        for name in sorted(found, key=lambda name: (name != "default", name))
+    ]
+    return markdown_table(("knob", *opts), rows)
+
+
 GRAFT_VARIANTS = {
     "plain": "plain",
     "none": "decorrelated, without the scale",
@@ -267,7 +287,7 @@ GRAFT_VARIANTS = {
     "refresh": "measured on R's own batch",
 }
 MAKERS = {
-    **{"lr_sensitivity": lr_sensitivity, "graft": graft},
+    **{"lr_sensitivity": lr_sensitivity, "graft": graft, "knobs": knobs},
     **{"time_to_accuracy": time_to_accuracy, "step_cost": step_cost, "cifar10_resnet18": compare},
     **{"zoo": zoo, "staged": staged},
 }
