@@ -15,7 +15,6 @@ class Digits:
 
     num_classes: int | None = 10
     class_names = [str(digit) for digit in range(10)]
-    notes: list[str] = []
 
     def __init__(self, split: str, mode: str) -> None:
         from sklearn.datasets import load_digits
@@ -34,6 +33,7 @@ class Digits:
         self._pixels = np.round(pixels[chosen].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
         self.labels: np.ndarray | None = labels[chosen]
         self._mode = mode
+        self.notes: list[str] = []
 
     def __len__(self) -> int:
         return len(self._pixels)
