@@ -18,7 +18,7 @@ test-lowest: ## run the tests on the oldest dependencies that pyproject.toml adm
 	$(MAKE) VENV=.venv-lowest RESOLUTION=lowest-direct .venv-lowest/installed
 	.venv-lowest/bin/python -m pytest -q
 
-chaos: $(STAMP) ## kill train.py a hundred times at random moments; it must end with the same bits (4 minutes)
+chaos: $(STAMP) ## kill train.py a hundred times at random moments; and start it twice at once; it must end with the same bits (6 minutes)
 	PYTHONPATH=tests $(PY) tests/chaos.py --kills 100
 
 timm-tests: $(STAMP) ## run timm's own model tests over the twins (20 minutes); writes docs/timm_contract.md

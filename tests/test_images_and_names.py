@@ -343,6 +343,10 @@ class TestACheckpointKnowsItsClasses:
 class TestTimmsWeights:
     """Names of pretrained weights are ImageNet's synsets."""
 
+    def test_another_number_of_classes_is_refused(self) -> None:
+        with pytest.raises(UserError, match="weights of resnet18 know 1000 classes, not --num-classes 10"):
+            validate(["--model", "resnet18", "--pretrained", "--num-classes", "10", "--device", "cpu"])
+
     def test_a_folder_of_synsets_is_matched(self, tmp_path: Path) -> None:
         import timm
 

@@ -179,6 +179,11 @@ class Arm:
         if self._progress.batches < len(self._train_loader):
             self._train(self.epoch, self._progress)
 
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether the epoch that comes, or is being trained, is one to evaluate."""
+        return (self.epoch + 1) % self.args.val_interval == 0 or self.epoch + 1 == self.epochs
+
     def finish_epoch(self) -> Row:
         """Evaluate the epoch that was trained, where that is due, and append its row to the history.
 
@@ -188,7 +193,7 @@ class Arm:
         assert self._progress is not None, "train_epoch comes first"
         epoch = self.epoch
         row = self._training_row(epoch, self._progress)
-        due = (epoch + 1) % self.args.val_interval == 0 or epoch + 1 == self.epochs
+        due = self.evaluation_due
         row |= _columns("eval", self.evaluate(self.model) if due else None)
         if self.ema:
             row |= _columns("ema", self.evaluate(self.ema.module) if due else None)

@@ -333,6 +333,8 @@ def _load_states(
 
 def _refuse_other_start(args: argparse.Namespace, folder: RunFolder) -> None:
     """Refuse to go on from another start than the run had: nothing but its records would change."""
+    if not any(holds_run(at) for at in (folder.path, *(folder.path / side for side in compare.SIDES))):
+        return  # it was ended before its first checkpoint, and begins
     changed = _changed(args, folder)
     for key in _START:
         if key in changed:
@@ -403,7 +405,8 @@ def _take_turns(kept: list[tuple[Arm, Keeper]]) -> None:
             arm.time_left, start = time_left, time.perf_counter()
             try:
                 arm.train_epoch()
-                keeper.save_trained()
+                if arm.evaluation_due:  # otherwise nothing stands between the epoch and its own checkpoint
+                    keeper.save_trained()
                 row = arm.finish_epoch()
             except NonFiniteLoss as error:
                 if len(kept) == 1:
@@ -483,7 +486,7 @@ def _is_finished(arms: list[Arm], folders: list[RunFolder]) -> bool:
 
     def has_results(arm: Arm, path: Path) -> bool:
         try:
-            final = json.loads((path / ending.RESULTS_FILE).read_text(encoding="utf-8"))["final"]
+            final = json.loads((path / RESULTS_FILE).read_text(encoding="utf-8"))["final"]
         except (OSError, ValueError, TypeError, KeyError):
             return False
         return bool(arm.history) and final == json.loads(json.dumps(arm.history[-1]))

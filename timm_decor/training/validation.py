@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from timm.layers import TestTimePoolHead
+from timm.models import get_pretrained_cfg_value
 from torch import nn
 
 from timm_decor.errors import UserError, message
@@ -129,6 +130,9 @@ def _evaluate(args: argparse.Namespace, accelerator: Accelerator) -> Row:
     if not args.model:
         raise UserError("--model is needed: the checkpoint does not say what it is")
     args.pretrained = not args.checkpoint
+    known = get_pretrained_cfg_value(build.twin_name(args.model), "num_classes") if args.pretrained else None
+    if known and args.num_classes not in (None, known):  # timm would give them a new head, of random weights
+        raise UserError(f"the weights of {args.model} know {known} classes, not --num-classes {args.num_classes}")
     channels = build.input_channels(args)
     source = open_source(args, args.split, "RGB" if channels == 3 else "L")
     seed_everything(args.seed)

@@ -15,6 +15,7 @@ from timm_decor.errors import UserError, first_line
 from timm_decor.text import listed
 from timm_decor.training.data.decoding import decode
 from timm_decor.training.data.sources import EVAL_NAMES, TRAIN_NAMES, rows_of, split_of
+from timm_decor.training.foreign import json_value, read_text, text_list
 
 
 @dataclass
@@ -140,15 +141,7 @@ def _column(file: Path, names: list[str], asked: str | None, usual: tuple[str, .
 def _class_list(root: Path) -> list[str]:
     """The names in classes.json; empty without one."""
     path = root / "classes.json"
-    if not path.is_file():
-        return []
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {first_line(error)}") from error
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path} must be a list of class names")
-    return names
+    return text_list(json_value(read_text(path), str(path)), str(path)) if path.is_file() else []
 
 
 def _names_in(metadata: dict[bytes, bytes], label: str) -> list[str]:

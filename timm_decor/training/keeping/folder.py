@@ -67,14 +67,12 @@ class RunFolder:
             (path / ".writable").unlink(missing_ok=True)
 
     @classmethod
-    def fresh(cls, path: Path, writes: bool = True) -> RunFolder:
+    def fresh(cls, path: Path) -> RunFolder:
         """A folder that nobody had before: `path`, or with -2, -3, ... behind it where that exists.
 
         Raises:
             UserError: the folder cannot be made or written.
         """
-        if not writes:
-            return cls(path, writes)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             for number in itertools.count(1):

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from timm_decor.text import wrapped
+from timm_decor.training.keeping.folder import COMPARISON_FILES, REPORT_FILE, RESULTS_FILE
 
-RESULTS_FILE = "results.json"
 _KEPT = {"best": "best.safetensors", "last": "last.safetensors", "results": RESULTS_FILE}
 _WIDTH = len("results") + 2
 
@@ -28,7 +28,7 @@ def whereabouts(folder: Path, sides: Mapping[str, Path], args: argparse.Namespac
         sides: the folder of each model, by what to call it; "" for the only one.
         args: train.py's.
     """
-    text = _lines({"report": folder / "report.html", "compare": folder / "compare.png"})
+    text = _lines({"report": folder / REPORT_FILE, "compare": folder / COMPARISON_FILES[-1]})
     for side, path in sides.items():
         text += [f"{side}:"] if side else []
         text += _lines({name: path / file for name, file in _KEPT.items()})
