@@ -343,9 +343,12 @@ class TestACheckpointKnowsItsClasses:
 class TestTimmsWeights:
     """Names of pretrained weights are ImageNet's synsets."""
 
-    def test_another_number_of_classes_is_refused(self) -> None:
-        with pytest.raises(UserError, match="weights of resnet18 know 1000 classes, not --num-classes 10"):
-            validate(["--model", "resnet18", "--pretrained", "--num-classes", "10", "--device", "cpu"])
+    def test_another_number_of_classes_is_refused(self, tmp_path: Path) -> None:
+        """By the weights' own configuration, so for published tags and names on the Hub as well."""
+        name = "decor_resnet18.dbp_cifar10_r32"
+        with pytest.raises(UserError, match=f"weights of {name} know 10 classes, not --num-classes 7"):
+            words = ["--model", name, "--pretrained", "--num-classes", "7", "--device", "cpu"]
+            validate([*words, "--data-dir", str(folder(tmp_path)), "--split", "validation"])
 
     def test_a_folder_of_synsets_is_matched(self, tmp_path: Path) -> None:
         import timm

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ class TestBar:
     def test_a_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         terminal = Terminal()
         monkeypatch.setattr(sys, "stderr", terminal)
+        monkeypatch.setattr(display, "_Bar", partial(display._Bar, mininterval=0))  # four batches may take 0.1 s
         train(tmp_path / "run", "--epochs", 1)
         assert all(len(frame) <= 80 for frame in terminal.frames)
         assert any(re.search(f"test_resnet.* 1/1 .*{NEEDED}", frame) for frame in terminal.frames)

@@ -198,6 +198,11 @@ def class_count(model: nn.Module) -> int:
     return cast(int, model.num_classes)
 
 
+def pretrained_classes(model: nn.Module) -> int | None:
+    """The number of classes that a model's pretrained weights know; None where nobody knows."""
+    return cast(Any, model).pretrained_cfg.get("num_classes")  # type: ignore[no-any-return]
+
+
 def pretrained_names(model: nn.Module) -> list[str]:
     """The classes that a model's pretrained weights know, by label: ImageNet's synsets; empty where nobody knows."""
     config = cast(Any, model).pretrained_cfg

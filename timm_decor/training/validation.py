@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from timm.layers import TestTimePoolHead
-from timm.models import get_pretrained_cfg_value
 from torch import nn
 
 from timm_decor.errors import UserError, message
@@ -130,15 +129,16 @@ def _evaluate(args: argparse.Namespace, accelerator: Accelerator) -> Row:
     if not args.model:
         raise UserError("--model is needed: the checkpoint does not say what it is")
     args.pretrained = not args.checkpoint
-    known = get_pretrained_cfg_value(build.twin_name(args.model), "num_classes") if args.pretrained else None
-    if known and args.num_classes not in (None, known):  # timm would give them a new head, of random weights
-        raise UserError(f"the weights of {args.model} know {known} classes, not --num-classes {args.num_classes}")
     channels = build.input_channels(args)
     source = open_source(args, args.split, "RGB" if channels == 3 else "L")
     seed_everything(args.seed)
     model = build.create(args, args.num_classes or (source.num_classes if args.checkpoint else None), channels)
     if args.checkpoint:
         build.load_weights(model, args.checkpoint, args.use_ema)
+    else:
+        known = build.pretrained_classes(model)
+        if known and args.num_classes not in (None, known):  # timm gave them a new head, of random weights
+            raise UserError(f"the weights of {args.model} know {known} classes, not --num-classes {args.num_classes}")
     if ignored:  # not before the weights fit: a refusal stays one line
         _say(accelerator, ignored)
     data_config = build.data_config(args, model, channels)
