@@ -1,11 +1,12 @@
-"""Fine-tuning at plain training's own learning rate: plain and decorrelated, from the same weights, by train.py.
+"""Fine-tuning a ResNet-18 at plain training's own learning rate: plain and decorrelated, from the same weights.
 
     python benchmarks/finetune_study.py --data-dir ../shared/data/flowers102 \\
         --recipe recipes/finetune_flowers102.yaml --json benchmarks/results/finetune/flowers102.json
 
 For each optimizer the learning rate is plain training's best on a part of the training images that is held out (a
 quarter, the same of each class); the decorrelated model has no say in it. Then both train on all training images with
-that rate, and the test images are reported on. Finished runs are in the result file, and are not made again.
+that rate, and the test images are reported on. train.py trains, from the weights of --pretrained-path. Finished runs
+are in the result file, and are not made again.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from study.results import session
+from study.protocol import best_rate
+from study.rows import Rows
 from timm_decor.errors import UserError, exit_code
 
 ROOT = Path(__file__).resolve().parents[1]
+WEIGHTS = ROOT / "hub" / "staged" / "resnet18.dbp_tin_r64" / "model.safetensors"
 LRS = {"nesterov": (0.025, 0.05, 0.1, 0.2, 0.4), "adamw": (5e-4, 1e-3, 2e-3, 4e-3)}
 DECAYS = {"nesterov": 5e-4, "adamw": 0.05}
 
@@ -48,15 +50,13 @@ def hold_out(folder: Path, to: Path, share: float = 0.25) -> None:
 
 def train(args: argparse.Namespace, data: Path, key: dict[str, Any]) -> dict[str, Any]:
     """One run of train.py; its final row."""
-    name = "decor_resnet18" if key["arm"] == "decorrelated" else "resnet18"
     with tempfile.TemporaryDirectory() as out:
         words = [sys.executable, str(ROOT / "train.py"), "-c", str(args.recipe), "--data-dir", str(data)]
-        words += ["--model", "decor_resnet18", "--opt", key["opt"], "--lr", str(key["lr"]), "--device", args.device]
+        words += ["--model", "decor_resnet18" if key["arm"] == "decorrelated" else "resnet18"]
+        words += ["--no-pretrained", "--pretrained-path", str(args.pretrained_path)]
+        words += ["--opt", key["opt"], "--lr", str(key["lr"]), "--device", args.device]
         words += ["--weight-decay", str(DECAYS[key["opt"]]), "--seed", str(key["seed"]), "--val-interval", "1000"]
         words += ["--output", out, "--experiment", "run", *args.words]
-        if name == "resnet18":  # the same weights, without decorrelation
-            weights = ROOT / "hub" / "staged" / "resnet18.dbp_tin_r64" / "model.safetensors"
-            words += ["--model", "resnet18", "--no-pretrained", "--pretrained-path", str(weights)]
         done = subprocess.run(words, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"train.py: {done.stderr.strip().splitlines()[-1]}")
@@ -69,34 +69,35 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True, help="folder with train.parquet and test.parquet")
     parser.add_argument("--recipe", type=Path, required=True)
+    parser.add_argument(
+        "--pretrained-path", type=Path, default=WEIGHTS, metavar="FILE", help="default: Tiny ImageNet's, of hub/staged"
+    )
     parser.add_argument("--json", type=Path, required=True, help="result file, to add to")
     parser.add_argument("--opt", nargs="+", default=list(LRS), choices=LRS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("words", nargs="*", help="more arguments for train.py, behind --")
     args = parser.parse_args(argv)
-    runs = json.loads(args.json.read_text(encoding="utf-8"))["runs"] if args.json.is_file() else []
+    rows = Rows(args.json, None)
 
     def run(data: Path, key: dict[str, Any]) -> dict[str, Any]:
-        found = next((row for row in runs if key.items() <= row.items()), None)
+        found = rows.find(key)
         if found is None:
             found = train(args, data, key)
-            runs.append(found)
-            made_by = session(torch.device(args.device), None, 1)
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps({"made_by": made_by, "runs": runs}, indent=1) + "\n", encoding="utf-8")
+            rows.add(found)
         print(found, flush=True)
         return found
 
     with tempfile.TemporaryDirectory() as folder:
         held = Path(folder)
         hold_out(args.data_dir, held)
-        for opt in args.opt:
+
+        def tuned(opt: str) -> float:
             key = {"opt": opt, "arm": "plain", "seed": 0, "measured_on": "held-out"}
-            tried = [run(held, {**key, "lr": lr}) for lr in LRS[opt]]
-            lr = max(tried, key=lambda row: (row["top1"], -row["lr"]))["lr"]
-            if lr in (LRS[opt][0], LRS[opt][-1]):
-                print(f"{opt}: the best learning rate, {lr:g}, is at the edge of what was tried", file=sys.stderr)
+            return best_rate(LRS[opt], lambda lr: float(run(held, {**key, "lr": lr})["top1"]))
+
+        for opt in args.opt:
+            lr = tuned(opt)
             for seed in args.seeds:
                 for arm in ("plain", "decorrelated"):
                     run(args.data_dir, {"opt": opt, "arm": arm, "lr": lr, "seed": seed, "measured_on": "test"})

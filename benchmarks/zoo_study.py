@@ -1,12 +1,16 @@
-"""What to leave plain in a family: a timm model on CIFAR-10, plain, decorrelated, and with layers left out.
+"""Does a family gain by default? Each by a small member, plain and decorrelated at plain training's own rate.
 
-    python benchmarks/zoo_study.py --data-dir ../shared/data/cifar10 --model mobilenetv3_small_075 \
-        --lr 8e-3 1.6e-2 --without '*.se.*' --json benchmarks/results/zoo/mobilenetv3.json
+    python benchmarks/zoo_study.py --data-dir ../shared/data/cifar10 --out benchmarks/results/zoo
+    python benchmarks/zoo_study.py ... --family deit --arm 'damping 8={"damping": 8}' --leave-plain '*.qkv' --seeds 0
 
-Short runs on one CPU core: 12 800 training images, scaled up, a linear warm-up over a tenth of the steps and a linear
-decay; top-1 on 4 000 training images that are not trained on. Arms: the plain model; the model with every layer
-decorrelated; without the layers of each --without (wildcards over names; `depthwise` stands for depthwise convolutions;
-a comma joins two). Each arm sees every learning rate.
+The settings are in study/families.py: CIFAR-10 scaled to 64 px, flips and shifts, batches of 128, two epochs of 25 600
+training images, a linear warm-up over a tenth of the steps and a linear decay, bfloat16, one CPU core; top-1 on 5 000
+training images that are not trained on. The learning rate is plain training's best on seed 0, from a grid that grows
+where the best lies at its edge; the decorrelated model has no say in it. `decorrelated` is the `decor_` twin as it
+comes. Other arms: `--arm NAME=JSON` with other fields of DecorConfig; `--leave-plain PATTERN` leaves more layers plain
+(wildcards over names, a comma joins two); `--every-layer` leaves none.
+
+A file a family; finished runs are in it at once, and are not made again.
 """
 
 from __future__ import annotations
@@ -14,11 +18,13 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-import platform
+import math
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import timm
 import timm.optim
@@ -27,119 +33,179 @@ import torch.nn.functional as F
 from torch import nn
 
 import timm_decor
-from study.images import Images, Split, load
-from timm_decor.errors import exit_code
-from timm_decor.text import text_table
+from study.families import FAMILIES, Setting
+from study.images import Batches, Split, load
+from study.presets import OPTIMIZERS
+from study.protocol import best_rate
+from study.rows import Rows
+from study.training import PLAIN, schedule
+from timm_decor import DecorConfig
+from timm_decor.convert import reconverted
+from timm_decor.errors import UserError, exit_code
+from timm_decor.text import near, text_table
 
 BATCH = 128
-EVERY_LAYER = "every layer"
+SHIFT = 2  # pixels of CIFAR-10's 32
+DEFAULT_ARM, EVERY_LAYER = "decorrelated", "every layer"
+Make = Callable[[Setting, int], nn.Module]  # a model, given its number of classes
 
 
-def is_left_out(pattern: str, name: str, layer: nn.Module) -> bool:
-    """Whether one of a comma-joined list of wildcards stands for this layer."""
-    for part in pattern.split(","):
-        if part == "depthwise":
-            if isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels:
+def create(setting: Setting, num_classes: int, prefix: str = "") -> nn.Module:
+    """The family's member, or with the prefix its twin; for a seed both start with the same weights."""
+    return timm.create_model(prefix + setting.model, num_classes=num_classes, **setting.kwargs)
+
+
+def with_config(config: DecorConfig) -> Make:
+    """The twin with another configuration."""
+
+    def make(setting: Setting, num_classes: int) -> nn.Module:
+        model = create(setting, num_classes, timm_decor.models.PREFIX)
+        reconverted(model, config)
+        return model
+
+    return make
+
+
+def leaving_plain(patterns: str | None) -> Make:
+    """The twin with these layers plain as well; None leaves none plain, of those either that a twin does."""
+
+    def make(setting: Setting, num_classes: int) -> nn.Module:
+        twin = create(setting, num_classes, timm_decor.models.PREFIX)
+        left_out: dict[str, str] = twin.decor_report.left_out  # type: ignore[union-attr,assignment]
+
+        def wanted(name: str, layer: nn.Module) -> bool:
+            if patterns is None:
                 return True
-        elif fnmatch.fnmatch(name, part):
-            return True
-    return False
+            return name not in left_out and not any(fnmatch.fnmatch(name, part) for part in patterns.split(","))
+
+        return timm_decor.decorrelate(twin, None, wanted)
+
+    return make
 
 
-def train(args: argparse.Namespace, arm: str, lr: float, seed: int, split: Split) -> dict[str, object]:
-    """One run: top-1 in %, mean loss of the last epoch, CPU seconds of training."""
+def train(args: argparse.Namespace, setting: Setting, make: Make, lr: float, seed: int, split: Split) -> dict[str, Any]:
+    """One run: top-1 in %, mean loss of the last epoch, CPU seconds of training, R's scale at the end."""
     torch.manual_seed(seed)
-    model = timm.create_model(args.model, num_classes=split.num_classes, **args.model_kwargs)
-    if arm != "plain":
-        without = arm.removeprefix("without ") if arm != EVERY_LAYER else ""
-        config = timm_decor.DecorConfig.from_dict(args.decor)
-        timm_decor.decorrelate(model, config, lambda name, layer: not is_left_out(without, name, layer))
-    optimizer = timm.optim.create_optimizer_v2(model, args.opt, lr=lr, momentum=0.9, weight_decay=args.weight_decay)
-    if arm != "plain":
-        timm_decor.attach(model, optimizer)
-    generator = torch.Generator().manual_seed(seed)
-    per_epoch = len(split.train) // BATCH
-    steps = per_epoch * args.epochs
+    model = make(setting, split.num_classes)
+    optim = OPTIMIZERS[setting.opt]
+    optimizer = timm.optim.create_optimizer_v2(
+        model, optim.name, lr=lr, weight_decay=optim.weight_decays[0], **optim.kwargs
+    )
+    handle = timm_decor.attach(model, optimizer) if hasattr(model, "decor_report") else None
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    batches = Batches(split.train, BATCH, SHIFT, seed)
+    steps = batches.steps_per_epoch * args.epochs
     begin = time.process_time()
-    losses: list[float] = []
-    for step in range(steps):
-        if step % per_epoch == 0:
-            order, losses = torch.randperm(len(split.train), generator=generator), []
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / (0.1 * steps)) * (steps - step) / steps
-        rows = order[step % per_epoch * BATCH :][:BATCH]
-        x = scaled(split.train, rows, args.img_size)
-        x = x.flip(3) if torch.rand((), generator=generator) < 0.5 else x
-        loss = F.cross_entropy(model(x), split.train.labels[rows])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    for epoch in range(args.epochs):
+        losses: list[float] = []
+        plan = batches.plan(batches.steps_per_epoch)
+        for i in range(batches.steps_per_epoch):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * schedule(epoch * batches.steps_per_epoch + i, steps)
+            x, y = batches.batch(plan, i)
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.amp):
+                loss = F.cross_entropy(model(scaled(x, args.img_size)), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        if not all(map(math.isfinite, losses)):
+            break
     seconds = time.process_time() - begin
+    scale = None if handle is None else handle.scale
+    right = correct(model, split, args)
+    return {
+        "top1": round(100 * right / len(split.measured), 3),
+        "loss": round(mean, 5) if math.isfinite(mean := statistics.mean(losses)) else None,  # None: it diverged
+        "seconds": round(seconds, 1),
+        "scale": scale,
+    }
+
+
+@torch.no_grad()
+def correct(model: nn.Module, split: Split, args: argparse.Namespace) -> int:
+    """How many of the measured images a model gets right."""
     model.eval()
-    right, held_out = 0, split.measured
-    with torch.no_grad():
-        for rows in torch.arange(len(held_out)).split(500):
-            right += int((model(scaled(held_out, rows, args.img_size)).argmax(1) == held_out.labels[rows]).sum())
-    top1 = 100 * right / len(held_out)
-    result = {"arm": arm, "lr": lr, "seed": seed, "top1": top1, "loss": statistics.mean(losses), "seconds": seconds}
-    print(f"{arm}, lr {lr:g}, seed {seed}: top-1 {top1:.2f} %, {seconds:.0f} s", file=sys.stderr, flush=True)
-    return result
+    right = 0
+    for start in range(0, len(split.measured), 500):
+        rows = slice(start, start + 500)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.amp):
+            output = model(scaled(split.measured.normalized(rows), args.img_size))
+        right += int((output.argmax(1) == split.measured.labels[rows]).sum())
+    return right
 
 
-def scaled(images: Images, rows: torch.Tensor, size: int) -> torch.Tensor:
-    """Normalised images at another size."""
-    return F.interpolate(images.normalized(rows), size=size, mode="bilinear")
+def scaled(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Images at another size."""
+    return F.interpolate(images, size=size, mode="bilinear") if images.shape[-1] != size else images
+
+
+def arm(text: str) -> tuple[str, Make]:
+    """`NAME=JSON` as an arm."""
+    name, equals, fields = text.partition("=")
+    try:
+        if not equals or name in ("", PLAIN, DEFAULT_ARM):
+            raise ValueError("write NAME=JSON, with the fields of DecorConfig that are not its defaults")
+        return name, with_config(DecorConfig.from_json(fields))
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder with train*.parquet")
+    parser.add_argument("--out", type=Path, required=True, help="folder of result files, to add to")
+    parser.add_argument("--family", nargs="+", default=list(FAMILIES), help="default: all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--arm", type=arm, action="append", default=[], metavar="NAME=JSON", help="another arm")
+    parser.add_argument("--leave-plain", nargs="*", default=[], metavar="PATTERN", help="an arm each")
+    parser.add_argument("--every-layer", action="store_true", help="an arm in which no layer is left plain")
+    parser.add_argument("--epochs", type=int, default=2, help="default: 2")
+    parser.add_argument("--img-size", type=int, default=64, help="pixels to scale the images to (default: 64)")
+    parser.add_argument("--train-images", type=int, default=25_600, help="default: 25600")
+    parser.add_argument("--held-out", type=int, default=5_000, help="training images to measure on (default: 5000)")
+    parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 (default: yes)")
+    return parser
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, required=True, help="folder with train.parquet")
-    parser.add_argument("--model", required=True, help="a timm model")
-    parser.add_argument("--model-kwargs", type=json.loads, default={}, metavar="JSON", help="for the model")
-    parser.add_argument(
-        "--without", nargs="*", default=[], metavar="PATTERN", help="layers to leave plain: an arm each"
-    )
-    parser.add_argument("--lr", type=float, nargs="+", required=True, help="learning rates, each for every arm")
-    parser.add_argument("--opt", default="adamw", help="timm optimizer (default: adamw)")
-    parser.add_argument("--weight-decay", type=float, default=0.05, help="default: 0.05")
-    parser.add_argument("--img-size", type=int, default=64, help="pixels to scale the images to (default: 64)")
-    parser.add_argument("--epochs", type=int, default=4, help="default: 4")
-    parser.add_argument("--train-images", type=int, default=12_800, help="default: 12800")
-    parser.add_argument("--held-out", type=int, default=4_000, help="training images to measure on (default: 4000)")
-    parser.add_argument("--seeds", type=int, default=1, help="default: 1")
-    parser.add_argument("--decor", type=json.loads, default={}, metavar="JSON", help="DecorConfig's other fields")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write every run there")
-    args = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
+    for name in args.family:
+        if name not in FAMILIES:
+            raise UserError(f"no setting for family {name!r}{near(name, FAMILIES)}; there are {', '.join(FAMILIES)}")
+    arms: dict[str, Make] = {PLAIN: create, DEFAULT_ARM: with_config(DecorConfig()), **dict(args.arm)}
+    arms |= {f"{pattern} plain": leaving_plain(pattern) for pattern in args.leave_plain}
+    arms |= {EVERY_LAYER: leaving_plain(None)} if args.every_layer else {}
     torch.set_num_threads(1)
     split = load(args.data_dir, args.train_images, args.held_out)
-    runs: list[dict[str, object]] = []
-    for seed in range(args.seeds):
-        for arm in ("plain", EVERY_LAYER, *(f"without {pattern}" for pattern in args.without)):
-            for lr in args.lr:
-                runs.append(train(args, arm, lr, seed, split))
-                if args.json:
-                    write(args, runs)
-    rows = []
-    for arm, lr in dict.fromkeys((str(run["arm"]), float(str(run["lr"]))) for run in runs):
-        scores = [float(str(run["top1"])) for run in runs if (run["arm"], run["lr"]) == (arm, lr)]
-        each = ", ".join(f"{score:.1f}" for score in scores)
-        rows.append((arm, f"{lr:g}", f"{statistics.mean(scores):.1f}", each))
-    print(text_table(("arm", "lr", "top-1 %", "of each seed"), rows))
+    for family in args.family:
+        study(args, family, arms, split)
 
 
-def write(args: argparse.Namespace, runs: list[dict[str, object]]) -> None:
-    """The result file: how it was made, and every run."""
-    shown = {"data_dir": args.data_dir.name, "json": args.json.name}
-    record = {
-        "arguments": {key: shown.get(key, value) for key, value in vars(args).items()},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
-        | {"timm_decor": timm_decor.__version__},
-        "machine": f"{platform.machine()} CPU, 1 thread",
-        "runs": runs,
-    }
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(record, indent=1) + "\n")
+def study(args: argparse.Namespace, family: str, arms: dict[str, Make], split: Split) -> None:
+    """Measure a family, and print its table."""
+    setting, rows = FAMILIES[family], Rows(args.out / f"{family}.json", threads=1)
+    asked = {key: getattr(args, key) for key in ("epochs", "img_size", "train_images", "held_out", "amp")}
+    same = json.loads(json.dumps({"model": setting.model, "kwargs": setting.kwargs, "opt": setting.opt, **asked}))
+
+    def run(name: str, lr: float, seed: int) -> float:
+        key = {"arm": name, "lr": lr, "seed": seed, "setting": same}
+        row = rows.find(key)
+        if row is None:
+            row = {**key, **train(args, setting, arms[name], lr, seed, split)}
+            rows.add(row)
+            words = f"{family}, {name}, lr {lr:g}, seed {seed}: top-1 {row['top1']:.2f} %, loss {row['loss']}"
+            print(f"{words}, {row['seconds']:.0f} s", file=sys.stderr, flush=True)
+        return float(row["top1"])
+
+    best = best_rate(setting.lrs, lambda lr: run(PLAIN, lr, 0))
+    scores: dict[str, list[float]] = {name: [] for name in arms}
+    for seed in args.seeds:
+        for name in arms:
+            scores[name].append(run(name, best, seed))
+    table = [(name, f"{statistics.mean(s):.2f}", ", ".join(f"{x:.1f}" for x in s)) for name, s in scores.items()]
+    print(f"{family}: {setting}, {setting.opt} at {best:g}")
+    print(text_table(("arm", "top-1 %", "of each seed"), table), flush=True)
 
 
 if __name__ == "__main__":

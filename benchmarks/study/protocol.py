@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from study.training import PLAIN, Record
@@ -51,6 +51,22 @@ def beyond(values: Sequence[float], chosen: float) -> float | None:
     at_top = chosen == ordered[-1]
     ratio = ordered[-1] / ordered[-2] if at_top else ordered[0] / ordered[1]
     return float(f"{chosen * ratio:.6g}")
+
+
+def best_rate(grid: Iterable[float], score: Callable[[float], float]) -> float:
+    """The learning rate with the highest score, of equals the lowest; the grid grows until it is inside.
+
+    Args:
+        grid: learning rates to begin with.
+        score: trains with one.
+    """
+    tried = {lr: score(lr) for lr in grid}
+    while True:
+        chosen = max(sorted(tried), key=lambda lr: tried[lr])
+        further = beyond(list(tried), chosen)
+        if further is None:
+            return chosen
+        tried[further] = score(further)
 
 
 def chosen(measured: Mapping[Point, float], what: str) -> Point:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import timm_decor
 from study.images import Batches, Split
 from study.networks import create
-from study.presets import OPTIMIZERS, Preset
+from study.presets import OPTIMIZERS, Optimizer, Preset
 from timm_decor import DecorConfig
 
 PLAIN = "plain"
@@ -109,10 +109,12 @@ class Run:
         preset: the setting.
         split: images, on the device.
         group: the group's name.
+        settings: of the optimizer, in place of those of its name.
     """
 
-    def __init__(self, spec: Spec, preset: Preset, split: Split, group: str) -> None:
+    def __init__(self, spec: Spec, preset: Preset, split: Split, group: str, settings: Optimizer | None = None) -> None:
         self.spec, self.preset, self.split = spec, preset, split
+        self.settings = settings or OPTIMIZERS[spec.opt]
         self.device = split.train.pixels.device
         torch.manual_seed(spec.seed)  # the same initial weights for every run of a seed
         size = split.train.pixels.shape[-1]
@@ -187,7 +189,7 @@ class Run:
         print(f"{self.spec}: after {self.step}, {how}, top-1 {self.record.top1[-1]:.2f} %", file=sys.stderr, flush=True)
 
     def _start(self) -> None:
-        settings = OPTIMIZERS[self.spec.opt]
+        settings = self.settings
         self.optimizer = timm.optim.create_optimizer_v2(
             self.model, settings.name, lr=self.spec.lr, weight_decay=self.spec.weight_decay, **settings.kwargs
         )
