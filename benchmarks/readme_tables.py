@@ -19,9 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from study import pictures, sensitivity, tables
+from study.families import FAMILIES
 from study.protocol import Row
 from study.results import Results
 from study.stages import read_table
+from study.training import PLAIN
+from study.verdict import DEFAULT_ARM, Measured
 from timm_decor.errors import UserError, exit_code
 from timm_decor.text import markdown_table
 
@@ -181,23 +184,37 @@ def compare(path: Path, draw: bool) -> str:
 
 
 def zoo(folder: Path, draw: bool) -> str:
-    """Each family of zoo_study.py: every arm at the best of its learning rates."""
-    names = {"plain": "plain", "every layer": "every layer", "without *.se.*": "without gates"}
-    names |= {"without depthwise": "without depthwise", "without *.se.*,depthwise": "without gates and depthwise"}
+    """Each family of zoo_study.py: plain and as its twin comes, at plain training's rate; of one file all its arms."""
+    if folder.is_file():
+        return _zoo_arms(folder)
     rows = []
-    for file in sorted(folder.glob("*.json")):
-        record = json.loads(file.read_text(encoding="utf-8"))
-        asked, cells = record["arguments"], {}
-        for arm in dict.fromkeys(run["arm"] for run in record["runs"]):
-            by_lr: dict[float, list[float]] = {}
-            for run in record["runs"]:
-                if run["arm"] == arm:
-                    by_lr.setdefault(run["lr"], []).append(run["top1"])
-            cells[names[arm]] = f"{max(statistics.mean(scores) for scores in by_lr.values()):.1f}"
-        kwargs = "".join(f", {key} {value}" for key, value in asked["model_kwargs"].items())
-        what = f"{asked['model']}{kwargs} (seeds: {asked['seeds']}; lr {', '.join(f'{lr:g}' for lr in asked['lr'])})"
-        rows.append((what, *(cells.get(name, "-") for name in names.values())))
-    return markdown_table(("", *names.values()), rows)
+    for family in FAMILIES:
+        if found := _measured(folder, family):
+            scores = [statistics.mean(found.arms[arm]) for arm in (PLAIN, DEFAULT_ARM)]
+            how = f"{found.setting['opt']} at {found.lr:g}"
+            of_each = " / ".join(_seeds(found.arms[arm]) for arm in (PLAIN, DEFAULT_ARM))
+            gain = f"{found.verdict} ({found.gain:+.1f})"
+            rows.append((f"decor_{family}: {FAMILIES[family]}", how, *(f"{s:.1f}" for s in scores), gain, of_each))
+    header = ("family: member", "optimizer, learning rate", "plain, %", "decorrelated, %", "by default", "each seed")
+    return markdown_table(header, rows)
+
+
+def _zoo_arms(file: Path) -> str:
+    """What was tried of one family: mean top-1 and that of each seed."""
+    found = Measured.read(file)
+    if found is None:
+        raise UserError(f"{file} has no decorrelated run yet: finish zoo_study.py")
+    rows = [(arm, f"{statistics.mean(scores):.1f}", _seeds(scores)) for arm, scores in found.arms.items()]
+    return markdown_table(("arm", "top-1, %", "each seed"), rows)
+
+
+def _measured(folder: Path, family: str) -> Measured | None:
+    file = folder / f"{family}.json"
+    return Measured.read(file) if file.is_file() else None
+
+
+def _seeds(scores: Sequence[float]) -> str:
+    return ", ".join(f"{score:.1f}" for score in scores)
 
 
 def staged(folder: Path, draw: bool) -> str:
@@ -261,22 +278,40 @@ def graft(folder: Path, draw: bool) -> str:
 
 def knobs(folder: Path, draw: bool) -> str:
     """knob_study.py: each knob at other values than its default, at plain training's own learning rate."""
+    files = sorted(folder.glob("*.json"), reverse=True)
+    runs = [(run["variant"], file.stem, run) for file in files for run in _runs(file)]
+    return _crossed("knob", runs, first="default")
+
+
+def muon(folder: Path, draw: bool) -> str:
+    """muon_study.py: plain training, and changes of decorrelated SGD, over budgets."""
+    found = [run for file in folder.glob("*.json") for run in _runs(file)]
+    found.sort(key=lambda run: (run["steps"], run["variant"] != "plain"))
+    names = {"plain": lambda run: f"plain {run['opt']}", "base": lambda run: "decorrelated SGD"}
+    runs = [(names.get(run["variant"], lambda run: run["variant"])(run), f"{run['steps']} steps", run) for run in found]
+    return _crossed("", runs, first="plain muon")
+
+
+def _runs(file: Path) -> list[dict[str, Any]]:
+    return json.loads(file.read_text(encoding="utf-8"))["runs"]
+
+
+def _crossed(corner: str, runs: Sequence[tuple[str, str, dict[str, Any]]], first: str) -> str:
+    """Mean top-1 and each seed's, from (row, column, run)."""
+    columns = list(dict.fromkeys(column for _, column, _ in runs))
     found: dict[str, dict[str, list[float]]] = {}
-    opts = []
-    for file in sorted(folder.glob("*.json"), reverse=True):
-        opts.append(file.stem)
-        for run in sorted(json.loads(file.read_text(encoding="utf-8"))["runs"], key=lambda run: run["seed"]):
-            found.setdefault(run["variant"], {}).setdefault(file.stem, []).append(run["top1"])
+    for name, column, run in sorted(runs, key=lambda entry: entry[2]["seed"]):
+        found.setdefault(name, {}).setdefault(column, []).append(run["top1"])
 
     def cell(values: list[float]) -> str:
         each = f" ({', '.join(f'{value:.1f}' for value in values)})" if len(values) > 1 else ""
         return f"{statistics.mean(values):.1f}{each}" if values else "-"
 
     rows = [
-        (f"`{name}`" if "=" in name else name, *(cell(found[name].get(opt, [])) for opt in opts))
-        for name in sorted(found, key=lambda name: (name != "default", name))
+        (f"`{name}`" if "=" in name else name, *(cell(found[name].get(column, [])) for column in columns))
+        for name in sorted(found, key=lambda name: (name != first, name))
     ]
-    return markdown_table(("knob", *opts), rows)
+    return markdown_table((corner, *columns), rows)
 
 
 GRAFT_VARIANTS = {
@@ -289,7 +324,7 @@ GRAFT_VARIANTS = {
 MAKERS = {
     **{"lr_sensitivity": lr_sensitivity, "graft": graft, "knobs": knobs},
     **{"time_to_accuracy": time_to_accuracy, "step_cost": step_cost, "cifar10_resnet18": compare},
-    **{"zoo": zoo, "staged": staged},
+    **{"zoo": zoo, "muon": muon, "staged": staged},
 }
 
 

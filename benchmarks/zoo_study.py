@@ -39,6 +39,7 @@ from study.presets import OPTIMIZERS
 from study.protocol import best_rate
 from study.rows import Rows
 from study.training import PLAIN, schedule
+from study.verdict import DEFAULT_ARM
 from timm_decor import DecorConfig
 from timm_decor.convert import reconverted
 from timm_decor.errors import UserError, exit_code
@@ -46,7 +47,7 @@ from timm_decor.text import near, text_table
 
 BATCH = 128
 SHIFT = 2  # pixels of CIFAR-10's 32
-DEFAULT_ARM, EVERY_LAYER = "decorrelated", "every layer"
+EVERY_LAYER = "every layer"
 Make = Callable[[Setting, int], nn.Module]  # a model, given its number of classes
 
 
