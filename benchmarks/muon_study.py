@@ -2,9 +2,9 @@
 
     python benchmarks/muon_study.py --data-dir ../shared/data/cifar10 --json benchmarks/results/muon/sgd.json --epochs 6
 
-The setting is that of time_to_accuracy's cpu preset with more epochs, each optimizer at plain training's own learning
-rate there. `--variant` takes some of the list below, several joined by + . Runs are added to the file; one that is
-there already is not made again.
+The setting is that of time_to_accuracy's cpu preset with more epochs, SGD at plain training's own learning rate there.
+`--variant` takes some of the list below, several joined by +, and `--plain muon:0.05 sgd:0.2` trains these plain. Runs
+are added to the file; one that is there already is not made again.
 """
 
 from __future__ import annotations
@@ -141,18 +141,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--data-dir", type=Path, required=True, help="folder with train*.parquet")
     parser.add_argument("--json", type=Path, required=True, help="result file, to add to")
     parser.add_argument("--variant", nargs="+", default=list(VARIANTS), help="of " + ", ".join(VARIANTS))
-    parser.add_argument(
-        "--plain", nargs="*", default=["muon"], choices=OPTIMIZERS, help="trained plain (default: muon)"
-    )
+    parser.add_argument("--plain", nargs="*", default=[], metavar="OPT:LR", help="trained plain, as muon:0.05")
     parser.add_argument("--epochs", type=float, default=6)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args(argv)
     chosen = {name: variant_of(name) for name in args.variant}
+    plain = [(opt, float(lr)) for opt, _, lr in (text.partition(":") for text in args.plain)]
     trials = Trials(args.json, dataclasses.replace(PRESETS["cpu"], epochs=args.epochs), args.data_dir)
     base = OPTIMIZERS["sgd"]
     for seed in args.seeds:
-        for opt in args.plain:
-            trials.make("plain", opt, seed, None)
+        for opt, lr in plain:
+            trials.make(f"plain, {lr:g}", opt, seed, None, settings=dataclasses.replace(OPTIMIZERS[opt], lrs=(0, lr)))
         for name, variant in chosen.items():
             settings = dataclasses.replace(
                 base,

@@ -286,10 +286,11 @@ def knobs(folder: Path, draw: bool) -> str:
 def muon(folder: Path, draw: bool) -> str:
     """muon_study.py: plain training, and changes of decorrelated SGD, over budgets."""
     found = [run for file in folder.glob("*.json") for run in _runs(file)]
-    found.sort(key=lambda run: (run["steps"], run["variant"] != "plain"))
-    names = {"plain": lambda run: f"plain {run['opt']}", "base": lambda run: "decorrelated SGD"}
-    runs = [(names.get(run["variant"], lambda run: run["variant"])(run), f"{run['steps']} steps", run) for run in found]
-    return _crossed("", runs, first="plain muon")
+    runs = []
+    for run in sorted(found, key=lambda run: run["steps"]):
+        name = run["variant"].replace("plain", f"plain {run['opt']}").replace("base", "decorrelated sgd")
+        runs.append((name, f"{run['steps']} steps", run))
+    return _crossed("", runs, first="decorrelated sgd")
 
 
 def _runs(file: Path) -> list[dict[str, Any]]:
