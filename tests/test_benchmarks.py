@@ -23,6 +23,7 @@ import timm_decor
 from study import pictures
 from study.arm import Arm, Case, Options
 from study.memory import PeakMemory, alive, storage_bytes
+from study.verdict import Measured
 from timm_decor import DecorConfig
 from timm_decor.errors import UserError
 
@@ -99,18 +100,49 @@ def test_readme_is_what_the_results_say(tmp_path: Path) -> None:
 
 def test_zoo_study(tmp_path: Path) -> None:
     write_images(tmp_path / "train.parquet", np.random.default_rng(0), 320)
-    out = tmp_path / "out.json"
-    command = [sys.executable, "benchmarks/zoo_study.py", "--data-dir", str(tmp_path), "--model", "test_efficientnet"]
-    command += ["--lr", "0.01", "--without", "*.se.*,depthwise", "classifier", "--img-size", "32", "--epochs", "2"]
-    command += ["--train-images", "256", "--held-out", "60", "--json", str(out)]
+    out = tmp_path / "out"
+    words = "--family mobilenetv3 --img-size 32 --epochs 2 --train-images 256 --held-out 60 --seeds 0 --every-layer"
+    command = [
+        sys.executable,
+        "benchmarks/zoo_study.py",
+        "--data-dir",
+        str(tmp_path),
+        "--out",
+        str(out),
+        *words.split(),
+    ]
+    command += [*words.split(), "--arm", 'damping 8={"damping": 8}', "--leave-plain", "blocks.*,conv_*"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    text = out.read_text(encoding="utf-8")
+    text = (out / "mobilenetv3.json").read_text(encoding="utf-8")
     assert str(tmp_path) not in text
     runs = json.loads(text)["runs"]
-    assert [run["arm"] for run in runs] == ["plain", "every layer", "without *.se.*,depthwise", "without classifier"]
-    assert len({run["loss"] for run in runs}) == 4  # each arm trains other layers decorrelated
-    assert "without *.se.*,depthwise" in done.stdout
+    best = next(run["lr"] for run in runs if run["arm"] == "decorrelated")
+    arms = [run for run in runs if run["lr"] == best]
+    names = ["plain", "decorrelated", "damping 8", "blocks.*,conv_* plain", "every layer"]
+    assert sorted(run["arm"] for run in arms) == sorted(names)
+    assert len({run["loss"] for run in arms}) == 5  # each arm trains other layers decorrelated, or otherwise
+    assert all(name in done.stdout for name in names)
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.stdout == done.stdout and not again.stderr  # what is there is not trained again
+
+
+@pytest.mark.parametrize(
+    ("plain", "decorrelated", "verdict"),
+    [
+        ((50.0, 51.0, 52.0), (54.0, 55.0, 53.9), "gains"),
+        ((50.0, 51.0, 52.0), (52.0, 53.0, 52.5), "level"),
+        ((54.0, 55.0, 53.9), (50.0, 51.0, 52.0), "loses"),
+        ((50.0,), (60.0,), "one seed"),
+    ],
+)
+def test_a_gain_is_one_where_seeds_differ_less(plain: tuple, decorrelated: tuple, verdict: str, tmp_path: Path) -> None:
+    rows = [{"arm": "plain", "lr": 9.0, "seed": 0, "setting": {}, "top1": 99.0}]  # at another rate: not counted
+    for arm, scores in (("plain", plain), ("decorrelated", decorrelated)):
+        rows += [{"arm": arm, "lr": 0.1, "seed": i, "setting": {}, "top1": top1} for i, top1 in enumerate(scores)]
+    (tmp_path / "f.json").write_text(json.dumps({"runs": rows}))
+    found = Measured.read(tmp_path / "f.json")
+    assert found is not None and found.verdict == verdict and found.lr == 0.1
 
 
 def write_images(path: Path, rng: np.random.Generator, count: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -329,3 +330,18 @@ def test_bad_input_is_one_line() -> None:
         run_script("tune", "--preset", "cpu")
     with pytest.raises(SystemExit):
         run_script("tune", "--preset", "smoke", "--arm", 'x={"rul": "dbp"}')
+
+
+@pytest.mark.parametrize(("best", "tried"), [(2, 3), (4, 4), (16, 6), (0.5, 5)])
+def test_a_grid_of_rates_grows_while_it_pays(best: float, tried: int) -> None:
+    seen: list[float] = []
+
+    def score(lr: float) -> float:
+        seen.append(lr)
+        return -abs(math.log2(lr / best))
+
+    assert protocol.best_rate((1, 2, 4), score) == best and len(seen) == tried
+
+
+def test_a_grid_of_rates_that_are_all_alike_ends() -> None:
+    assert protocol.best_rate((1, 2, 4), lambda lr: 10.0) == 1

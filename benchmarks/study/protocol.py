@@ -54,19 +54,18 @@ def beyond(values: Sequence[float], chosen: float) -> float | None:
 
 
 def best_rate(grid: Iterable[float], score: Callable[[float], float]) -> float:
-    """The learning rate with the highest score, of equals the lowest; the grid grows until it is inside.
+    """The learning rate with the highest score, of equals the lowest; the grid grows until no rate beyond is better.
 
     Args:
         grid: learning rates to begin with.
         score: trains with one.
     """
     tried = {lr: score(lr) for lr in grid}
-    while True:
-        chosen = max(sorted(tried), key=lambda lr: tried[lr])
-        further = beyond(list(tried), chosen)
-        if further is None:
-            return chosen
+    chosen = max(sorted(tried), key=lambda lr: tried[lr])
+    while (further := beyond(list(tried), chosen)) is not None:
         tried[further] = score(further)
+        chosen = further if tried[further] > tried[chosen] else chosen
+    return chosen
 
 
 def chosen(measured: Mapping[Point, float], what: str) -> Point:
