@@ -4,7 +4,7 @@
     python benchmarks/zoo_study.py ... --family deit --arm 'damping 8={"damping": 8}' --leave-plain '*.qkv' --seeds 0
 
 The settings are in study/families.py: CIFAR-10 scaled to 64 px, flips and shifts, batches of 128, two epochs of 25 600
-training images, a linear warm-up over a tenth of the steps and a linear decay, bfloat16, one CPU core; top-1 on 5 000
+training images, a linear warm-up over a tenth of the steps and a linear decay, one CPU core; top-1 on 5 000
 training images that are not trained on. The learning rate is plain training's best on seed 0, from a grid that grows
 where the best lies at its edge; the decorrelated model has no say in it. `decorrelated` is the `decor_` twin as it
 comes. Other arms: `--arm NAME=JSON` with other fields of DecorConfig; `--leave-plain PATTERN` leaves more layers plain
@@ -47,13 +47,16 @@ from timm_decor.text import near, text_table
 
 BATCH = 128
 SHIFT = 2  # pixels of CIFAR-10's 32
+IMG_SIZE = 64  # to which they are scaled
 EVERY_LAYER = "every layer"
 Make = Callable[[Setting, int], nn.Module]  # a model, given its number of classes
 
 
 def create(setting: Setting, num_classes: int, prefix: str = "") -> nn.Module:
     """The family's member, or with the prefix its twin; for a seed both start with the same weights."""
-    return timm.create_model(prefix + setting.model, num_classes=num_classes, **setting.kwargs)
+    is_fixed = timm.models.get_pretrained_cfg_value(setting.model, "fixed_input_size")
+    img_size = IMG_SIZE if is_fixed else None  # timm drops None: a convolutional network takes any size
+    return timm.create_model(prefix + setting.model, num_classes=num_classes, img_size=img_size, **setting.kwargs)
 
 
 def with_config(config: DecorConfig) -> Make:
@@ -104,8 +107,8 @@ def train(args: argparse.Namespace, setting: Setting, make: Make, lr: float, see
             for group in optimizer.param_groups:
                 group["lr"] = lr * schedule(epoch * batches.steps_per_epoch + i, steps)
             x, y = batches.batch(plan, i)
-            with torch.autocast("cpu", torch.bfloat16, enabled=args.amp):
-                loss = F.cross_entropy(model(scaled(x, args.img_size)), y)
+            with torch.autocast("cpu", torch.bfloat16, enabled=setting.amp):
+                loss = F.cross_entropy(model(scaled(x)), y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -114,7 +117,7 @@ def train(args: argparse.Namespace, setting: Setting, make: Make, lr: float, see
             break
     seconds = time.process_time() - begin
     scale = None if handle is None else handle.scale
-    right = correct(model, split, args)
+    right = correct(model, split, setting)
     return {
         "top1": round(100 * right / len(split.measured), 3),
         "loss": round(mean, 5) if math.isfinite(mean := statistics.mean(losses)) else None,  # None: it diverged
@@ -124,21 +127,21 @@ def train(args: argparse.Namespace, setting: Setting, make: Make, lr: float, see
 
 
 @torch.no_grad()
-def correct(model: nn.Module, split: Split, args: argparse.Namespace) -> int:
+def correct(model: nn.Module, split: Split, setting: Setting) -> int:
     """How many of the measured images a model gets right."""
     model.eval()
     right = 0
     for start in range(0, len(split.measured), 500):
         rows = slice(start, start + 500)
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.amp):
-            output = model(scaled(split.measured.normalized(rows), args.img_size))
+        with torch.autocast("cpu", torch.bfloat16, enabled=setting.amp):
+            output = model(scaled(split.measured.normalized(rows)))
         right += int((output.argmax(1) == split.measured.labels[rows]).sum())
     return right
 
 
-def scaled(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Images at another size."""
-    return F.interpolate(images, size=size, mode="bilinear") if images.shape[-1] != size else images
+def scaled(images: torch.Tensor) -> torch.Tensor:
+    """Images at the size that is trained."""
+    return F.interpolate(images, size=IMG_SIZE, mode="bilinear")
 
 
 def arm(text: str) -> tuple[str, Make]:
@@ -162,10 +165,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--leave-plain", nargs="*", default=[], metavar="PATTERN", help="an arm each")
     parser.add_argument("--every-layer", action="store_true", help="an arm in which no layer is left plain")
     parser.add_argument("--epochs", type=int, default=2, help="default: 2")
-    parser.add_argument("--img-size", type=int, default=64, help="pixels to scale the images to (default: 64)")
     parser.add_argument("--train-images", type=int, default=25_600, help="default: 25600")
     parser.add_argument("--held-out", type=int, default=5_000, help="training images to measure on (default: 5000)")
-    parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 (default: yes)")
     return parser
 
 
@@ -186,8 +187,10 @@ def main(argv: list[str]) -> None:
 def study(args: argparse.Namespace, family: str, arms: dict[str, Make], split: Split) -> None:
     """Measure a family, and print its table."""
     setting, rows = FAMILIES[family], Rows(args.out / f"{family}.json", threads=1)
-    asked = {key: getattr(args, key) for key in ("epochs", "img_size", "train_images", "held_out", "amp")}
-    same = json.loads(json.dumps({"model": setting.model, "kwargs": setting.kwargs, "opt": setting.opt, **asked}))
+    asked = {key: getattr(args, key) for key in ("epochs", "train_images", "held_out")}
+    same = json.loads(
+        json.dumps({"model": setting.model, "kwargs": setting.kwargs, "opt": setting.opt, "amp": setting.amp, **asked})
+    )
 
     def run(name: str, lr: float, seed: int) -> float:
         key = {"arm": name, "lr": lr, "seed": seed, "setting": same}

@@ -101,7 +101,7 @@ def test_readme_is_what_the_results_say(tmp_path: Path) -> None:
 def test_zoo_study(tmp_path: Path) -> None:
     write_images(tmp_path / "train.parquet", np.random.default_rng(0), 320)
     out = tmp_path / "out"
-    words = "--family mobilenetv3 --img-size 32 --epochs 2 --train-images 256 --held-out 60 --seeds 0 --every-layer"
+    words = "--family mobilenetv3 --epochs 2 --train-images 256 --held-out 60 --seeds 0 --every-layer"
     words += f" --data-dir {tmp_path} --out {out} --leave-plain blocks.*,conv_* --arm"
     command = [sys.executable, "benchmarks/zoo_study.py", *words.split(), 'damping 8={"damping": 8}']
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
