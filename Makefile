@@ -30,7 +30,7 @@ zoo: $(STAMP) ## write docs/zoo.md, every twin with its memory
 # The data are a folder with train*.parquet and test*.parquet (columns image and label), as the Hub has CIFAR-10.
 DATA ?= ../shared/data/cifar10
 STUDY := benchmarks/results/time_to_accuracy
-bench-cpu: $(STAMP) ## time to accuracy on two CPU cores (20 minutes), beside the committed table; DATA=FOLDER
+bench-cpu: $(STAMP) ## time to accuracy on two CPU cores (40 minutes), beside the committed table; DATA=FOLDER
 	rm -f output/bench_cpu.json
 	$(PY) benchmarks/time_to_accuracy.py report --preset cpu --data-dir $(DATA) --json output/bench_cpu.json \
 	  --tune-json $(STUDY)/cpu_cifar10_tune.json --compare $(STUDY)/cpu_cifar10.json $(BENCH)

@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
         train(bench, args.opt, args.seeds)
         results = bench.results
     found = sensitivity.curves(results.records, results.settings["steps"])
-    print(text_table(sensitivity.HEADER, sensitivity.rows(found)))
+    print(text_table(*sensitivity.table(found)))
     if args.table:
         pictures.lr_sensitivity_picture(found, args.table.with_suffix(".png"))
 

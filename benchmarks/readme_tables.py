@@ -253,9 +253,9 @@ def lr_sensitivity(path: Path, draw: bool) -> str:
     text = (
         f"{_model(settings)[0].upper()}{_model(settings)[1:]}, {_images(settings)}, {settings['steps']} steps; "
         f"top-1 on {_count(settings['held_out'])} training images held out, %, {' or '.join(map(str, seeds))} "
-        f"seed{'s' * (seeds[-1] > 1)}; 1x is plain training's learning rate."
+        f"seed{'s' * (seeds[-1] > 1)}; 1x is plain training's best."
     )
-    table = markdown_table(sensitivity.HEADER, sensitivity.rows(found))
+    table = markdown_table(*sensitivity.table(found))
     return "\n\n".join([text, table, _image(picture, "accuracy over the learning rate, plain and decorrelated")])
 
 

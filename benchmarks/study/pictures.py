@@ -11,7 +11,7 @@ from typing import Any
 
 from study.presets import OPTIMIZERS
 from study.protocol import Row
-from study.sensitivity import Curves
+from study.sensitivity import Curves, plain_best
 from study.training import PLAIN
 
 INK = "#1f2328"
@@ -43,8 +43,11 @@ def time_to_accuracy_data(rows: Sequence[Row]) -> Any:
 
 
 def time_to_accuracy_picture(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Accuracy at the end of schedules of several lengths, against steps and against seconds; a column a target."""
-    targets = list(dict.fromkeys(row.against for row in rows))
+    """Accuracy at the end of schedules of several lengths, against steps and against seconds; a column a target.
+
+    A target that no other arm was trained for has none.
+    """
+    targets = list(dict.fromkeys(row.against for row in rows if not row.is_target)) or [rows[0].against]
     with _figure(2, len(targets), (max(6.5, 3.9 * len(targets) + 0.6), 6.6), title, sharey=True) as (figure, axes):
         for column, against in enumerate(targets):
             mine = [row for row in rows if row.against == against]
@@ -59,7 +62,7 @@ def time_to_accuracy_picture(rows: Sequence[Row], path: Path, title: str) -> Non
                 axis.set_xlim(left=0)
                 if line == 0:
                     axis.set_title(f"target: tuned {against}")
-                    axis.legend(frameon=False, loc="lower left", fontsize=9)
+                    axis.legend(frameon=False, loc="lower right", fontsize=9)
                 axis.set_xlabel(f"training {unit}, in units of plain {against}'s")
         for axis in axes[:, 0]:
             axis.set_ylabel("test top-1 (%)")
@@ -74,6 +77,7 @@ def lr_sensitivity_data(curves: Curves) -> Any:
 def lr_sensitivity_picture(curves: Curves, path: Path) -> None:
     """Accuracy over the learning rate in units of plain training's best: a panel an optimizer, the rival in each."""
     opts = [opt for opt in dict.fromkeys(opt for opt, _ in curves) if any(o == opt and a != PLAIN for o, a in curves)]
+    rivals = {opt for opt, _ in curves} - set(opts)
     title = "Accuracy over the learning rate, as multiples of the plain optimizer's best"
     with _figure(1, len(opts), (4.6 * len(opts), 4.2), title, sharey=True) as (figure, axes):
         for axis, opt in zip(axes[0], opts, strict=True):
@@ -81,7 +85,7 @@ def lr_sensitivity_picture(curves: Curves, path: Path) -> None:
                 rival = other not in opts
                 if other != opt and not rival:
                     continue
-                base = OPTIMIZERS[other].plain_lr
+                base = plain_best(curves, other)
                 style = STYLES["rival" if rival else arm]
                 xs = [lr / base for lr in points]
                 means = [statistics.mean(values) for values in points.values()]
@@ -89,9 +93,9 @@ def lr_sensitivity_picture(curves: Curves, path: Path) -> None:
                 for x, values in zip(xs, points.values(), strict=True):
                     axis.plot([x] * len(values), values, ".", color=style["color"], markersize=4, alpha=0.6)
             axis.set_xscale("log", base=2)
-            ticks = [lr / OPTIMIZERS[opt].plain_lr for lr in OPTIMIZERS[opt].lrs]
+            ticks = sorted({lr / plain_best(curves, o) for o in (opt, *rivals) for lr in OPTIMIZERS[o].lrs})
             axis.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
-            axis.set_title(f"{opt}; 1x is {OPTIMIZERS[opt].plain_lr:g}")
+            axis.set_title(f"{opt}; 1x is {plain_best(curves, opt):g}")
             axis.set_xlabel("learning rate")
             axis.legend(frameon=False, loc="lower left", fontsize=9)
         axes[0, 0].set_ylabel("held-out top-1 (%)")

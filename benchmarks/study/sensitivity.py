@@ -9,8 +9,6 @@ from study.presets import OPTIMIZERS
 from study.training import PLAIN, Record
 
 DECORRELATED = "decorrelated"
-_FACTORS = [lr / OPTIMIZERS["sgd"].plain_lr for lr in OPTIMIZERS["sgd"].lrs]  # those of all optimizers
-HEADER = ["optimizer", "arm", "lr at 1x", *(f"{factor:g}x" for factor in _FACTORS)]
 Curves = dict[tuple[str, str], dict[float, list[float]]]  # (opt, arm): accuracies, a seed each, by learning rate
 
 
@@ -24,11 +22,18 @@ def curves(records: Sequence[Record], whole: int) -> Curves:
     return found
 
 
-def rows(found: Curves) -> list[list[str]]:
-    """Mean held-out accuracy in %, a row an arm."""
+def plain_best(found: Curves, opt: str) -> float:
+    """Plain training's best learning rate in the mean over seeds, of equals the lowest: what 1x stands for."""
+    points = found[opt, PLAIN]
+    return max(sorted(points), key=lambda lr: statistics.mean(points[lr]))
+
+
+def table(found: Curves) -> tuple[list[str], list[list[str]]]:
+    """Header, and mean held-out accuracy in %, a row an arm, over multiples of plain training's best rate."""
+    bases = {opt: plain_best(found, opt) for opt, _ in found}
+    multiples = sorted({lr / bases[opt] for (opt, _), points in found.items() for lr in points})
     lines = []
     for (opt, arm), points in found.items():
-        settings = OPTIMIZERS[opt]
-        cells = [f"{statistics.mean(points[lr]):.1f}" if lr in points else "-" for lr in settings.lrs]
-        lines.append([opt, arm, f"{settings.plain_lr:g}", *cells])
-    return lines
+        by_multiple = {lr / bases[opt]: f"{statistics.mean(values):.1f}" for lr, values in points.items()}
+        lines.append([opt, arm, f"{bases[opt]:g}", *(by_multiple.get(multiple, "-") for multiple in multiples)])
+    return ["optimizer", "arm", "lr at 1x", *(f"{multiple:g}x" for multiple in multiples)], lines
