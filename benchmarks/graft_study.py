@@ -22,14 +22,13 @@ import argparse
 import itertools
 import sys
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
-from study.presets import OPTIMIZERS, PRESETS
-from study.trials import Trials
+from study.presets import OPTIMIZERS
+from study.trials import add_arguments, from_arguments
 from timm_decor import DecorConfig
 from timm_decor.engine.flight import StepInFlight
 from timm_decor.engine.handle import DecorHandle
@@ -61,14 +60,13 @@ VARIANTS: dict[str, Any] = {"network": None, "layer": layer, "refresh": refresh,
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, required=True, help="folder with train*.parquet")
-    parser.add_argument("--json", type=Path, required=True, help="result file, to add to")
+    add_arguments(parser)
+    parser.set_defaults(seeds=[0, 1, 2])
     parser.add_argument("--opt", nargs="+", default=["sgd", "adamw"], choices=OPTIMIZERS)
     parser.add_argument("--variant", nargs="+", default=list(VARIANTS), choices=VARIANTS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--budgets", type=float, nargs="+", default=[1.0], help="shares of the preset's epochs")
     args = parser.parse_args(argv)
-    trials = Trials(args.json, PRESETS["cpu"], args.data_dir)
+    trials = from_arguments(args)
     for seed, budget, opt, variant in itertools.product(args.seeds, args.budgets, args.opt, args.variant):
         with ExitStack() as monkey:
             if change := VARIANTS[variant]:

@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 import ast
 import sys
-from pathlib import Path
 from typing import Any
 
-from study.presets import OPTIMIZERS, PRESETS
-from study.trials import Trials
+from study.presets import OPTIMIZERS
+from study.trials import add_arguments, from_arguments
 from timm_decor import DecorConfig
 from timm_decor.errors import exit_code
 
@@ -41,14 +40,12 @@ def differs(knob: str, opt: str) -> bool:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, required=True, help="folder with train*.parquet")
-    parser.add_argument("--json", type=Path, required=True, help="result file, to add to")
+    add_arguments(parser)
     parser.add_argument("--opt", required=True, choices=OPTIMIZERS)
     parser.add_argument("--knob", nargs="+", default=list(KNOBS), help="NAME=VALUE, or default")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args(argv)
     configs = {knob: config_of(knob) for knob in args.knob if differs(knob, args.opt)}
-    trials = Trials(args.json, PRESETS["cpu"], args.data_dir)
+    trials = from_arguments(args)
     for seed in args.seeds:
         for knob, config in configs.items():
             trials.make(knob, args.opt, seed, config)

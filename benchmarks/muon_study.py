@@ -14,15 +14,14 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from study.presets import OPTIMIZERS, PRESETS
+from study.presets import OPTIMIZERS
 from study.training import Run
-from study.trials import Trials
+from study.trials import add_arguments, from_arguments
 from timm_decor import DecorConfig
 from timm_decor.errors import UserError, exit_code
 from timm_decor.text import near
@@ -138,16 +137,13 @@ def variant_of(text: str) -> Variant:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, required=True, help="folder with train*.parquet")
-    parser.add_argument("--json", type=Path, required=True, help="result file, to add to")
+    add_arguments(parser, epochs=6)
     parser.add_argument("--variant", nargs="+", default=list(VARIANTS), help="of " + ", ".join(VARIANTS))
     parser.add_argument("--plain", nargs="*", default=[], metavar="OPT:LR", help="trained plain, as muon:0.05")
-    parser.add_argument("--epochs", type=float, default=6)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args(argv)
     chosen = {name: variant_of(name) for name in args.variant}
     plain = [(opt, float(lr)) for opt, _, lr in (text.partition(":") for text in args.plain)]
-    trials = Trials(args.json, dataclasses.replace(PRESETS["cpu"], epochs=args.epochs), args.data_dir)
+    trials = from_arguments(args)
     base = OPTIMIZERS["sgd"]
     for seed in args.seeds:
         for opt, lr in plain:

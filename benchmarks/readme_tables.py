@@ -30,7 +30,7 @@ from timm_decor.text import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = [ROOT / "README.md", ROOT / "docs" / "decorrelation.md"]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("decorrelation", "families", "finetuning"))]
 MARKED = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
@@ -293,6 +293,25 @@ def muon(folder: Path, draw: bool) -> str:
     return _crossed("", runs, first="decorrelated sgd")
 
 
+def finetune(file: Path, draw: bool) -> str:
+    """finetune_study.py: plain and decorrelated at plain training's rate, and how that rate was found."""
+    runs = _runs(file)
+    rows, tried = [], []
+    for opt in dict.fromkeys(run["opt"] for run in runs):
+        held = sorted((r["lr"], r["top1"]) for r in runs if (r["opt"], r["measured_on"]) == (opt, "held-out"))
+        tried.append(f"{opt}: " + ", ".join(f"{lr:g} {top1:.1f}" for lr, top1 in held))
+        for arm in ("plain", "decorrelated"):
+            mine = [r for r in runs if (r["opt"], r["arm"], r["measured_on"]) == (opt, arm, "test")]
+            if mine:
+                scores = [r["top1"] for r in sorted(mine, key=lambda r: r["seed"])]
+                loss, seconds = (statistics.mean(r[key] for r in mine) for key in ("train_loss", "seconds"))
+                top1 = f"{statistics.mean(scores):.1f} ({_seeds(scores)})"
+                rows.append((opt, arm, f"{mine[0]['lr']:g}", top1, f"{loss:.2f}", f"{seconds:.0f}"))
+    header = ("optimizer", "arm", "lr", "test top-1, % (each seed)", "training loss", "seconds")
+    table = markdown_table(header, rows)
+    return f"{table}\n\nPlain training's rate, by held-out top-1 of one seed: {'; '.join(tried)}."
+
+
 def _runs(file: Path) -> list[dict[str, Any]]:
     return json.loads(file.read_text(encoding="utf-8"))["runs"]
 
@@ -325,7 +344,7 @@ GRAFT_VARIANTS = {
 MAKERS = {
     **{"lr_sensitivity": lr_sensitivity, "graft": graft, "knobs": knobs},
     **{"time_to_accuracy": time_to_accuracy, "step_cost": step_cost, "cifar10_resnet18": compare},
-    **{"zoo": zoo, "muon": muon, "staged": staged},
+    **{"zoo": zoo, "muon": muon, "finetune": finetune, "staged": staged},
 }
 
 
@@ -385,7 +404,9 @@ def stale_pictures(text: str) -> list[str]:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing, tell what is stale")
-    parser.add_argument("pages", nargs="*", type=Path, default=PAGES, help="default: README, decorrelation.md")
+    parser.add_argument(
+        "pages", nargs="*", type=Path, default=PAGES, help="default: README and those of docs that have tables"
+    )
     args = parser.parse_args(argv)
     stale = []
     for page in args.pages:

@@ -119,6 +119,27 @@ def test_zoo_study(tmp_path: Path) -> None:
     assert again.stdout == done.stdout and not again.stderr  # what is there is not trained again
 
 
+STUDIES = {
+    "muon": [
+        *("--epochs", "4", "--plain", "muon:0.05", "--variant", "base", "decay x2+nesterov"),
+        *("damping to 8", "until half", "whitened stem"),
+    ],
+    "knob": ["--opt", "sgd", "--epochs", "1", "--knob", "default", "damping=8.0", "sample=1.0,rank=4"],
+}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_studies_of_single_trainings(name: str, tmp_path: Path) -> None:
+    """On generated images; each variant trains in its own way."""
+    file = tmp_path / "runs.json"
+    command = [sys.executable, f"benchmarks/{name}_study.py", "--preset", "smoke", "--json", str(file), *STUDIES[name]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    runs = json.loads(file.read_text(encoding="utf-8"))["runs"]
+    assert len({run["variant"] for run in runs}) == len(runs) == {"muon": 6, "knob": 3}[name]
+    assert len({(*run["loss"], run["top1"]) for run in runs}) == len(runs)
+
+
 @pytest.mark.parametrize(
     ("plain", "decorrelated", "verdict"),
     [

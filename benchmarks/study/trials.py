@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,13 @@ from pathlib import Path
 import torch
 
 from study.images import Split
-from study.presets import OPTIMIZERS, Optimizer, Preset
+from study.presets import OPTIMIZERS, PRESETS, Optimizer, Preset
 from study.protocol import budget_steps
 from study.rows import Rows
 from study.stages import load_split
 from study.training import Run, Spec
 from timm_decor import DecorConfig
+from timm_decor.errors import UserError
 
 
 class Trials:
@@ -23,10 +25,10 @@ class Trials:
     Args:
         path: the file.
         preset: the setting.
-        data_dir: with train*.parquet.
+        data_dir: with train*.parquet; a preset of generated images needs none.
     """
 
-    def __init__(self, path: Path, preset: Preset, data_dir: Path) -> None:
+    def __init__(self, path: Path, preset: Preset, data_dir: Path | None) -> None:
         self.preset, self._rows = preset, Rows(path, preset.threads)
         if preset.threads:
             torch.set_num_threads(preset.threads)
@@ -72,3 +74,29 @@ class Trials:
         row = {**key, "lr": spec.lr, "top1": run.record.final, "loss": run.record.loss}
         row["scale"] = None if run.handle is None else run.handle.scale
         self._rows.add(row)
+
+
+def add_arguments(parser: argparse.ArgumentParser, epochs: float | None = None) -> None:
+    """The arguments from which `from_arguments` makes trials.
+
+    Args:
+        parser: to add to.
+        epochs: where they are not the preset's.
+    """
+    parser.add_argument("--data-dir", type=Path, help="folder with train*.parquet")
+    parser.add_argument("--json", type=Path, required=True, help="result file, to add to")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu", help="the setting (default: cpu)")
+    parser.add_argument("--epochs", type=float, default=epochs, help="in place of the preset's")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+
+
+def from_arguments(args: argparse.Namespace) -> Trials:
+    """Trials as the command line describes them.
+
+    Raises:
+        UserError: the preset needs a folder.
+    """
+    preset = PRESETS[args.preset]
+    if not preset.generated and args.data_dir is None:
+        raise UserError(f"preset {args.preset} needs --data-dir, a folder with train*.parquet")
+    return Trials(args.json, dataclasses.replace(preset, epochs=args.epochs or preset.epochs), args.data_dir)

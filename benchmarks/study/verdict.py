@@ -60,3 +60,8 @@ class Measured:
         if abs(self.gain) <= self.spread:
             return "level"
         return "gains" if self.gain > 0 else "loses"
+
+    @property
+    def words(self) -> str:
+        """For a table of families."""
+        return f"{self.verdict}: {self.gain:+.1f} points ({self.setting['model']}, {self.setting['opt']})"

@@ -14,11 +14,13 @@ class Family:
         module: timm's module; the twins are filed under `decor_<module>`.
         example: the member that tables show and tests train: small, and known.
         plain: why layers are left plain, by a wildcard over their names; beside what `decorrelate` leaves so itself.
+        measured: accuracy against the plain model, at its learning rate (benchmarks/zoo_study.py).
     """
 
     module: str
     example: str
     plain: Mapping[str, str] = field(default_factory=dict)
+    measured: str = "not measured"
 
 
 FAMILIES = (

@@ -31,6 +31,7 @@ HEADER = (
     *(f"{structure}, MiB" for structure in LISTED),
     "left plain",
 )
+FAMILY_HEADER = ("family", "members", "for example", *HEADER, "accuracy")
 
 
 def model_row(name: str) -> tuple[str, ...]:
@@ -60,13 +61,14 @@ def plain_reasons(report: ConversionReport) -> str:
 
 
 def family_rows(families: Sequence[Family]) -> Iterator[tuple[str, ...]]:
-    """One row a family: its module in timm's registry, how many members, and its example's row."""
+    """One row a family: its module in timm's registry, how many members, its example's row, what was measured."""
     for family in families:
         yield (
             PREFIX + family.module,
             str(len(_members(family))),
             PREFIX + family.example,
             *model_row(PREFIX + family.example),
+            family.measured,
         )
 
 
@@ -82,7 +84,7 @@ def page(families: Sequence[Family]) -> str:
         f"Made by `make zoo` with timm {timm.__version__}. Memory is that of R, of SGD's L on the output side "
         f"and of their statistics, in MiB of float32, by structure (the default is {config.structure}, rank "
         f"{config.rank}); in brackets, how many layers more than with the default stay plain.\n",
-        markdown_table(("family", "members", "for example", *HEADER), list(family_rows(families))),
+        markdown_table(FAMILY_HEADER, list(family_rows(families))),
     ]
     for family in families:
         rows = [(f"`{name}`", *model_row(name)) for name in _members(family)]
@@ -135,5 +137,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     if names:
         print(table(("model", *HEADER), [(name, *model_row(name)) for name in names]))
     else:
-        print(table(("family", "members", "for example", *HEADER), list(family_rows(FAMILIES))))
+        print(table(FAMILY_HEADER, list(family_rows(FAMILIES))))
     return 0
