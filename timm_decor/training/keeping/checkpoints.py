@@ -135,14 +135,15 @@ def load_states(
         UserError: a checkpoint that cannot be used, with none before it that can; or one of something else.
     """
     accelerator = arms[0].accelerator
-    # one process decides: the others must not look while it tidies up
-    found = decided_by_one(accelerator, lambda: [find_resume(path) if path.is_dir() else (path, "") for path in paths])
-    for arm, (file, _) in zip(arms, found, strict=True):
+    found = []
+    for arm, path in zip(arms, paths, strict=True):
+        file, wrong, state = _newest(accelerator, path)
+        found.append((file, wrong))
         if file is not None:
-            state, name = read_resume(file), str(file.parent if file.name == RESUME_FILE else file)
+            name = str(file.parent if file.name == RESUME_FILE else file)
             _check_classes(state.get("label_names"), json.loads(metadata["label_names"]), name)
             arm.load_state(state, name)
-    accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()  # none must look while one tidies up
     for arm, folder, (file, wrong) in zip(arms, folders, found, strict=True):
         folder.remove_unfinished()
         if file is not None and wrong:
@@ -151,6 +152,23 @@ def load_states(
         if arm.history:
             folder.write_summary(arm.history)  # it comes after the checkpoint, and may have been forestalled
     return any(file is not None for file, _ in found)
+
+
+def _newest(accelerator: Accelerator, path: Path) -> tuple[Path | None, str, dict[str, Any]]:
+    """The newest usable state of a folder, or that of a file: each process checks and reads it once. Collective.
+
+    Returns:
+        The file, None where there is none; what is wrong with a newer one; and the state.
+    """
+    read: dict[str, Any] = {}  # by the process that decides which file it is; the others read that one
+
+    def decide() -> tuple[Path | None, str]:
+        file, wrong, state = find_resume(path)
+        read.update(state)
+        return file, wrong
+
+    file, wrong = decided_by_one(accelerator, decide) if path.is_dir() else (path, "")
+    return file, wrong, read or (read_resume(file) if file is not None else {})
 
 
 def _check_classes(before: list[str] | None, now: list[str], name: str) -> None:
