@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,11 +29,10 @@ from timm_decor.training.evaluate import Metrics, evaluate
 from timm_decor.training.keeping.progress import Progress
 from timm_decor.training.optim import make_loss, make_optimizer, make_scheduler
 from timm_decor.training.runtime import mixed_seed, seed_everything, set_random_state
-from timm_decor.training.seeing.clock import StepClock
-from timm_decor.training.seeing.display import Display
 from timm_decor.training.seeing.losswatch import LossWatch, NonFiniteLoss
 from timm_decor.training.seeing.observe import Observer
 from timm_decor.training.seeing.timeleft import TimeLeft
+from timm_decor.training.seeing.watch import EpochWatch
 
 Row = dict[str, Any]  # an epoch in summary.csv
 
@@ -177,7 +174,7 @@ class Arm:
         if self._progress is None:
             self._progress = Progress(self._loss_watch(), self.steps)
         if self._progress.batches < len(self._train_loader):
-            self._train(self.epoch, self._progress)
+            self._train(self._progress)
 
     @property
     def evaluation_due(self) -> bool:
@@ -213,59 +210,42 @@ class Arm:
             self.pause()
             yield batch
 
-    def _train(self, epoch: int, progress: Progress) -> None:
+    def _train(self, progress: Progress) -> None:
         """Train the epoch's batches from `progress.batches` on."""
-        accelerator, args = self.accelerator, self.args
+        batches, images_per_batch = len(self._train_loader), self.args.batch_size * self.accelerator.num_processes
+        interval = self.args.log_interval
+        watch = EpochWatch(self, progress, batches, self._updates_per_epoch, images_per_batch, interval)
         self.model.train()
-        batches = len(self._train_loader)
-        observer, trained = self.observer, self.history[-1]["seconds"] if self.history else 0.0
-        display = Display(
-            f"{self.name} {epoch + 1}/{self.epochs}",
-            batches,
-            args.batch_size * accelerator.num_processes,
-            accelerator,
-            args.log_interval,
-            self.log,
-            partial(self.time_left.seconds, self),
-            done=progress.batches,
-        )
-        clock = StepClock(accelerator.device, self._updates_per_epoch, self.handle)
-        observer.begin_epoch()
-        start, looking = time.perf_counter() - progress.seconds, observer.spent
-        for images, labels in clock.batches(self._batches(epoch, progress)):
-            self._learn(images, labels, progress, clock.lap)
+        for images, labels in watch.batches(self._batches(self.epoch, progress)):
+            self._learn(images, labels, progress, watch.lap)
             progress.batches += 1
-            if accelerator.sync_gradients:
-                if clock.refreshes:
-                    done = progress.steps / (self._updates_per_epoch * self.epochs)
-                    observer.look(trained + time.perf_counter() - start, done)
-                progress.steps += 1
-                if self.ema:
-                    self.ema.update(self.model, step=progress.steps)
-                progress.lr = self._lr()
-                self.peak_lr = max(self.peak_lr, *(group["lr"] for group in self._optimizer.param_groups))
-                self._schedule_update()
-            looked = None
-            if progress.losses.due or display.due:
-                self._check_loss(progress)
-                looked = progress.losses.figures()
-                observer.point(progress.steps, looked[0], progress.lr or self._lr())
-            display.update(looked, progress.lr or self._lr(), observer.correlation, progress.steps)
-            if accelerator.sync_gradients and progress.batches < batches:
-                progress.seconds = time.perf_counter() - start - (observer.spent - looking)
+            updated = self.accelerator.sync_gradients
+            if updated:
+                self._count_update(progress)
+            watch.trained(progress.lr or self._lr(), updated)
+            if updated and progress.batches < batches:
+                progress.seconds = watch.seconds
                 self.pause()
-            if accelerator.sync_gradients:
-                clock.updated()
-        display.close()
-        observer.end_epoch(clock.watched)
+        watch.close()
+        self._end_training(progress)
+        progress.seconds = watch.seconds
+
+    def _count_update(self, progress: Progress) -> None:
+        progress.steps += 1
+        if self.ema:
+            self.ema.update(self.model, step=progress.steps)
+        progress.lr = self._lr()
+        self.peak_lr = max(self.peak_lr, *(group["lr"] for group in self._optimizer.param_groups))
+        self._schedule_update()
+
+    def _end_training(self, progress: Progress) -> None:
+        """What is left to do for an epoch behind its last batch."""
         if hasattr(self._optimizer.optimizer, "sync_lookahead"):
             self._optimizer.optimizer.sync_lookahead()
-        self._check_loss(progress)
-        if accelerator.num_processes > 1:  # each process has its own running statistics
-            distribute_bn(self.model, accelerator.num_processes, reduce=True)
-            if self.ema:
-                distribute_bn(self.ema.module, accelerator.num_processes, reduce=True)
-        progress.seconds = time.perf_counter() - start - (observer.spent - looking)
+        progress.losses.check(self.name, self.epoch + 1)
+        if self.accelerator.num_processes > 1:  # each process has its own running statistics
+            for model in self._models:
+                distribute_bn(model, self.accelerator.num_processes, reduce=True)
 
     def _learn(self, images: Tensor, labels: Tensor, progress: Progress, lap: Callable[[str], None]) -> Tensor:
         """Forward and backward, and the optimizer's step where it is due; returns the batch's loss.
@@ -376,11 +356,6 @@ class Arm:
     def _loss_watch(self) -> LossWatch:
         return LossWatch(self.accelerator, self.args.log_interval)
 
-    def _check_loss(self, progress: Progress) -> None:
-        step = progress.losses.first_bad_step()
-        if step is not None:
-            raise NonFiniteLoss(self.name, "loss", self.epoch + 1, step)
-
     def check_finite(self, row: Row | None = None) -> None:
         """Refuse a state that must not replace the last good checkpoint. Collective.
 
@@ -391,7 +366,7 @@ class Arm:
             NonFiniteLoss: a loss or a weight is not finite.
         """
         if self._progress is not None:
-            self._check_loss(self._progress)
+            self._progress.losses.check(self.name, self.epoch + 1)
         row = row or {}
         found = [f"{kind} loss" for kind in ("eval", "ema") if not math.isfinite(row.get(f"{kind}_loss", 0.0))]
         for model in self._models:
