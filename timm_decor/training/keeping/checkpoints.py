@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import signal
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from timm_decor.errors import Stopped, UserError
 from timm_decor.text import listed
 from timm_decor.training.keeping.folder import EMA_SUFFIX, RESUME_FILE, RunFolder, find_resume, read_resume
 from timm_decor.training.keeping.stopping import StopRequest
+from timm_decor.training.options import KeepOptions
 from timm_decor.training.runtime import decided_by_one
 
 
@@ -23,12 +23,15 @@ class Trained(Protocol):
     """What is kept: training/arm.py's Arm, as far as it matters here."""
 
     name: str
-    args: argparse.Namespace
     accelerator: Accelerator
     model: nn.Module
     ema: Any
     history: list[dict[str, Any]]
+    epochs: int
     pause: Callable[[], None]
+
+    @property
+    def epoch(self) -> int: ...
 
     @property
     def steps(self) -> int: ...
@@ -56,16 +59,16 @@ class Keeper:
         arm: whose `pause` is set.
         folder: where they go.
         metadata: text in the files of weights.
-        interval: updates between recovery checkpoints, 0 for none.
+        keep: which checkpoints.
         stop: tells of signals.
     """
 
     def __init__(
-        self, arm: Trained, folder: RunFolder, metadata: dict[str, str], interval: int, stop: StopRequest
+        self, arm: Trained, folder: RunFolder, metadata: dict[str, str], keep: KeepOptions, stop: StopRequest
     ) -> None:
         self.arm, self.folder = arm, folder
         self._metadata = metadata
-        self._interval = interval
+        self._keep = keep
         self._stop = stop
         self._saved = arm.steps  # updates that are in resume.pt, or none were done
         arm.pause = self.pause
@@ -78,7 +81,8 @@ class Keeper:
             NonFiniteLoss: there is nothing that is worth saving.
         """
         signum, steps = self._stop.asked(), self.arm.steps
-        due = self._interval > 0 and steps % self._interval == 0
+        interval = self._keep.recovery_interval
+        due = interval > 0 and steps % interval == 0
         if (signum or due) and steps != self._saved:
             self.arm.check_finite()
             self._write_resume()
@@ -107,7 +111,7 @@ class Keeper:
         if best is row:
             folder.link_weights("last", "best")
         folder.link_weights("last", f"checkpoint-{row['epoch']}")
-        kept = {row["epoch"] for row in arm.ranked[: arm.args.checkpoint_hist]}
+        kept = {row["epoch"] for row in arm.ranked[: self._keep.checkpoint_hist]}
         folder.forget_epochs(row["epoch"] for row in arm.history if row["epoch"] not in kept)
         self._write_resume()
         folder.write_summary(arm.history)
