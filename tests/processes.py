@@ -122,15 +122,15 @@ def slow_update(marker: str, seconds: float) -> None:
 
     from timm_decor.training.arm import Arm
 
-    lr = Arm._lr
+    count_update = Arm._count_update
 
-    def slow(self: Arm) -> float:
-        if self.steps == 2:
+    def slow(self: Arm, progress: Any) -> None:
+        if self.steps == 1:
             Path(marker).touch()
             time.sleep(seconds)
-        return lr(self)
+        count_update(self, progress)
 
-    Arm._lr = slow  # type: ignore[method-assign]
+    Arm._count_update = slow  # type: ignore[method-assign]
 
 
 def limit_file_size(size: int) -> None:
@@ -188,7 +188,7 @@ def keep_own_end(file: str) -> None:
     save = Keeper.save
 
     def saved(self: Keeper) -> None:
-        torch.save([self.arm.model.state_dict(), self.arm._optimizer.state_dict()], file)
+        torch.save([self.arm.model.state_dict(), self.arm.optimizer.state_dict()], file)
         save(self)
 
     Keeper.save = saved  # type: ignore[method-assign]

@@ -6,6 +6,7 @@ import argparse
 import csv
 import dataclasses
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -198,15 +199,15 @@ class TestParser:
     @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a reminder for the checkout")
     def test_every_argument_is_used(self):
         code = "".join(path.read_text() for path in (ROOT / "timm_decor" / "training").rglob("*.py"))
-        # read by timm's own helpers (optimizer_kwargs, scheduler_kwargs, resolve_data_config) from the namespace
+        # read by timm's own helpers (optimizer_kwargs, scheduler_kwargs, resolve_data_config) from a group of options
         timms = shlex.split(
             "opt_eps opt_betas layer_decay interpolation momentum weight_decay decay_milestones decay_epochs "
             "decay_rate warmup_lr warmup_epochs warmup_prefix cooldown_epochs min_lr patience_epochs lr_noise "
             "lr_noise_pct lr_noise_std lr_cycle_mul lr_cycle_decay lr_cycle_limit lr_k_decay "
-            "sched_on_updates crop_pct mean std layer_decay_min_scale layer_decay_no_opt_scale"
+            "sched_on_updates crop_pct crop_mode mean std layer_decay_min_scale layer_decay_no_opt_scale"
         )
         for action in train_parser()._actions:
-            read = f"args.{action.dest}" in code or f'"{action.dest}"' in code
+            read = re.search(rf"(\w|\))\.{action.dest}\b", code)
             known = action.dest in timms or action.dest.startswith("decor") or isinstance(action, argparse._HelpAction)
             assert read or known, f"{action.dest} is accepted but read by nothing"
 

@@ -13,16 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from training_runs import TINY, reset_accelerate
+from training_runs import options, reset_accelerate, training_batches
 
 from timm_decor.errors import UserError, message
 from timm_decor.training.args import validate_parser
 from timm_decor.training.data.datasets import open_source
 from timm_decor.training.data.digits import Digits
-from timm_decor.training.data.loaders import eval_loader, train_loader
+from timm_decor.training.data.loaders import eval_loader
 from timm_decor.training.data.parquet import Parquet, ParquetColumns
 from timm_decor.training.data.sources import Cached, read, rows_of, split_of
-from timm_decor.training.run import parse
+from timm_decor.training.options import DataOptions
 from timm_decor.training.runtime import make_accelerator
 
 CONFIG = {
@@ -50,15 +50,12 @@ def write_parquet(folder: Path, name: str, images: list[bytes | None], labels: l
     pq.write_table(pa.table({"image": rows, "label": labels, **extra}), folder / name)
 
 
-def source_args(*words: str):
-    return validate_parser().parse([*words])
+def data_options(*words: str) -> DataOptions:
+    return DataOptions.of(validate_parser().parse([*words]))
 
 
 def batches(*words: str, epoch: int = 0, workers: int = 0, batch: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    reset_accelerate()
-    args = parse([*TINY, "-j", str(workers), *words])
-    accelerator = make_accelerator("cpu", False, "float16")
-    loader = train_loader(args, open_source(args, args.train_split, "RGB"), CONFIG, 10, accelerator)
+    loader = training_batches(options("-j", workers, *words), CONFIG)
     loader.set_epoch(epoch)
     loader.dataset.set_epoch(epoch)
     return [(images.clone(), labels.clone()) for images, labels in loader]
@@ -136,7 +133,7 @@ class TestParquet:
 
     def test_plain_bytes_and_named_columns(self, tmp_path: Path):
         pq.write_table(pa.table({"pixels": [encoded(5)], "kind": [3]}), tmp_path / "test.parquet")
-        args = source_args(
+        args = data_options(
             *(["--dataset", "parquet", "--input-key", "pixels", "--target-key", "kind", "--data-dir"]), str(tmp_path)
         )
         source = open_source(args, "validation", "RGB")
@@ -152,7 +149,7 @@ class TestParquet:
 
     def test_validation_falls_back_to_val_and_test(self, tmp_path: Path):
         write_parquet(tmp_path, "test.parquet", [encoded(0)] * 3, [0, 0, 0])
-        args = source_args("--dataset", "parquet", "--data-dir", str(tmp_path))
+        args = data_options("--dataset", "parquet", "--data-dir", str(tmp_path))
         assert len(open_source(args, "validation", "RGB")) == 3
         write_parquet(tmp_path, "val.parquet", [encoded(0)] * 2, [0, 0])
         assert len(open_source(args, "validation", "RGB")) == 2
@@ -170,11 +167,11 @@ class TestParquet:
     def test_an_undecodable_image_is_named(self, tmp_path: Path, broken: bytes | None, words: str):
         write_parquet(tmp_path, "train.parquet", [encoded(0), broken], [0, 0])
         with pytest.raises(UserError) as error:
-            open_source(source_args("--dataset", "parquet", "--data-dir", str(tmp_path)), "train", "RGB")
+            open_source(data_options("--dataset", "parquet", "--data-dir", str(tmp_path)), "train", "RGB")
         assert words in message(error.value)
 
     def test_what_is_missing_is_named(self, tmp_path: Path):
-        args = source_args("--dataset", "parquet", "--data-dir", str(tmp_path))
+        args = data_options("--dataset", "parquet", "--data-dir", str(tmp_path))
         with pytest.raises(UserError, match="is empty"):
             open_source(args, "train", "RGB")
         (tmp_path / "notes.txt").write_text("")
@@ -199,7 +196,7 @@ class TestParquet:
             Parquet(tmp_path, "train", "RGB", ParquetColumns())
 
     def test_cifar10_beside_the_checkout(self, cifar10_dir: Path):
-        args = source_args("--dataset", "parquet", "--data-dir", str(cifar10_dir))
+        args = data_options("--dataset", "parquet", "--data-dir", str(cifar10_dir))
         source = open_source(args, "test[:100]", "RGB")
         image, label = read(source, 0)
         assert (len(source), source.num_classes, image.size) == (100, 10, (32, 32)) and 0 <= label < 10
@@ -215,7 +212,7 @@ class TestFolders:
         return tmp_path
 
     def test_the_training_folder_numbers_the_classes(self, root: Path):
-        source = open_source(source_args("--data-dir", str(root)), "validation", "RGB")
+        source = open_source(data_options("--data-dir", str(root)), "validation", "RGB")
         assert (len(source), source.num_classes) == (1, 3)
         assert read(source, 0)[1] == 2, "owl is the third class, although val has no other"
 
@@ -223,14 +220,14 @@ class TestFolders:
         (root / "val" / "yak").mkdir()
         picture(0).save(root / "val" / "yak" / "0.png")
         with pytest.raises(UserError, match="class 'yak', which .*train has not"):
-            open_source(source_args("--data-dir", str(root)), "validation", "RGB")
+            open_source(data_options("--data-dir", str(root)), "validation", "RGB")
 
     def test_what_is_missing_is_named(self, root: Path):
-        args = source_args("--data-dir", str(root))
+        args = data_options("--data-dir", str(root))
         with pytest.raises(UserError, match="no folder 'test' for split 'test'; it has: train, val"):
             open_source(args, "test", "RGB")
         with pytest.raises(UserError, match="does not exist"):
-            open_source(source_args("--data-dir", str(root / "nope")), "train", "RGB")
+            open_source(data_options("--data-dir", str(root / "nope")), "train", "RGB")
         for file in (root / "val").rglob("*.png"):
             file.unlink()
         with pytest.raises(UserError, match="val, split validation: no images"):
@@ -239,21 +236,21 @@ class TestFolders:
     def test_an_undecodable_image_is_named_and_not_skipped(self, root: Path):
         broken = root / "train" / "dog" / "1.png"
         broken.write_bytes(b"not an image")
-        source = open_source(source_args("--data-dir", str(root)), "train", "RGB")
+        source = open_source(data_options("--data-dir", str(root)), "train", "RGB")
         with pytest.raises(UserError) as error:
             for i in range(len(source)):
                 read(source, i)
         assert str(broken) in str(error.value)
 
     def test_the_cache_changes_nothing(self, root: Path):
-        source = open_source(source_args("--data-dir", str(root)), "train", "RGB")
+        source = open_source(data_options("--data-dir", str(root)), "train", "RGB")
         cached = Cached(source)
         for i in range(len(source)):
             (image, label), (again, label_again) = read(source, i), read(cached, i)
             assert np.array_equal(np.asarray(image), np.asarray(again)) and label == label_again
 
     def test_torchvision_folders(self, root: Path):
-        source = open_source(source_args("--dataset", "torch/image_folder", "--data-dir", str(root)), "train", "L")
+        source = open_source(data_options("--dataset", "torch/image_folder", "--data-dir", str(root)), "train", "L")
         assert (len(source), source.num_classes, read(source, 5)[0].mode, read(source, 5)[1]) == (6, 3, "L", 2)
 
 
@@ -267,10 +264,7 @@ class TestBatches:
         assert not equal(batches("--seed", "7", epoch=1), reference)
 
     def test_the_same_images_are_augmented_anew_in_each_epoch(self):
-        reset_accelerate()
-        args = parse(TINY)
-        source = open_source(args, args.train_split, "RGB")
-        dataset = train_loader(args, source, CONFIG, 10, make_accelerator("cpu", False, "float16")).dataset
+        dataset = training_batches(options(), CONFIG).dataset
         first = dataset.__getitems__([3, 4, 5])[0]
         assert torch.equal(dataset.__getitems__([3, 4, 5])[0], first)
         dataset.set_epoch(1)
@@ -281,10 +275,7 @@ class TestBatches:
         assert len(images) == 128 and len(torch.unique(images.flatten(1), dim=0)) == 128
 
     def test_reading_them_leaves_the_random_numbers_alone(self):
-        reset_accelerate()
-        args = parse([*TINY, "--reprob", "0.5"])
-        source = open_source(args, args.train_split, "RGB")
-        loader = train_loader(args, source, CONFIG, 10, make_accelerator("cpu", False, "float16"))
+        loader = training_batches(options("--reprob", 0.5), CONFIG)
         states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
         loader.dataset.__getitems__([3, 4, 5])
         assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
@@ -307,9 +298,9 @@ class TestBatches:
 
     def test_a_label_beyond_the_classes_is_named(self):
         reset_accelerate()
-        args = parse(TINY)
-        source = open_source(args, "train[:128]", "RGB")
-        loader = eval_loader(args, source, CONFIG, 5, make_accelerator("cpu", False, "float16"))
+        given, accelerator = options(), make_accelerator("cpu", False, "float16")
+        source = open_source(given.data, "train[:128]", "RGB")
+        loader = eval_loader(given.loader, source, CONFIG, 5, given.seed, accelerator)
         with pytest.raises(UserError, match=r"digits, image \d+ has label \d, but the model has 5 classes"):
             list(loader)
 

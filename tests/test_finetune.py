@@ -12,13 +12,13 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from training_runs import DECOR, train
+from training_runs import DECOR, created, options, train
 
 import timm_decor
 from timm_decor.errors import UserError
 from timm_decor.training import build
-from timm_decor.training.args import train_parser
-from timm_decor.training.optim import make_optimizer, make_scheduler
+from timm_decor.training.optim import make_optimizer
+from timm_decor.training.schedule import Schedule
 
 FROZEN = ("conv1", "bn1", "layer1")
 
@@ -48,7 +48,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def create(*words: object, classes: int = 10, channels: int = 3) -> nn.Module:
-    return build.create(train_parser().parse([*map(str, words)]), classes, channels)
+    return created(options(*words, base=[]), classes, channels)
 
 
 class TestPretrainedPath:
@@ -194,10 +194,10 @@ class TestFreeze:
 
 class TestLayerDecay:
     def optimizer(self, *words: object) -> tuple[nn.Module, torch.optim.Optimizer]:
-        args = train_parser().parse(["--model", "test_resnet", "--lr", "1", "--warmup-epochs", "0", *map(str, words)])
-        model = build.create(args, 10, 3)
-        optimizer = make_optimizer(args, model)
-        make_scheduler(args, optimizer, 10)
+        given = options("--model", "test_resnet", "--warmup-epochs", 0, *words, base=[])
+        model = created(given)
+        optimizer = make_optimizer(given.optimizer, model, 1.0)
+        Schedule(given.schedule, optimizer, 10, given.optimizer.layer_decay, "top1", seed=0)
         return model, optimizer
 
     def test_earlier_layers_learn_more_slowly(self):

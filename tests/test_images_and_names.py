@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from test_data import encoded, source_args, write_parquet
+from test_data import data_options, encoded, write_parquet
 from training_runs import reset_accelerate
 
 from timm_decor.errors import UserError
@@ -26,6 +26,7 @@ from timm_decor.training.data.folders import Folder, read_class_map
 from timm_decor.training.data.names import check_labels, numbered_as
 from timm_decor.training.data.parquet import Parquet, ParquetColumns
 from timm_decor.training.data.sources import Cached
+from timm_decor.training.options import DataOptions, SplitOptions
 from timm_decor.training.run import main
 from timm_decor.training.validation import main as validate
 
@@ -49,7 +50,7 @@ def folder(root: Path, names: tuple[str, ...] = NAMES, train: int = 12, val: int
 
 
 def opened(root: Path, split: str = "train", *words: str) -> Any:
-    return open_source(source_args("--data-dir", str(root), *words), split, "RGB")
+    return open_source(data_options("--data-dir", str(root), *words), split, "RGB")
 
 
 class TestFolders:
@@ -178,7 +179,7 @@ class TestParquet:
     def test_splits_are_matched_by_name(self, tmp_path: Path) -> None:
         self.named(tmp_path / "train.parquet", [0, 1, 2, 0], ["ant", "bee", "cat"])
         self.named(tmp_path / "test.parquet", [0, 1, 2], ["cat", "bee", "ant"])
-        train, test = open_splits(_splits(tmp_path), "RGB")
+        train, test = open_splits(*_splits(tmp_path), "RGB")
         assert (train.class_names, test.class_names) == ([*NAMES], [*NAMES])
         assert [test.label(i) for i in range(3)] == test.labels.tolist() == [2, 1, 0]
 
@@ -192,9 +193,9 @@ class TestParquet:
         self.named(tmp_path / "train.parquet", [0, 1], ["ant", "bee"])
         self.named(tmp_path / "test.parquet", [0, 1], ["ant", "been"])
         with pytest.raises(UserError, match="split test has class 'been', which split train has not; near: bee"):
-            open_splits(_splits(tmp_path), "RGB")
+            open_splits(*_splits(tmp_path), "RGB")
         self.named(tmp_path / "test.parquet", [0, 0], ["ant", "been"])
-        assert open_splits(_splits(tmp_path), "RGB")[1].labels.tolist() == [0, 0], "no image is of that class"
+        assert open_splits(*_splits(tmp_path), "RGB")[1].labels.tolist() == [0, 0], "no image is of that class"
 
     @pytest.mark.parametrize("text", ["1", "null", "[1]", '{"a": 1}', "[" * 100_000, "\x00"])
     def test_classes_json_of_another_kind(self, tmp_path: Path, text: str) -> None:
@@ -211,10 +212,8 @@ class TestParquet:
         check_labels(source, 10, "split test")
 
 
-def _splits(root: Path) -> Any:
-    args = source_args("--dataset", "parquet", "--data-dir", str(root))
-    args.train_split, args.val_split = "train", "test"
-    return args
+def _splits(root: Path) -> tuple[DataOptions, SplitOptions]:
+    return data_options("--dataset", "parquet", "--data-dir", str(root)), SplitOptions("train", "test")
 
 
 def test_two_classes_of_one_name_cannot_be_matched() -> None:

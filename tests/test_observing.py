@@ -13,7 +13,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from training_runs import DECOR, TINY, history, train
+from training_runs import DECOR, TINY, history, options, train
 
 from timm_decor.errors import UserError
 from timm_decor.training.run import parse
@@ -251,5 +251,5 @@ def test_the_extras_name_every_tracker():
 
 def test_without_trackers_nothing_is_started(tmp_path: Path):
     accelerator = Accelerator(cpu=True)
-    trackers.start(accelerator, parse(TINY), tmp_path, ())
+    trackers.start(accelerator, options().watch, {}, tmp_path, ())
     assert accelerator.trackers == [] and not list(tmp_path.iterdir())

@@ -11,6 +11,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import processes
 import pytest
@@ -130,8 +131,8 @@ class TestDamage:
             folder.write_resume({"state_dict": {"a": torch.arange(5000.0)}, "optimizer": step, "history": []})
         newest = tmp_path / "resume.pt"
         newest.write_bytes(damage(newest.read_bytes()))
-        file, wrong = find_resume(tmp_path)
-        assert file == tmp_path / "resume-previous.pt" and read_resume(file)["optimizer"] == 1
+        file, wrong, state = find_resume(tmp_path)
+        assert file == tmp_path / "resume-previous.pt" and state["optimizer"] == read_resume(file)["optimizer"] == 1
         assert wrong.startswith(f"cannot resume from {newest}: ") and "\n" not in wrong
         assert not Path("/tmp/this-must-not-be").exists()
 
@@ -147,6 +148,17 @@ class TestDamage:
         assert told[0].endswith(f"; going on from resume-previous.pt instead, update {before}")
         assert same(final(stopped), final(whole))
         assert (stopped / "resume-damaged.pt").read_bytes() == damaged, "out of the way, and not lost"
+
+    def test_each_state_is_checked_and_read_once(self, stopped: Path, monkeypatch: pytest.MonkeyPatch):
+        load, read = torch.load, []
+
+        def noted(file: Path, **kwargs: Any) -> Any:
+            read.append(Path(file).name)
+            return load(file, **kwargs)
+
+        monkeypatch.setattr(torch, "load", noted)
+        train(stopped, *ALL_WORDS, "--resume", "auto")
+        assert read == ["resume.pt"]
 
     def test_nothing_usable_is_refused_in_one_line(self, stopped: Path):
         for name in ("resume.pt", "resume-previous.pt"):
@@ -180,7 +192,7 @@ class TestFullDisk:
         assert len(lines) == 1 and lines[0].startswith("train.py: error: cannot write ")
         assert lines[0].endswith(f": {reason}")
         assert not list(run.glob(".*")), "nothing takes up room for nothing"
-        assert find_resume(run) == (run / "resume.pt", "")
+        assert find_resume(run)[:2] == (run / "resume.pt", "")
         train(run, *ALL_WORDS, "--resume", "auto")
         assert same(final(run), final(whole))
 

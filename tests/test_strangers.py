@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import io
 import json
 import pickle
@@ -24,7 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
-from training_runs import reset_accelerate, train
+from training_runs import options, reset_accelerate, train
 
 from hub import publish
 from hub.licenses import LICENSES
@@ -38,6 +39,7 @@ from timm_decor.training.data.datasets import open_source
 from timm_decor.training.foreign import read_mapping
 from timm_decor.training.keeping.metadata import CheckpointMetadata, stored_metadata
 from timm_decor.training.keeping.privacy import published, published_command, refuse_secrets
+from timm_decor.training.options import ImageOptions
 from timm_decor.training.run import parse
 from timm_decor.training.seeing import charts, mistakes, plot
 from timm_decor.training.seeing.compare import Side
@@ -197,8 +199,8 @@ class TestMetadata:
             assert field in message(error)
         else:
             assert found is not None and found.data_config.keys() == CONFIG.keys()
-            args = argparse.Namespace(**dict.fromkeys(("mean", "std", "crop_pct", "crop_mode", "interpolation")))
-            build.data_config(args, timm.create_model("test_resnet"), 3)
+            nothing = dict.fromkeys(spec.name for spec in dataclasses.fields(ImageOptions))
+            build.data_config(ImageOptions(**nothing), timm.create_model("test_resnet"), 3)
 
     @FUZZ
     @given(cut=st.integers(0, 10_000), bits=st.dictionaries(st.integers(0, 1500), st.integers(0, 255), max_size=5))
@@ -386,9 +388,9 @@ class TestClassMap:
             (root / "train" / name).mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (8, 8)).save(root / "train" / name / "1.png")
         (place / "map.txt").write_bytes(data)
-        args = train_parser().parse(["--data-dir", str(root), "--class-map", str(place / "map.txt")])
+        data = options("--data-dir", root, "--class-map", place / "map.txt", base=[]).data
         try:
-            assert len(open_source(args, "train", "RGB")) in (1, 2)
+            assert len(open_source(data, "train", "RGB")) in (1, 2)
         except UserError as error:
             assert message(error)
 

@@ -15,12 +15,11 @@ from typing import Any
 
 import pytest
 from accelerate import Accelerator
-from training_runs import DECOR, ROOT, TINY, reset_accelerate, train
+from training_runs import DECOR, ROOT, options, reset_accelerate, train
 
 from timm_decor.errors import UserError
 from timm_decor.training import build, validation
 from timm_decor.training.args import train_parser, validate_parser
-from timm_decor.training.run import parse
 from timm_decor.training.seeing import display, ending
 from timm_decor.training.seeing.timeleft import TimeLeft
 
@@ -317,10 +316,8 @@ class TestPlaces:
         (tmp_path / "run").mkdir()
         for name in ("best.safetensors", "best-ema.safetensors", "summary.csv", "results.json", "report.html"):
             (tmp_path / "run" / name).touch()
-        args = parse(
-            [*TINY, "--dataset", "folder", "--data-dir", "/mnt/my data/of/flowers", "--val-split", "validation"]
-        )
-        lines = ending.whereabouts(Path("run"), {"": Path("run")}, args).splitlines()
+        data = options("--dataset", "folder", "--data-dir", "/mnt/my data/of/flowers").data
+        lines = ending.whereabouts(Path("run"), {"": Path("run")}, data, "validation", averaged=False).splitlines()
         assert lines[:3] == [
             "report   run/report.html",
             "best     run/best.safetensors",

@@ -14,17 +14,13 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
-from training_runs import DECOR, ROOT, TINY, history, reset_accelerate, train
+from training_runs import DECOR, ROOT, created, history, options, reset_accelerate, train, training_batches
 
 from timm_decor.errors import UserError
 from timm_decor.training import build
 from timm_decor.training.args import train_parser, validate_parser
-from timm_decor.training.data.datasets import open_source
-from timm_decor.training.data.loaders import train_loader
 from timm_decor.training.distill import Distillation, make_distillation
 from timm_decor.training.optim import make_loss, make_optimizer
-from timm_decor.training.run import parse
-from timm_decor.training.runtime import make_accelerator
 
 ROW = re.compile(r"^\| `(--[\w-]+|data)` \| (same|renamed|left out) \| (.*) \|$")
 
@@ -70,7 +66,7 @@ class TestTable:
 
 def model_of(*words: str) -> nn.Module:
     torch.manual_seed(0)
-    return build.create(parse([*TINY, *words]), 10, 3)
+    return created(options(*words))
 
 
 class TestModel:
@@ -95,27 +91,18 @@ class TestModel:
             model_of("--model", "vit_tiny_patch16_224", "--drop-block", "0.1")
 
     def test_layer_decay_limits(self):
-        args = parse(
-            [*TINY, *shlex.split("--layer-decay 0.5 --layer-decay-min-scale 0.1 --layer-decay-no-opt-scale 0.05")]
-        )
-        optimizer = make_optimizer(args, model_of())
-        assert min(group["lr_scale"] for group in optimizer.param_groups) >= 0.05
-        assert (
-            min(
-                group["lr_scale"]
-                for group in make_optimizer(parse([*TINY, "--layer-decay", "0.5"]), model_of()).param_groups
-            )
-            < 0.1
-        )
+        def least(words: str) -> float:
+            optimizer = make_optimizer(options(*words.split()).optimizer, model_of(), 0.1)
+            return min(group["lr_scale"] for group in optimizer.param_groups)
+
+        assert least("--layer-decay 0.5 --layer-decay-min-scale 0.1 --layer-decay-no-opt-scale 0.05") >= 0.05
+        assert least("--layer-decay 0.5") < 0.1
 
 
 def images_of(*words: str) -> torch.Tensor:
     """The first training batch."""
-    reset_accelerate()
-    args = parse([*TINY, "--no-cache-images", *words])
-    source = open_source(args, "train[:64]", "RGB")
-    config = build.data_config(args, model_of(), 3)
-    return next(iter(train_loader(args, source, config, 10, make_accelerator("cpu", False, "float16"))))[0]
+    given = options("--no-cache-images", "--train-split", "train[:64]", *words)
+    return next(iter(training_batches(given, build.data_config(given.image, model_of(), 3))))[0]
 
 
 class TestImages:
@@ -140,11 +127,13 @@ class TestImages:
 
 def test_bce_arguments():
     output, labels = torch.randn(4, 10), torch.arange(4)
-    mean = make_loss(parse([*TINY, "--bce-loss"]))(output, labels)
-    assert make_loss(parse([*TINY, "--bce-loss", "--bce-sum"]))(output, labels) == pytest.approx(
-        10 * float(mean), rel=1e-5
-    )
-    assert make_loss(parse([*TINY, "--bce-loss", "--bce-pos-weight", "3"]))(output, labels) > mean
+
+    def loss(*words: str) -> float:
+        given = options("--bce-loss", *words)
+        return float(make_loss(given.loss, given.label)(output, labels))
+
+    assert loss("--bce-sum") == pytest.approx(10 * loss(), rel=1e-5)
+    assert loss("--bce-pos-weight", "3") > loss()
 
 
 def test_averaging_with_warm_up(tmp_path: Path):
@@ -164,7 +153,11 @@ class TestDistillation:
 
     def made(self, teacher: nn.Module, *words: str) -> Distillation:
         reset_accelerate()
-        return Distillation(teacher, parse([*TINY, *words]), self.CONFIG, Accelerator(cpu=True))
+        return Distillation(teacher, options(*words).distill, self.CONFIG, Accelerator(cpu=True))
+
+    def asked(self, words: list[str], student: nn.Module, config: dict) -> Distillation | None:
+        given = options(*words)
+        return make_distillation(given.distill, student, given.model, config, Accelerator(cpu=True), False)
 
     def batch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return torch.randn(4, 3, 32, 32), torch.randn(4, 10), torch.arange(4)
@@ -180,10 +173,10 @@ class TestDistillation:
             pytest.skip("this timm has no distillation to compare with")
         teacher, student = model_of().eval(), model_of("--head-init-scale", "3")
         student.pretrained_cfg = {**student.pretrained_cfg, "mean": self.CONFIG["mean"], "std": self.CONFIG["std"]}
-        args = parse([*TINY, *shlex.split(words), "--kd-temperature", "2"])
+        given = options(*shlex.split(words)).distill
         theirs = task_module.LogitDistillationTask(
-            student, teacher, nn.CrossEntropyLoss(), distill_loss_weight=args.distill_loss_weight,
-            task_loss_weight=args.task_loss_weight, temperature=2.0, device=torch.device("cpu"), verbose=False,
+            student, teacher, nn.CrossEntropyLoss(), distill_loss_weight=given.distill_loss_weight,
+            task_loss_weight=given.task_loss_weight, temperature=2.0, device=torch.device("cpu"), verbose=False,
         )  # fmt: skip
         images, _, labels = self.batch()
         student.eval()
@@ -225,7 +218,7 @@ class TestDistillation:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("timm_decor.training.distill._teacher", lambda *_: model_of())
             config = {**self.CONFIG, "input_size": (3, 224, 224)}
-            assert make_distillation(parse([*TINY, *words]), student, config, Accelerator(cpu=True)) is not None
+            assert self.asked(words, student, config) is not None
         assert len(student.train()(torch.zeros(1, 3, 224, 224))) == 2
 
     @pytest.mark.parametrize(
@@ -244,7 +237,7 @@ class TestDistillation:
     def test_it_refuses_in_one_line(self, words: str, expected: str):
         reset_accelerate()
         with pytest.raises(UserError) as error:
-            make_distillation(parse([*TINY, *words.split()]), model_of(), self.CONFIG, Accelerator(cpu=True))
+            self.asked(words.split(), model_of(), self.CONFIG)
         assert expected in str(error.value) and "\n" not in str(error.value)
 
     def test_a_teacher_of_another_size(self):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
@@ -18,7 +17,7 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from training_runs import DECOR, ROOT, TINY, history, reset_accelerate, train, untimed
+from training_runs import DECOR, ROOT, TINY, history, options, reset_accelerate, train, untimed
 
 from timm_decor import DecorHandle
 from timm_decor.errors import UserError
@@ -28,6 +27,7 @@ from timm_decor.training import run as run_module
 from timm_decor.training.data.loaders import Batches
 from timm_decor.training.keeping import folder as folder_module
 from timm_decor.training.seeing.compare import Side, markdown, summary, verdict
+from timm_decor.training.seeing.losswatch import NonFiniteLoss
 from timm_decor.training.validation import main as validate
 
 
@@ -276,7 +276,7 @@ class TestCheckpoints:
             return metrics
 
         monkeypatch.setattr(arm_module.Arm, "evaluate", poisoned)
-        with pytest.raises(arm_module.NonFiniteLoss, match=f"the {what} is not finite in epoch 2, step 8"):
+        with pytest.raises(NonFiniteLoss, match=f"the {what} is not finite in epoch 2, step 8"):
             train(tmp_path / "run", "--epochs", 3)
         for name in ("last", "best"):
             with safe_open(tmp_path / "run" / f"{name}.safetensors", "pt") as file:
@@ -285,7 +285,7 @@ class TestCheckpoints:
 
     def test_nan_is_never_the_best(self):
         arm = object.__new__(arm_module.Arm)
-        arm.ema, arm.args = None, argparse.Namespace(eval_metric="loss")
+        arm.ema, arm.options = None, options("--eval-metric", "loss")
         arm.history = [{"epoch": i + 1, "eval_loss": loss} for i, loss in enumerate([math.nan, 2.0, 1.0, math.nan])]
         assert arm.best == arm.history[2] and [row["epoch"] for row in arm.ranked] == [3, 2]
 
@@ -303,12 +303,11 @@ class TestCheckpoints:
         assert same(weights(tmp_path), {"a": torch.ones(1)})
 
     def test_they_name_the_architecture_without_a_tag(self):
-        args = argparse.Namespace(model="decor_resnet18.a1_in1k", model_kwargs={})
         model = torch.nn.Module()
-        assert run_module._metadata(args, model, {}, 10, [])["architecture"] == "resnet18"
-        model.pretrained_cfg = {"architecture": "resnet34"}
-        args.model = "hf-hub:me/some_name"  # where it came from: the name that timm makes it by is another
-        assert run_module._metadata(args, model, {}, 2, ["a", "b"]) | {"data_config": ""} == {
+        model.num_classes, model.pretrained_cfg = 2, {"architecture": "resnet34"}
+        assert run_module._metadata("decor_resnet18.a1_in1k", {}, model, {}, [])["architecture"] == "resnet18"
+        # where it came from: the name that timm makes it by is another
+        assert run_module._metadata("hf-hub:me/some_name", {}, model, {}, ["a", "b"]) | {"data_config": ""} == {
             **{"architecture": "resnet34", "num_classes": "2", "data_config": "", "model_kwargs": "{}"},
             "label_names": '["a", "b"]',
         }

@@ -8,8 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch import nn
+from torch.utils.data import DataLoader
 
-from timm_decor.training.run import main
+from timm_decor.training import build
+from timm_decor.training.data.datasets import open_source
+from timm_decor.training.data.loaders import train_loader
+from timm_decor.training.options import TrainOptions
+from timm_decor.training.run import main, parse
+from timm_decor.training.runtime import follow_launcher, make_accelerator
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,6 +33,26 @@ def reset_accelerate() -> None:
     AcceleratorState._reset_state(True)
     PartialState._reset_state()
     GradientState._reset_state()
+
+
+def options(*words: Any, base: list[str] = TINY) -> TrainOptions:
+    """train.py's options for arguments on top of `base`."""
+    args = parse([*base, *map(str, words)])
+    follow_launcher(args)
+    return TrainOptions.of(args)
+
+
+def created(given: TrainOptions, classes: int = 10, channels: int = 3) -> nn.Module:
+    """The model that train.py would begin with."""
+    return build.create_to_train(given.model, given.create, given.start, given.layer, given.decor, classes, channels)
+
+
+def training_batches(given: TrainOptions, config: dict[str, Any]) -> DataLoader[Any]:
+    """train.py's loader for digits, of which there are ten."""
+    reset_accelerate()
+    source = open_source(given.data, given.split.train_split, "RGB")
+    accelerator = make_accelerator("cpu", False, "float16")
+    return train_loader(given.loader, given.augment, given.label, source, config, 10, given.seed, accelerator)
 
 
 def train(folder: Path, *words: Any, base: list[str] = TINY) -> Path:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
+import dataclasses
 import functools
 import os
 import pickle
@@ -21,13 +21,14 @@ from timm.models import get_arch_pretrained_cfgs, is_model, list_models, load_st
 from torch import nn
 
 import timm_decor
-from timm_decor import knobs
+from timm_decor.config import DecorConfig
 from timm_decor.errors import UserError, first_line, load_failure
 from timm_decor.models import PREFIX, plain_name
 from timm_decor.text import closest, near
 from timm_decor.training.adjust import init_head, set_batch_norm
-from timm_decor.training.args import decor_config
 from timm_decor.training.keeping.folder import EMA_SUFFIX, RESUME_FILES, check_digest
+from timm_decor.training.keeping.privacy import without_paths
+from timm_decor.training.options import CreateOptions, ImageOptions, LayerOptions, StartOptions
 
 # What timm raises on arguments that it cannot follow.
 CREATION_ERRORS = (
@@ -38,17 +39,21 @@ CHECKPOINT_ENDINGS = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin")
 _WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load reads it at every call
 
 
-def is_decorrelated(args: argparse.Namespace) -> bool:
-    """Whether the arguments ask for a decorrelated model.
+def is_decorrelated(name: str, decor: bool, changed: Sequence[str]) -> bool:
+    """Whether a decorrelated model is asked for.
+
+    Args:
+        name: of the model.
+        decor: --decor.
+        changed: the `--decor-*` arguments that are not at their defaults.
 
     Raises:
-        UserError: `--decor-*` knobs were turned for a plain model.
+        UserError: knobs were turned for a plain model.
     """
-    if args.model.startswith(PREFIX) or args.decor:
+    if name.startswith(PREFIX) or decor:
         return True
-    changed = knobs.changed_flags(args)
     if changed:
-        raise UserError(f"{changed[0]} does nothing for plain {args.model}: add --decor, or use a {PREFIX} model")
+        raise UserError(f"{changed[0]} does nothing for plain {name}: add --decor, or use a {PREFIX} model")
     return False
 
 
@@ -68,56 +73,100 @@ def check_model_name(name: str) -> None:
         raise UserError(f"{arch} has no tag '{tag}'; tags: {', '.join(t for t in tags if t) or 'none'}")
 
 
-def create(args: argparse.Namespace, num_classes: int | None, in_chans: int) -> nn.Module:
-    """The model that the arguments name, with its starting weights; decorrelated where they say so.
+def create(
+    name: str, options: CreateOptions, num_classes: int | None, in_chans: int, pretrained: bool = False
+) -> nn.Module:
+    """A model as it is evaluated.
 
     Args:
-        args: of train.py or validate.py; only train.py's can decorrelate a plain name, drop, freeze or take a new head.
+        name: timm's, or a decor_ one.
+        options: how it is made.
+        num_classes: None for the model's own.
+        in_chans: image channels.
+        pretrained: with timm's weights, which are random otherwise.
+
+    Raises:
+        UserError: unknown name or tag, arguments the model does not take, weights that do not load.
+    """
+    check_model_name(name)
+    with _creating(name):
+        return _timm_model(name, options, num_classes, in_chans, pretrained)
+
+
+def create_to_train(
+    name: str,
+    options: CreateOptions,
+    start: StartOptions,
+    layer: LayerOptions,
+    decor: DecorConfig,
+    num_classes: int | None,
+    in_chans: int,
+) -> nn.Module:
+    """A model with the weights that training begins with.
+
+    Args:
+        name: timm's, or a decor_ one.
+        options: how it is made.
+        start: its weights, and what of it is frozen.
+        layer: how its layers behave, and whether a plain one is decorrelated.
+        decor: for that.
         num_classes: None for the model's own.
         in_chans: image channels.
 
     Raises:
-        UserError: unknown name or tag, arguments the model does not take, weights that do not load, an unknown
-            submodule to freeze.
+        UserError: as `create`; weights of which more than the head does not fit; an unknown submodule to freeze.
     """
-    check_model_name(args.model)
-    kwargs = {
-        "drop_rate": getattr(args, "drop", None) or None,
-        "drop_path_rate": getattr(args, "drop_path", None),
-        "drop_block_rate": getattr(args, "drop_block", None),
-        "global_pool": args.gp,
-    }
-    path = getattr(args, "pretrained_path", None)
+    check_model_name(name)
+    path = start.pretrained_path
     weights = _read_weights(path) if path else {}
+    kwargs: dict[str, Any] = {
+        "drop_rate": layer.drop or None,
+        "drop_path_rate": layer.drop_path,
+        "drop_block_rate": layer.drop_block,
+    }
     if path:
         _check_tensors(weights, path)
         # num_classes: as in timm's train.py, it asks for a new head even where the number of classes is the same
         kwargs["pretrained_cfg_overlay"] = {"state_dict": weights, "num_classes": -1}
-    try:
-        with weights_only():
-            model = timm.create_model(
-                args.model,
-                pretrained=args.pretrained or bool(path),
-                num_classes=num_classes,
-                in_chans=in_chans,
-                **kwargs,
-                **args.model_kwargs,
-            )
-        if getattr(args, "decor", False):
-            model = timm_decor.decorrelate(model, decor_config(args))
-    except CREATION_ERRORS as error:
-        raise UserError(f"cannot create {args.model}: {reason(error)}") from error
+    with _creating(name):
+        model = _timm_model(name, options, num_classes, in_chans, start.pretrained or bool(path), **kwargs)
+        if layer.decor:
+            model = timm_decor.decorrelate(model, decor)
     if path:
         cast(Any, model).pretrained_cfg.pop("state_dict", None)
         _check_adapted(model, weights, path)
-    if getattr(args, "grad_checkpointing", False):
+    if layer.grad_checkpointing:
         cast(Any, model).set_grad_checkpointing(True)
-    if getattr(args, "initial_checkpoint", None):
-        load_weights(model, args.initial_checkpoint)
-    set_batch_norm(model, getattr(args, "bn_momentum", None), getattr(args, "bn_eps", None))
-    init_head(model, getattr(args, "head_init_scale", None), getattr(args, "head_init_bias", None))
-    freeze(model, getattr(args, "freeze", []))
+    if start.initial_checkpoint:
+        load_weights(model, start.initial_checkpoint)
+    set_batch_norm(model, layer.bn_momentum, layer.bn_eps)
+    init_head(model, start.head_init_scale, start.head_init_bias)
+    freeze(model, start.freeze)
     return model
+
+
+def _timm_model(
+    name: str, options: CreateOptions, num_classes: int | None, in_chans: int, pretrained: bool, **kwargs: Any
+) -> nn.Module:
+    with weights_only():
+        return timm.create_model(
+            name,
+            pretrained=pretrained,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            global_pool=options.gp,
+            **kwargs,
+            **options.model_kwargs,
+        )
+
+
+@contextlib.contextmanager
+def _creating(name: str) -> Iterator[None]:
+    """What timm says of a model that it cannot make, in one line."""
+    try:
+        yield
+    except CREATION_ERRORS as error:
+        raise UserError(f"cannot create {name}: {reason(error)}") from error
 
 
 @contextlib.contextmanager
@@ -266,6 +315,14 @@ def twin_name(name: str) -> str:
     return plain_name(name)
 
 
+def side_name(name: str, decorrelated: bool) -> str:
+    """What a side of a run is called: by its model, which --decor leaves as it is."""
+    twin = twin_name(name)
+    if not decorrelated:
+        return without_paths(twin)
+    return without_paths(name if name != twin else f"decorrelated {name}")
+
+
 def architecture(name: str) -> str:
     """The plain architecture's name without a tag: `decor_resnet18.a1_in1k` gives `resnet18`."""
     plain = twin_name(name)
@@ -274,17 +331,16 @@ def architecture(name: str) -> str:
     return str(split_model_name_tag(plain)[0])
 
 
-def data_config(args: argparse.Namespace, model: nn.Module, in_chans: int) -> dict[str, Any]:
+def data_config(options: ImageOptions, model: nn.Module, in_chans: int) -> dict[str, Any]:
     """timm's data configuration (input_size, mean, std, interpolation, crop) for the number of channels in use.
 
     Raises:
         UserError: --mean or --std of another length than the channels.
     """
-    for name in ("mean", "std"):
-        given = getattr(args, name)
+    for name, given in (("mean", options.mean), ("std", options.std)):
         if given is not None and len(given) not in (1, in_chans):
             raise UserError(f"--{name} takes 1 or {in_chans} values, not {len(given)}")
-    config = resolve_data_config(vars(args), model=model)
+    config = resolve_data_config(dataclasses.asdict(options), model=model)
     config["input_size"] = (in_chans, *config["input_size"][1:])
     for name in ("mean", "std"):
         if len(config[name]) != in_chans:  # timm's defaults are for RGB
@@ -292,13 +348,13 @@ def data_config(args: argparse.Namespace, model: nn.Module, in_chans: int) -> di
     return config
 
 
-def input_channels(args: argparse.Namespace) -> int:
+def input_channels(options: ImageOptions) -> int:
     """Channels of the images: 3 unless --in-chans or --input-size says 1.
 
     Raises:
         UserError: neither 1 nor 3.
     """
-    channels: int = args.input_size[0] if args.input_size else args.in_chans or 3
+    channels = options.input_size[0] if options.input_size else options.in_chans or 3
     if channels not in (1, 3):
         raise UserError(f"images have 1 or 3 channels, not {channels}")
     return channels

@@ -6,7 +6,6 @@ timm has classes for this (`timm.task`) since 1.0.24, but they own student and l
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import timm
@@ -19,6 +18,7 @@ from torch.nn import functional
 from timm_decor.errors import UserError
 from timm_decor.training import build
 from timm_decor.training.keeping.metadata import CheckpointMetadata
+from timm_decor.training.options import DistillOptions
 
 
 class Distillation(nn.Module):
@@ -29,26 +29,32 @@ class Distillation(nn.Module):
 
     Args:
         teacher: evaluated as it is; must give logits of the student's classes.
-        args: train.py's.
+        options: which of the two losses, and how they are weighed.
         data_config: by which the student's images were normalised: mean, std, input_size.
         accelerator: its device and precision are used.
+        channels_last: memory layout of the images.
 
     Raises:
         UserError: the teacher does not take such images.
     """
 
     def __init__(
-        self, teacher: nn.Module, args: argparse.Namespace, data_config: dict[str, Any], accelerator: Accelerator
+        self,
+        teacher: nn.Module,
+        options: DistillOptions,
+        data_config: dict[str, Any],
+        accelerator: Accelerator,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
-        self.teacher = build.place(teacher.eval().requires_grad_(False), accelerator.device, args.channels_last)
+        self.teacher = build.place(teacher.eval().requires_grad_(False), accelerator.device, channels_last)
         self._autocast = accelerator.autocast
-        self._by_token, self._hard = args.kd_distill_type == "token", args.kd_token_distill_type == "hard"
-        self._temperature = args.kd_temperature
-        task, distill = args.task_loss_weight, args.distill_loss_weight
+        self._by_token, self._hard = options.kd_distill_type == "token", options.kd_token_distill_type == "hard"
+        self._temperature = options.kd_temperature
+        task, distill = options.task_loss_weight, options.distill_loss_weight
         self.task_weight = 1.0 if task is None else task
         self.distill_weight = distill if distill is not None else 1.0 if task is None else 1.0 - task
-        theirs = _seen_by(teacher, args.kd_pretrained_path, data_config)
+        theirs = _seen_by(teacher, options.kd_pretrained_path, data_config)
         factor, offset = _renormalisation(data_config, theirs)
         self._factor, self._offset = factor.to(accelerator.device), offset.to(accelerator.device)
         size, device = data_config["input_size"], accelerator.device
@@ -77,27 +83,41 @@ class Distillation(nn.Module):
 
 
 def make_distillation(
-    args: argparse.Namespace, student: nn.Module, data_config: dict[str, Any], accelerator: Accelerator
+    options: DistillOptions,
+    student: nn.Module,
+    name: str,
+    data_config: dict[str, Any],
+    accelerator: Accelerator,
+    channels_last: bool,
 ) -> Distillation | None:
     """The distillation that the arguments ask for, or None; prepares the student for --kd-distill-type token.
+
+    Args:
+        options: of distillation.
+        student: the model to train.
+        name: of the student, for messages.
+        data_config: by which the student's images were normalised.
+        accelerator: of the student.
+        channels_last: memory layout of the images.
 
     Raises:
         UserError: an unknown teacher, weights that do not load, other classes than the student's, a student without
             a distillation head, or images that the teacher does not take.
     """
-    if not args.kd_model_name:
-        if args.kd_pretrained_path:
+    if not options.kd_model_name:
+        if options.kd_pretrained_path:
             raise UserError("--kd-pretrained-path needs --kd-model-name")
         return None
-    if args.kd_distill_type == "token":
+    if options.kd_distill_type == "token":
         if not hasattr(student, "set_distilled_training"):
-            raise UserError(f"--kd-distill-type token: {args.model} has no distillation head; deit_*_distilled_* have")
+            raise UserError(f"--kd-distill-type token: {name} has no distillation head; deit_*_distilled_* have")
         student.set_distilled_training(True)  # type: ignore[operator]
-    return Distillation(_teacher(args, build.class_count(student), data_config), args, data_config, accelerator)
+    classes, channels = build.class_count(student), data_config["input_size"][0]
+    teacher = _teacher(options.kd_model_name, options.kd_pretrained_path, classes, channels)
+    return Distillation(teacher, options, data_config, accelerator, channels_last)
 
 
-def _teacher(args: argparse.Namespace, classes: int, data_config: dict[str, Any]) -> nn.Module:
-    name, path = args.kd_model_name, args.kd_pretrained_path
+def _teacher(name: str, path: str | None, classes: int, channels: int) -> nn.Module:
     build.check_model_name(name)
     own = getattr(get_pretrained_cfg(name, allow_unregistered=True), "num_classes", classes)
     if not path and own != classes:  # timm would give it a new head, and it would teach noise
@@ -106,9 +126,7 @@ def _teacher(args: argparse.Namespace, classes: int, data_config: dict[str, Any]
         )
     try:
         with build.weights_only():
-            teacher = timm.create_model(
-                name, pretrained=not path, num_classes=classes, in_chans=data_config["input_size"][0]
-            )
+            teacher = timm.create_model(name, pretrained=not path, num_classes=classes, in_chans=channels)
     except build.CREATION_ERRORS as error:
         raise UserError(f"cannot create teacher {name}: {build.reason(error)}") from error
     if path:

@@ -7,14 +7,29 @@ favour higher rates a little, so of rates that are as good as the best within th
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from timm.models import safe_model_name
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from timm_decor.errors import UserError
 from timm_decor.text import text_table
+from timm_decor.training import build
+from timm_decor.training.arm import Arm
+from timm_decor.training.keeping.folder import RunFolder
+from timm_decor.training.keeping.progress import Progress
+from timm_decor.training.options import FolderOptions, TrainOptions
+from timm_decor.training.runtime import make_accelerator
+from timm_decor.training.seeing.compare import SIDES
 from timm_decor.training.seeing.drawing import label, plain_text
 from timm_decor.training.seeing.plot import COLOURS, MARKERS
 
@@ -159,3 +174,104 @@ def save_picture(searches: Sequence[Search], path: Path, title: str) -> None:
     axis.legend(frameon=False)
     figure.savefig(path, dpi=150, format="png")
     pyplot.close(figure)
+
+
+def open_folder(options: FolderOptions, model: str, low: float, high: float) -> RunFolder:
+    """A folder that no run has: a search touches none of a run's files.
+
+    Args:
+        options: where.
+        model: its name.
+        low: the lowest learning rate.
+        high: the highest one.
+
+    Raises:
+        UserError: there is nothing to search, or the folder cannot be made.
+    """
+    if options.resume:
+        raise UserError("--find-lr tries learning rates before a run is begun: leave out --resume")
+    if low > high:
+        raise UserError(f"--find-lr {low:g} {high:g}: the lower one comes first")
+    name = options.experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{safe_model_name(model)}"
+    return RunFolder.fresh(Path(options.output) / f"{name}-find-lr")
+
+
+def search(
+    options: TrainOptions,
+    model: nn.Module,
+    loaders: tuple[DataLoader[Any], DataLoader[Any]],
+    distillation: nn.Module | None,
+    decorrelated: bool,
+    folder: RunFolder,
+    context: dict[str, Any],
+) -> None:
+    """Short trainings of the model and, to compare, of its plain twin. Collective.
+
+    Args:
+        options: of the run that is to come, `find_lr` among them.
+        model: with the weights that every training begins with.
+        loaders: of training and of evaluation.
+        distillation: a teacher's opinion, or None.
+        decorrelated: whether the model is.
+        folder: for what is found.
+        context: what every result has: command, arguments, versions, machine.
+    """
+    assert options.search.find_lr is not None
+    low, high = options.search.find_lr
+    device, updates, opt = options.device, options.search.find_updates, options.optimizer.opt
+    searches, accelerator = [], None
+    for side in SIDES if options.compare.compare else SIDES[not decorrelated :][:1]:
+        name, trials = build.side_name(options.model, decorrelated=side != "plain"), []
+        for lr in grid(low, high):
+            accelerator = make_accelerator(device.device, device.amp, device.amp_dtype, options.update.grad_accum_steps)
+            own = build.plain_twin(model) if side == "plain" else copy.deepcopy(model)
+            arm = Arm(name, own, options, lr, accelerator, *loaders, decorrelated=side != "plain")
+            arm.distillation = distillation
+            trials.append(Trial(lr, short_training(arm, updates), updates))
+            accelerator.free_memory()
+            accelerator.print(f"{name}, {opt} at learning rate {lr:.4g}: training loss {trials[-1].loss:.4f}")
+        searches.append(Search(name, trials))
+    assert accelerator is not None  # there is a rate
+    for each in searches:
+        accelerator.print(each.words)
+    if accelerator.is_main_process:
+        print(table(searches))
+        folder.write_json("find_lr.json", as_json(searches, context))
+        picture = folder.path / "find_lr.png"
+        save_picture(searches, picture, f"{opt}, {updates} updates a learning rate")
+        print(f"picture: {picture}")
+    accelerator.end_training()
+
+
+def short_training(arm: Arm, updates: int) -> list[float]:
+    """Train for a few updates with a schedule of their own: a warm-up over a tenth of them, then down to zero.
+
+    Args:
+        arm: at the beginning.
+        updates: of the optimizer.
+
+    Returns:
+        Each update's training loss, over all processes; shorter where one is not finite.
+    """
+    arm.model.train()
+    losses: list[Tensor] = []
+    epoch = 0
+    while len(losses) < updates:
+        progress = Progress(arm.loss_watch(), 0)
+        parts: list[Tensor] = []  # of the update
+        for images, labels in arm.batches(epoch, progress):
+            share = min(1.0, (len(losses) + 1) / (0.1 * updates)) * (1 - len(losses) / updates)
+            for group in arm.optimizer.param_groups:
+                group["lr"] = arm.lr * share * group.get("lr_scale", 1.0)
+            parts.append(arm.learn(images, labels, progress, lambda _: None))
+            progress.batches += 1
+            if arm.accelerator.sync_gradients:
+                losses.append(arm.accelerator.reduce(torch.stack(parts).float().mean(), "mean"))  # type: ignore
+                parts = []
+                if len(losses) == updates or (len(losses) % 10 == 0 and not bool(losses[-1].isfinite())):
+                    break
+        if not bool(losses[-1].isfinite()):
+            break
+        epoch += 1
+    found = torch.stack(losses).tolist()
+    return found[: next((i for i, loss in enumerate(found) if not math.isfinite(loss)), len(found))]

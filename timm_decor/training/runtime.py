@@ -33,7 +33,7 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def make_accelerator(device: str | None, amp: bool, amp_dtype: str, grad_accum_steps: int = 1) -> Accelerator:
+def make_accelerator(device: str | None, amp: bool | None, amp_dtype: str, grad_accum_steps: int = 1) -> Accelerator:
     """An Accelerator on the device that was asked for.
 
     Args:

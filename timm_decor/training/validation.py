@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
-import copy
 import json
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from timm_decor.training.data.sources import Source
 from timm_decor.training.evaluate import evaluate
 from timm_decor.training.keeping.folder import EMA_SUFFIX, RESUME_FILES, RunFolder
 from timm_decor.training.keeping.metadata import CheckpointMetadata
+from timm_decor.training.options import ResultOptions, ValidateOptions
 from timm_decor.training.runtime import make_accelerator, seed_everything
 from timm_decor.training.seeing.mistakes import confusion, write_confusion, write_worst
 
@@ -44,26 +44,25 @@ def main(argv: Sequence[str]) -> None:
         UserError: anything that the person who called can put right, in one line. Of several checkpoints, those that
             can be evaluated are, before that.
     """
-    args = validate_parser().parse(argv)
-    if args.checkpoint and args.pretrained:
+    options = ValidateOptions.of(validate_parser().parse(argv))
+    weights, result, device = options.weights, options.result, options.device
+    if weights.checkpoint and weights.pretrained:
         raise UserError("--checkpoint and --pretrained exclude each other")
-    if args.use_ema and not args.checkpoint:
+    if weights.use_ema and not weights.checkpoint:
         raise UserError("--use-ema needs --checkpoint")
-    checkpoints = find_checkpoints(args.checkpoint)
+    checkpoints = find_checkpoints(weights.checkpoint)
     several = len(checkpoints) > 1
-    if several and (args.confusion_matrix or args.worst_images):
+    if several and (result.confusion_matrix or result.worst_images):
         raise UserError("--confusion-matrix and --worst-images are for one checkpoint, not several")
-    accelerator = make_accelerator(args.device, args.amp, args.amp_dtype)
-    for file in (args.results_file, args.confusion_matrix, args.worst_images):
+    accelerator = make_accelerator(device.device, device.amp, device.amp_dtype)
+    for file in (result.results_file, result.confusion_matrix, result.worst_images):
         if file:
             RunFolder(Path(file).parent, accelerator.is_main_process)
 
     rows, failures = [], []
     for name, checkpoint in checkpoints:
-        one = copy.copy(args)
-        one.checkpoint = checkpoint
         try:
-            row = _evaluate(one, accelerator)
+            row = _evaluate(options, checkpoint, accelerator)
         except UserError as error:
             if not several:
                 raise
@@ -75,14 +74,14 @@ def main(argv: Sequence[str]) -> None:
             _say(accelerator, f"{name}: top-1 {row['top1']:.2f}%, loss {row['loss']:.4f}")
     rows.sort(key=lambda row: -row["top1"])
     if accelerator.is_main_process and rows:
-        if several and not args.json and sys.stdout.isatty():
+        if several and not result.json and sys.stdout.isatty():
             print(_table(rows, shutil.get_terminal_size().columns))
         else:
             print(json.dumps(rows if several else rows[0], indent=4))
-        if args.results_file:
-            file = Path(args.results_file)
-            form = args.results_format or {".json": "json", ".md": "md"}.get(file.suffix, "csv")
-            RunFolder(file.parent).write_text(file.name, _formatted(rows, form, several))
+        if result.results_file:
+            path = Path(result.results_file)
+            form = result.results_format or {".json": "json", ".md": "md"}.get(path.suffix, "csv")
+            RunFolder(path.parent).write_text(path.name, _formatted(rows, form, several))
     accelerator.end_training()
     if failures:
         raise UserError(f"{len(failures)} of {len(checkpoints)} checkpoints could not be evaluated: {failures[0]}, ...")
@@ -123,41 +122,52 @@ def find_checkpoints(paths: Sequence[str]) -> list[tuple[str, str | None]]:
     return found
 
 
-def _evaluate(args: argparse.Namespace, accelerator: Accelerator) -> Row:
-    """One checkpoint's row; `args.checkpoint` is its path, or None for timm's weights."""
-    ignored = _fill_from_checkpoint(args)
-    if not args.model:
+def _evaluate(options: ValidateOptions, checkpoint: str | None, accelerator: Accelerator) -> Row:
+    """One checkpoint's row; its path, or None for timm's weights."""
+    metadata = CheckpointMetadata.read(checkpoint or "")
+    name = options.model or (metadata.architecture if metadata else None)
+    if not name:
         raise UserError("--model is needed: the checkpoint does not say what it is")
-    args.pretrained = not args.checkpoint
-    channels = build.input_channels(args)
-    source = open_source(args, args.split, "RGB" if channels == 3 else "L")
-    seed_everything(args.seed)
-    model = build.create(args, args.num_classes or (source.num_classes if args.checkpoint else None), channels)
-    if args.checkpoint:
-        build.load_weights(model, args.checkpoint, args.use_ema)
+    ignored, trained_size = "", None
+    if metadata is not None:
+        mine, its = build.architecture(name), build.architecture(metadata.architecture)
+        if mine == its:
+            options, trained_size = _completed(options, metadata), metadata.data_config["input_size"]
+        else:
+            ignored = f"{checkpoint} is of {its}, not {mine}: its data configuration and number of classes are not used"
+    device, wanted, channels = options.device, options.create.num_classes, build.input_channels(options.image)
+    source = open_source(options.data, options.split, "RGB" if channels == 3 else "L")
+    seed_everything(options.seed)
+    known_by_data = source.num_classes if checkpoint else None
+    model = build.create(name, options.create, wanted or known_by_data, channels, pretrained=not checkpoint)
+    if checkpoint:
+        build.load_weights(model, checkpoint, options.weights.use_ema)
     else:
         known = build.pretrained_classes(model)
-        if known and args.num_classes not in (None, known):  # timm gave them a new head, of random weights
-            raise UserError(f"the weights of {args.model} know {known} classes, not --num-classes {args.num_classes}")
+        if known and wanted not in (None, known):  # timm gave them a new head, of random weights
+            raise UserError(f"the weights of {name} know {known} classes, not --num-classes {wanted}")
     if ignored:  # not before the weights fit: a refusal stays one line
         _say(accelerator, ignored)
-    data_config = build.data_config(args, model, channels)
+    data_config = build.data_config(options.image, model, channels)
     classes = build.class_count(model)
-    source = _numbered_as_the_model(args, source, model, accelerator)
+    names, whose = (metadata.label_names if metadata else []), str(checkpoint)
+    if not checkpoint:
+        names, whose = build.pretrained_names(model), f"the weights of {name}"
+    source = _numbered_as_the_model(source, f"split {options.split}", classes, names, whose, checkpoint, accelerator)
     parameters = sum(p.numel() for p in model.parameters())
-    loader = eval_loader(args, source, data_config, classes, accelerator)
-    if args.test_pool:
-        model = pooled_over_windows(model, args.trained_size, data_config["input_size"])
-    build.place(model, accelerator.device, args.channels_last)
-    build.check_images(model, data_config["input_size"], accelerator.device, accelerator.autocast, args.model)
+    loader = eval_loader(options.loader, source, data_config, classes, options.seed, accelerator)
+    if options.test_pool:
+        model = pooled_over_windows(model, trained_size, data_config["input_size"])
+    build.place(model, accelerator.device, device.channels_last)
+    build.check_images(model, data_config["input_size"], accelerator.device, accelerator.autocast, name)
     runnable: Any = model
-    if args.torchcompile:
-        runnable = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
-    seen: list[torch.Tensor] | None = [] if args.confusion_matrix or args.worst_images else None
-    metrics = evaluate(runnable, loader, accelerator, args.channels_last, seen)
+    if device.torchcompile:
+        runnable = torch.compile(model, backend=device.torchcompile, mode=device.torchcompile_mode)
+    seen: list[torch.Tensor] | None = [] if options.result.confusion_matrix or options.result.worst_images else None
+    metrics = evaluate(runnable, loader, accelerator, device.channels_last, seen)
     if seen and accelerator.is_main_process:
-        _write_mistakes(args, source, torch.cat(seen).numpy(), classes)
-    row: Row = {"model": args.model, "top1": round(metrics.top1, 4), "top1_err": round(100 - metrics.top1, 4)}
+        _write_mistakes(options.result, source, torch.cat(seen).numpy(), classes)
+    row: Row = {"model": name, "top1": round(metrics.top1, 4), "top1_err": round(100 - metrics.top1, 4)}
     if metrics.top5 is not None:
         row |= {"top5": round(metrics.top5, 4), "top5_err": round(100 - metrics.top5, 4)}
     return row | {
@@ -171,23 +181,52 @@ def _evaluate(args: argparse.Namespace, accelerator: Accelerator) -> Row:
     }
 
 
+def _completed(options: ValidateOptions, metadata: CheckpointMetadata) -> ValidateOptions:
+    """What the command line leaves open, as a checkpoint of train.py says it."""
+    image, create, saved = options.image, options.create, metadata.data_config
+    if image.img_size is None and image.input_size is None:
+        size = [image.in_chans or saved["input_size"][0], *saved["input_size"][1:]]
+        image = replace(image, input_size=size)
+    elif image.img_size is not None and image.in_chans is None:
+        image = replace(image, in_chans=saved["input_size"][0])
+    names = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
+    image = replace(image, **{name: saved[name] for name in names if getattr(image, name) is None})
+    create = replace(
+        create,
+        num_classes=create.num_classes or metadata.num_classes,
+        model_kwargs=create.model_kwargs or metadata.model_kwargs,
+    )
+    return replace(options, image=image, create=create)
+
+
 def _numbered_as_the_model(
-    args: argparse.Namespace, source: Source, model: nn.Module, accelerator: Accelerator
+    source: Source,
+    its: str,
+    classes: int,
+    names: Sequence[str],
+    whose: str,
+    checkpoint: str | None,
+    accelerator: Accelerator,
 ) -> Source:
     """The images with labels as the model numbers classes: by name, where both sides have names; else that is said.
+
+    Args:
+        source: the images.
+        its: the split, for messages.
+        classes: how many the model has.
+        names: of the model's classes; empty where nobody knows.
+        whose: the weights, for messages.
+        checkpoint: their file; None for timm's.
+        accelerator: whose main process says it.
 
     Raises:
         UserError: the data have classes that the model does not know.
     """
-    its, classes = f"split {args.split}", build.class_count(model)
-    names, whose = args.label_names, args.checkpoint
-    if not args.checkpoint:
-        names, whose = build.pretrained_names(model), f"the weights of {args.model}"
-        if not set(source.class_names) & set(names):  # names in other words: ImageNet's synsets are numbers to most
-            names = []
-            if source.class_names and len(source.class_names) != classes:
-                raise UserError(f"{its} has {len(source.class_names)} classes and {whose} have {classes}, by other "
-                                f"names: a --class-map that lists {classes} names numbers the folders")  # fmt: skip
+    if not checkpoint and not set(source.class_names) & set(names):
+        names = []  # names in other words: ImageNet's synsets are numbers to most
+        if source.class_names and len(source.class_names) != classes:
+            raise UserError(f"{its} has {len(source.class_names)} classes and {whose} have {classes}, by other "
+                            f"names: a --class-map that lists {classes} names numbers the folders")  # fmt: skip
     source = numbered_as(source, names, its, whose)
     if source.class_names and not names:
         first = ", ".join(f"{label} {name}" for label, name in enumerate(source.class_names[:3]))
@@ -199,13 +238,13 @@ def _numbered_as_the_model(
     return source
 
 
-def _write_mistakes(args: argparse.Namespace, source: Source, seen: Any, classes: int) -> None:
+def _write_mistakes(result: ResultOptions, source: Source, seen: Any, classes: int) -> None:
     names = list(source.class_names)[:classes]
     names += [str(label) for label in range(len(names), classes)]
-    if args.confusion_matrix:
-        write_confusion(confusion(seen, classes), names, Path(args.confusion_matrix))
-    if args.worst_images:
-        write_worst(source, seen, names, Path(args.worst_images))
+    if result.confusion_matrix:
+        write_confusion(confusion(seen, classes), names, Path(result.confusion_matrix))
+    if result.worst_images:
+        write_worst(source, seen, names, Path(result.worst_images))
 
 
 def pooled_over_windows(
@@ -239,35 +278,6 @@ def pooled_over_windows(
     if not same:  # such as a norm behind the pooling, which timm's wrapper would leave out
         raise refusal
     return pooled
-
-
-def _fill_from_checkpoint(args: argparse.Namespace) -> str | None:
-    """Take from a checkpoint of train.py what the command line leaves open.
-
-    Returns:
-        What to say where the checkpoint is of another model, so that nothing was taken; None otherwise.
-    """
-    args.trained_size, args.label_names = None, []
-    metadata = CheckpointMetadata.read(args.checkpoint or "")
-    if metadata is None:
-        return None
-    args.label_names = metadata.label_names  # whatever the model is
-    args.model = args.model or metadata.architecture
-    mine, its = build.architecture(args.model), build.architecture(metadata.architecture)
-    if mine != its:
-        return f"{args.checkpoint} is of {its}, not {mine}: its data configuration and number of classes are not used"
-    args.num_classes = args.num_classes or metadata.num_classes
-    args.model_kwargs = args.model_kwargs or metadata.model_kwargs
-    saved = metadata.data_config
-    args.trained_size = saved["input_size"]
-    if args.img_size is None and args.input_size is None:
-        args.input_size = [args.in_chans or saved["input_size"][0], *saved["input_size"][1:]]
-    elif args.img_size is not None and args.in_chans is None:
-        args.in_chans = saved["input_size"][0]
-    for name in ("mean", "std", "crop_pct", "crop_mode", "interpolation"):
-        if getattr(args, name) is None:
-            setattr(args, name, saved[name])
-    return None
 
 
 def _formatted(rows: list[Row], form: str, several: bool) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,54 +15,56 @@ from timm_decor.training.data.libraries import TimmDataset
 from timm_decor.training.data.names import numbered_as
 from timm_decor.training.data.parquet import Parquet, ParquetColumns
 from timm_decor.training.data.sources import Cached, Source, decoded_bytes
+from timm_decor.training.options import DataOptions, SplitOptions
 
 _KINDS = ("digits", "parquet", "folder", "torch/", "hfds/")
 _CACHE_LIMIT = 2**30  # bytes of decoded images that are cached without being asked
 
 
-def open_source(args: argparse.Namespace, split: str, mode: str) -> Source:
+def open_source(options: DataOptions, split: str, mode: str) -> Source:
     """The labelled images of one split, checked as far as that is possible without decoding them all.
 
     Args:
-        args: the data arguments of train.py or validate.py.
+        options: where they are.
         split: name of the split, with rows if the data set knows them.
         mode: PIL colour mode, RGB or L.
 
     Raises:
         UserError: unknown kind, missing or empty folder, no such split, missing column.
     """
-    name = args.dataset or ("folder" if args.data_dir else "digits")
+    name = options.dataset or ("folder" if options.data_dir else "digits")
     kind = name.split("/", 1)[0].lower()
     if kind == "digits":
         source: Source = Digits(split, mode)
     elif kind == "parquet":
-        source = Parquet(_existing(args.data_dir, name), split, mode, ParquetColumns(args.input_key, args.target_key))
+        source = Parquet(_existing(options.data_dir, name), split, mode, _columns(options))
     elif kind == "folder":
-        source = Folder(_existing(args.data_dir, name), split, mode, _class_map(args))
+        source = Folder(_existing(options.data_dir, name), split, mode, _class_map(options))
     elif kind in ("torch", "hfds") and "/" in name:
-        source = _timm_source(args, name, kind, split, mode)
+        source = _timm_source(options, name, kind, split, mode)
     else:
         raise UserError(f"unknown dataset '{name}'{near(name, _KINDS)}; datasets: {', '.join(_KINDS)}")
     if not len(source):
         raise UserError(f"{name}, split {split}: no images")
-    if args.cache_images:
+    if options.cache_images:
         return Cached(source)
-    small = args.cache_images is None and kind in ("digits", "parquet") and decoded_bytes(source) < _CACHE_LIMIT
+    small = options.cache_images is None and kind in ("digits", "parquet") and decoded_bytes(source) < _CACHE_LIMIT
     return Cached(source, _CACHE_LIMIT) if small else source
 
 
-def open_splits(args: argparse.Namespace, mode: str) -> tuple[Source, Source]:
+def open_splits(options: DataOptions, splits: SplitOptions, mode: str) -> tuple[Source, Source]:
     """train.py's two splits, the evaluation split numbered as the training split is, by the classes' names.
 
     Args:
-        args: train.py's.
+        options: where the images are.
+        splits: their names.
         mode: PIL colour mode, RGB or L.
 
     Raises:
         UserError: as `open_source`, or the evaluation split has a class that the training split does not have.
     """
-    train, evaluation = (open_source(args, split, mode) for split in (args.train_split, args.val_split))
-    its, others = f"split {args.val_split}", f"split {args.train_split}"
+    train, evaluation = (open_source(options, name, mode) for name in (splits.train_split, splits.val_split))
+    its, others = f"split {splits.val_split}", f"split {splits.train_split}"
     evaluation = numbered_as(evaluation, train.class_names, its, others)
     if bool(train.class_names) != bool(evaluation.class_names):
         named, other = (others, its) if train.class_names else (its, others)
@@ -84,29 +85,33 @@ def _existing(data_dir: str | None, name: str) -> Path:
     return root
 
 
-def _timm_source(args: argparse.Namespace, name: str, kind: str, split: str, mode: str) -> Source:
+def _timm_source(options: DataOptions, name: str, kind: str, split: str, mode: str) -> Source:
     if kind == "hfds" and find_spec("datasets") is None:
         raise UserError(f"--dataset {name} needs Hugging Face datasets: pip install 'timm-decor[data]'")
     try:
         if kind == "torch":
-            dataset = create_dataset(name, root=args.data_dir, split=split, download=args.dataset_download)
+            dataset = create_dataset(name, root=options.data_dir, split=split, download=options.dataset_download)
         else:
             dataset = create_dataset(
                 name,
-                root=args.data_dir,
+                root=options.data_dir,
                 split=split,
                 input_img_mode=mode,
-                input_key=args.input_key or "image",
-                target_key=args.target_key or "label",
+                input_key=options.input_key or "image",
+                target_key=options.target_key or "label",
             )
         return TimmDataset(dataset, name, mode)
     except (RuntimeError, ValueError, OSError, AssertionError, ImportError, KeyError, TypeError) as error:
         raise UserError(f"cannot open {name}, split {split}: {first_line(error)}") from error
 
 
-def _class_map(args: argparse.Namespace) -> Path | None:
+def _columns(options: DataOptions) -> ParquetColumns:
+    return ParquetColumns(options.input_key, options.target_key)
+
+
+def _class_map(options: DataOptions) -> Path | None:
     """--class-map, which timm looks for in the data folder as well."""
-    if not args.class_map:
+    if not options.class_map:
         return None
-    return next((path for path in (Path(args.class_map), Path(args.data_dir, args.class_map)) if path.is_file()),
-                Path(args.class_map))  # fmt: skip
+    places = (Path(options.class_map), Path(options.data_dir or "", options.class_map))
+    return next((path for path in places if path.is_file()), places[0])

@@ -7,7 +7,6 @@ batches, and a resumed run goes on with the batches that an uninterrupted one wo
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from timm_decor.errors import UserError, first_line
 from timm_decor.training.data.sources import Source, read
 from timm_decor.training.keeping.stopping import spare_worker
+from timm_decor.training.options import AugmentOptions, LabelOptions, LoaderOptions
 from timm_decor.training.runtime import available_cpus, mixed_seed, seed_everything
 
 
@@ -120,58 +120,73 @@ def _as_is(batch: Any) -> Any:
 
 
 def train_loader(
-    args: argparse.Namespace, source: Source, data_config: dict[str, Any], num_classes: int, accelerator: Accelerator
+    options: LoaderOptions,
+    augment: AugmentOptions,
+    label: LabelOptions,
+    source: Source,
+    data_config: dict[str, Any],
+    num_classes: int,
+    seed: int,
+    accelerator: Accelerator,
 ) -> DataLoader[Any]:
     """The training batches: images (N, C, H, W), labels (N,) or soft labels (N, classes) with mixup or cutmix.
 
     Args:
-        args: train.py's arguments.
+        options: of the batches.
+        augment: what happens to an image.
+        label: what makes labels soft.
         source: the training images.
         data_config: timm's: input_size, mean, std, interpolation.
         num_classes: of the model.
+        seed: of the order and of every other random choice.
         accelerator: shards the batches over its processes and moves them to its device.
 
     Raises:
         UserError: fewer images than one global batch, or a transform that timm refuses.
     """
-    wanted = args.batch_size * accelerator.num_processes
+    wanted = options.batch_size * accelerator.num_processes
     if len(source) < wanted:
-        raise UserError(f"--batch-size {args.batch_size} on {accelerator.num_processes} process(es) takes {wanted} "
+        raise UserError(f"--batch-size {options.batch_size} on {accelerator.num_processes} process(es) takes {wanted} "
                         f"images a step; the training split has {len(source)}")  # fmt: skip
     dataset = Batches(
         source,
         _transform(
             input_size=data_config["input_size"],
             is_training=True,
-            no_aug=args.no_aug,
-            train_crop_mode=args.train_crop_mode,
-            scale=args.scale,
-            ratio=args.ratio,
-            hflip=args.hflip,
-            vflip=args.vflip,
-            color_jitter=args.color_jitter or None,
-            color_jitter_prob=args.color_jitter_prob,
-            grayscale_prob=args.grayscale_prob or 0.0,
-            gaussian_blur_prob=args.gaussian_blur_prob or 0.0,
-            auto_augment=args.aa,
-            interpolation=data_config["interpolation"] if args.no_aug else args.train_interpolation,
+            no_aug=augment.no_aug,
+            train_crop_mode=augment.train_crop_mode,
+            scale=augment.scale,
+            ratio=augment.ratio,
+            hflip=augment.hflip,
+            vflip=augment.vflip,
+            color_jitter=augment.color_jitter or None,
+            color_jitter_prob=augment.color_jitter_prob,
+            grayscale_prob=augment.grayscale_prob or 0.0,
+            gaussian_blur_prob=augment.gaussian_blur_prob or 0.0,
+            auto_augment=augment.aa,
+            interpolation=data_config["interpolation"] if augment.no_aug else augment.train_interpolation,
             mean=data_config["mean"],
             crop_pct=data_config["crop_pct"],
         ),
         data_config["mean"],
         data_config["std"],
         num_classes,
-        args.seed,
-        erase=_erasing(args),
-        mixup=_mixup(args, num_classes),
-        mixup_off_epoch=args.mixup_off_epoch,
+        seed,
+        erase=_erasing(augment),
+        mixup=_mixup(label, options.batch_size, num_classes),
+        mixup_off_epoch=label.mixup_off_epoch,
     )
-    seed_everything(args.seed)  # Accelerate's sampler takes its seed from torch's generator
-    return _loader(dataset, args.batch_size, args, accelerator, shuffle=True)
+    seed_everything(seed)  # Accelerate's sampler takes its seed from torch's generator
+    return _loader(dataset, options, accelerator, shuffle=True)
 
 
 def eval_loader(
-    args: argparse.Namespace, source: Source, data_config: dict[str, Any], num_classes: int, accelerator: Accelerator
+    options: LoaderOptions,
+    source: Source,
+    data_config: dict[str, Any],
+    num_classes: int,
+    seed: int,
+    accelerator: Accelerator,
 ) -> DataLoader[Any]:
     """Every image of an evaluation split once, in order; arguments as for `train_loader`."""
     transform = _transform(
@@ -181,37 +196,31 @@ def eval_loader(
         crop_pct=data_config["crop_pct"],
         crop_mode=data_config["crop_mode"],
     )
-    dataset = Batches(source, transform, data_config["mean"], data_config["std"], num_classes, args.seed)
-    batch_size = getattr(args, "validation_batch_size", None) or args.batch_size
-    return _loader(dataset, batch_size, args, accelerator, shuffle=False)
+    dataset = Batches(source, transform, data_config["mean"], data_config["std"], num_classes, seed)
+    return _loader(dataset, options, accelerator, shuffle=False)
 
 
-def mixes(args: argparse.Namespace) -> bool:
-    """Whether mixup or cutmix is on."""
-    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-
-
-def _mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
-    if not mixes(args):
+def _mixup(label: LabelOptions, batch_size: int, num_classes: int) -> Mixup | None:
+    if not label.mixes:
         return None
-    if args.batch_size % 2:
-        raise UserError(f"--mixup and --cutmix pair images up: --batch-size must be even, not {args.batch_size}")
+    if batch_size % 2:
+        raise UserError(f"--mixup and --cutmix pair images up: --batch-size must be even, not {batch_size}")
     return Mixup(
-        mixup_alpha=args.mixup,
-        cutmix_alpha=args.cutmix,
-        cutmix_minmax=args.cutmix_minmax,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
-        label_smoothing=args.smoothing,
+        mixup_alpha=label.mixup,
+        cutmix_alpha=label.cutmix,
+        cutmix_minmax=label.cutmix_minmax,
+        prob=label.mixup_prob,
+        switch_prob=label.mixup_switch_prob,
+        mode=label.mixup_mode,
+        label_smoothing=label.smoothing,
         num_classes=num_classes,
     )
 
 
-def _erasing(args: argparse.Namespace) -> RandomErasing | None:
-    if not args.reprob or args.no_aug:
+def _erasing(augment: AugmentOptions) -> RandomErasing | None:
+    if not augment.reprob or augment.no_aug:
         return None
-    return RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device="cpu")
+    return RandomErasing(augment.reprob, mode=augment.remode, max_count=augment.recount, device="cpu")
 
 
 def _transform(**kwargs: Any) -> Callable[[Any], Any]:
@@ -223,18 +232,16 @@ def _transform(**kwargs: Any) -> Callable[[Any], Any]:
     return transform
 
 
-def _loader(
-    dataset: Batches, batch_size: int, args: argparse.Namespace, accelerator: Accelerator, shuffle: bool
-) -> DataLoader[Any]:
-    workers = default_workers() if args.workers is None else args.workers
+def _loader(dataset: Batches, options: LoaderOptions, accelerator: Accelerator, shuffle: bool) -> DataLoader[Any]:
+    workers = default_workers() if options.workers is None else options.workers
     loader: DataLoader[Any] = DataLoader(
         dataset,
-        batch_size=batch_size,
+        batch_size=options.batch_size,
         shuffle=shuffle,
         drop_last=shuffle,
         num_workers=workers,
         persistent_workers=workers > 0,
-        pin_memory=args.pin_mem,
+        pin_memory=options.pin_mem,
         collate_fn=_as_is,
         worker_init_fn=spare_worker,
         timeout=WORKER_TIMEOUT if workers else 0,

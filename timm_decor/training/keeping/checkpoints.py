@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import signal
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from timm_decor.errors import Stopped, UserError
 from timm_decor.text import listed
 from timm_decor.training.keeping.folder import EMA_SUFFIX, RESUME_FILE, RunFolder, find_resume, read_resume
 from timm_decor.training.keeping.stopping import StopRequest
+from timm_decor.training.options import KeepOptions
 from timm_decor.training.runtime import decided_by_one
 
 
@@ -23,12 +23,15 @@ class Trained(Protocol):
     """What is kept: training/arm.py's Arm, as far as it matters here."""
 
     name: str
-    args: argparse.Namespace
     accelerator: Accelerator
     model: nn.Module
     ema: Any
     history: list[dict[str, Any]]
+    epochs: int
     pause: Callable[[], None]
+
+    @property
+    def epoch(self) -> int: ...
 
     @property
     def steps(self) -> int: ...
@@ -56,16 +59,16 @@ class Keeper:
         arm: whose `pause` is set.
         folder: where they go.
         metadata: text in the files of weights.
-        interval: updates between recovery checkpoints, 0 for none.
+        keep: which checkpoints.
         stop: tells of signals.
     """
 
     def __init__(
-        self, arm: Trained, folder: RunFolder, metadata: dict[str, str], interval: int, stop: StopRequest
+        self, arm: Trained, folder: RunFolder, metadata: dict[str, str], keep: KeepOptions, stop: StopRequest
     ) -> None:
         self.arm, self.folder = arm, folder
         self._metadata = metadata
-        self._interval = interval
+        self._keep = keep
         self._stop = stop
         self._saved = arm.steps  # updates that are in resume.pt, or none were done
         arm.pause = self.pause
@@ -78,7 +81,8 @@ class Keeper:
             NonFiniteLoss: there is nothing that is worth saving.
         """
         signum, steps = self._stop.asked(), self.arm.steps
-        due = self._interval > 0 and steps % self._interval == 0
+        interval = self._keep.recovery_interval
+        due = interval > 0 and steps % interval == 0
         if (signum or due) and steps != self._saved:
             self.arm.check_finite()
             self._write_resume()
@@ -107,7 +111,7 @@ class Keeper:
         if best is row:
             folder.link_weights("last", "best")
         folder.link_weights("last", f"checkpoint-{row['epoch']}")
-        kept = {row["epoch"] for row in arm.ranked[: arm.args.checkpoint_hist]}
+        kept = {row["epoch"] for row in arm.ranked[: self._keep.checkpoint_hist]}
         folder.forget_epochs(row["epoch"] for row in arm.history if row["epoch"] not in kept)
         self._write_resume()
         folder.write_summary(arm.history)
@@ -135,14 +139,15 @@ def load_states(
         UserError: a checkpoint that cannot be used, with none before it that can; or one of something else.
     """
     accelerator = arms[0].accelerator
-    # one process decides: the others must not look while it tidies up
-    found = decided_by_one(accelerator, lambda: [find_resume(path) if path.is_dir() else (path, "") for path in paths])
-    for arm, (file, _) in zip(arms, found, strict=True):
+    found = []
+    for arm, path in zip(arms, paths, strict=True):
+        file, wrong, state = _newest(accelerator, path)
+        found.append((file, wrong))
         if file is not None:
-            state, name = read_resume(file), str(file.parent if file.name == RESUME_FILE else file)
+            name = str(file.parent if file.name == RESUME_FILE else file)
             _check_classes(state.get("label_names"), json.loads(metadata["label_names"]), name)
             arm.load_state(state, name)
-    accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()  # none must look while one tidies up
     for arm, folder, (file, wrong) in zip(arms, folders, found, strict=True):
         folder.remove_unfinished()
         if file is not None and wrong:
@@ -151,6 +156,23 @@ def load_states(
         if arm.history:
             folder.write_summary(arm.history)  # it comes after the checkpoint, and may have been forestalled
     return any(file is not None for file, _ in found)
+
+
+def _newest(accelerator: Accelerator, path: Path) -> tuple[Path | None, str, dict[str, Any]]:
+    """The newest usable state of a folder, or that of a file: each process checks and reads it once. Collective.
+
+    Returns:
+        The file, None where there is none; what is wrong with a newer one; and the state.
+    """
+    read: dict[str, Any] = {}  # by the process that decides which file it is; the others read that one
+
+    def decide() -> tuple[Path | None, str]:
+        file, wrong, state = find_resume(path)
+        read.update(state)
+        return file, wrong
+
+    file, wrong = decided_by_one(accelerator, decide) if path.is_dir() else (path, "")
+    return file, wrong, read or (read_resume(file) if file is not None else {})
 
 
 def _check_classes(before: list[str] | None, now: list[str], name: str) -> None:

@@ -270,27 +270,26 @@ def holds_run(path: Path) -> bool:
         return False
 
 
-def find_resume(folder: Path) -> tuple[Path | None, str]:
+def find_resume(folder: Path) -> tuple[Path | None, str, dict[str, Any]]:
     """The newest usable resume file of a run folder.
 
     Returns:
-        The file, None where there is none; and what is wrong with a newer one, empty where nothing is.
+        The file, None where there is none; what is wrong with a newer one, empty where nothing is; and what the file
+        holds.
 
     Raises:
         UserError: there is one, but none that can be used.
     """
-    wrong = []
+    wrong: list[str] = []
     for file in (folder / RESUME_FILE, folder / PREVIOUS_FILE):
         if file.is_file():
             try:
-                read_resume(file)
+                return file, "; ".join(wrong), read_resume(file)
             except UserError as error:
                 wrong.append(str(error))
-            else:
-                return file, "; ".join(wrong)
     if wrong:
         raise UserError("; ".join(wrong))
-    return None, ""
+    return None, "", {}
 
 
 def read_resume(file: Path) -> dict[str, Any]:

@@ -57,10 +57,19 @@ class LossWatch:
         loss, _, right, images = torch.cat((self._last.float()[None], self._sums)).tolist()
         return loss, 100 * right / images
 
-    def first_bad_step(self) -> int | None:
-        """The first update with a loss that is not finite, on any process; None where all were. Collective."""
+    def check(self, name: str, epoch: int) -> None:
+        """Refuse to go on after a loss that is not finite, on any process. Collective.
+
+        Args:
+            name: of the arm.
+            epoch: from 1.
+
+        Raises:
+            NonFiniteLoss: names the first such update.
+        """
         first = self._accelerator.gather(self._bad[None])
-        return int(first[first > 0].min()) if bool(first.any()) else None
+        if bool(first.any()):
+            raise NonFiniteLoss(name, "loss", epoch, int(first[first > 0].min()))
 
     def totals(self) -> tuple[float, float, float]:
         """The mean loss so far, the accuracy (%) and the number of images, over all processes. Collective."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 
 from timm_decor.errors import UserError, first_line
-from timm_decor.training.keeping.privacy import published
+from timm_decor.training.options import WatchOptions
 
 NAMES = ("tensorboard", "wandb", "trackio")
 
@@ -30,29 +29,32 @@ def check_available(names: list[str]) -> None:
             raise UserError(f"--log-with {name}: this Accelerate is too old for it: pip install 'timm-decor[{name}]'")
 
 
-def start(accelerator: Accelerator, args: argparse.Namespace, folder: Path, sides: tuple[str, ...]) -> None:
+def start(
+    accelerator: Accelerator, options: WatchOptions, config: dict[str, Any], folder: Path, sides: tuple[str, ...]
+) -> None:
     """Start the trackers of --log-with: one run for a training, or for both sides of a comparison.
 
     Args:
         accelerator: starts them, on its main process.
-        args: train.py's arguments; the trackers get those that may be published.
+        options: which trackers, and their project.
+        config: what they get to know of the arguments.
         folder: for the files that TensorBoard and W&B write.
         sides: the sides of a comparison, whose figures get these names in front; empty otherwise.
 
     Raises:
         UserError: a tracker cannot start, such as W&B without a login.
     """
-    if not args.log_with:
+    if not options.log_with:
         return
     accelerator.project_configuration.logging_dir = str(folder)
-    accelerator.log_with = filter_trackers(args.log_with, str(folder))
+    accelerator.log_with = filter_trackers(options.log_with, str(folder))
     kwargs = {"wandb": {"name": folder.name, "dir": str(folder)}, "trackio": {"name": folder.name}}
     try:
-        accelerator.init_trackers(args.project_name, _flat(published(args)), kwargs)
+        accelerator.init_trackers(options.project_name, _flat(config), kwargs)
     except Exception as error:  # each has its own
-        hint = "; WANDB_MODE=offline keeps it on this machine" if "wandb" in args.log_with else ""
-        raise UserError(f"--log-with {' '.join(args.log_with)}: cannot start: {first_line(error)}{hint}") from error
-    if sides and accelerator.is_main_process and "wandb" in args.log_with:
+        hint = "; WANDB_MODE=offline keeps it on this machine" if "wandb" in options.log_with else ""
+        raise UserError(f"--log-with {' '.join(options.log_with)}: cannot start: {first_line(error)}{hint}") from error
+    if sides and accelerator.is_main_process and "wandb" in options.log_with:
         for side in sides:
             accelerator.get_tracker("wandb", unwrap=True).define_metric(f"{side}/*", step_metric=f"{side}/step")
 

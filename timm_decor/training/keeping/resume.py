@@ -1,0 +1,136 @@
+"""A run's folder, and how a run goes on in it: from which states, with which arguments, and when all is done."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from timm.models import safe_model_name
+
+from timm_decor.errors import UserError
+from timm_decor.redact import without_secrets
+from timm_decor.text import printable
+from timm_decor.training.foreign import read_mapping
+from timm_decor.training.keeping.checkpoints import Trained, load_states
+from timm_decor.training.keeping.folder import ARGS_FILE, RESULTS_FILE, RESUME_FILE, RunFolder, holds_run
+from timm_decor.training.options import FolderOptions, ImageOptions
+from timm_decor.training.seeing.compare import SIDES
+
+AUTO = "auto"  # --resume: the run in --experiment's folder, if there is one
+# They say how a run begins: on the way they would change nothing but the records.
+_START = ("pretrained", "pretrained_path", "initial_checkpoint", "initial_r", "head_init_scale", "head_init_bias")
+
+
+def open_folder(options: FolderOptions, model: str, image: ImageOptions, compare: bool) -> RunFolder:
+    """The folder of a run that begins, or of the one to go on with.
+
+    Args:
+        options: which one.
+        model: its name, for a folder that has none.
+        image: their size, for the same.
+        compare: whether two models are trained in it.
+
+    Raises:
+        UserError: it holds another run, or cannot be made.
+    """
+    if options.resume not in (None, AUTO):
+        path = Path(options.resume)
+        return RunFolder(path if path.is_dir() else path.parent)
+    size = image.img_size or (image.input_size[-1] if image.input_size else "")
+    name = "-".join(filter(None, (time.strftime("%Y%m%d-%H%M%S"), safe_model_name(model), str(size))))
+    path = Path(options.output) / (options.experiment or name)
+    here, sides = [path], [path / side for side in SIDES]
+    if options.resume == AUTO:
+        if not options.experiment:
+            raise UserError("--resume auto goes on with the run of --experiment NAME, which is missing")
+        if any(holds_run(folder) for folder in (here if compare else sides)):
+            kind = "a single model" if compare else "--compare"
+            raise UserError(f"{path} holds a run of {kind}: go on with it as such, or take another --experiment")
+    elif not options.experiment:
+        return RunFolder.fresh(path)
+    elif any(holds_run(folder) for folder in (*here, *sides)):
+        raise UserError(f"{path} holds a run already: go on with it by --resume {path}, or take another --experiment")
+    return RunFolder(path)
+
+
+def refuse_other_start(recipe: Mapping[str, Any], folder: RunFolder) -> None:
+    """Refuse to go on from another start than the run had: nothing but its records would change.
+
+    Args:
+        recipe: the arguments now.
+        folder: of the run.
+
+    Raises:
+        UserError: names the argument.
+    """
+    if not any(holds_run(at) for at in (folder.path, *(folder.path / side for side in SIDES))):
+        return  # it was ended before its first checkpoint, and begins
+    changed = _changed(recipe, folder)
+    for key in _START:
+        if key in changed:
+            flag = f"--{key.replace('_', '-')}"
+            raise UserError(f"{folder.path}: {flag} is for the start of a run ({changed[key]}); this one has begun")
+
+
+def go_on(
+    resume: str,
+    recipe: Mapping[str, Any],
+    arms: Sequence[Trained],
+    folder: RunFolder,
+    folders: Sequence[RunFolder],
+    metadata: dict[str, str],
+) -> None:
+    """Let arms go on from their newest usable checkpoints, and say what is other than before. Collective.
+
+    Args:
+        resume: --resume.
+        recipe: the arguments now.
+        arms: as they were made.
+        folder: of the run.
+        folders: of the arms.
+        metadata: as the keepers have it.
+
+    Raises:
+        UserError: there is no checkpoint, or one of something else.
+    """
+    paths = [Path(resume)] if resume != AUTO and len(arms) == 1 else [at.path for at in folders]
+    changed, accelerator = _changed(recipe, folder), arms[0].accelerator
+    if load_states(paths, arms, folders, metadata):
+        goes_on = any(arm.epoch < arm.epochs for arm in arms)
+        if goes_on:
+            accelerator.print("; ".join(f"{arm.name} goes on after update {arm.steps}" for arm in arms))
+        if changed:
+            words = ", ".join(f"{key} {change}" for key, change in changed.items())
+            accelerator.print(f"other arguments than before: {words}")
+        for at in (folder, *folders) if goes_on else ():
+            at.forget_results()
+    elif resume != AUTO:
+        raise UserError(f"nothing to resume: {paths[0] / RESUME_FILE} does not exist")
+
+
+def _changed(recipe: Mapping[str, Any], folder: RunFolder) -> dict[str, str]:
+    """The arguments that are not those that the run had before: `before -> now` by name."""
+    try:
+        before = read_mapping(folder.path / ARGS_FILE, "recipe")
+        now = yaml.safe_load(yaml.safe_dump(dict(recipe)))
+        changed = {key: f"{before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]}
+    except UserError:
+        return {}  # a run that was killed before it wrote them
+    return {key: printable(without_secrets(change)) for key, change in changed.items()}
+
+
+def is_finished(arms: Sequence[Trained], folders: Sequence[RunFolder]) -> bool:
+    """Whether nothing is left to do: all epochs are done, and their results were written behind them."""
+
+    def has_results(arm: Trained, path: Path) -> bool:
+        try:
+            final = json.loads((path / RESULTS_FILE).read_text(encoding="utf-8"))["final"]
+        except (OSError, ValueError, TypeError, KeyError):
+            return False
+        return bool(arm.history) and final == json.loads(json.dumps(arm.history[-1]))
+
+    return all(arm.epoch >= arm.epochs and has_results(arm, at.path) for arm, at in zip(arms, folders, strict=True))
