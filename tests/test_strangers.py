@@ -29,6 +29,7 @@ from training_runs import options, reset_accelerate, train
 
 from timm_decor.errors import UserError, exit_code, message
 from timm_decor.publishing import publish
+from timm_decor.publishing.args import publish_parser
 from timm_decor.publishing.licenses import LICENSES
 from timm_decor.publishing.trained import read, read_summary
 from timm_decor.redact import without_secrets
@@ -621,5 +622,5 @@ class TestPublishing:
         else:
             from timm_decor.publishing import card, repository
 
-            options = publish._options(publish.parser().parse(["x", "--repo-id", "me/x"]), trained)
+            options = publish._options(publish_parser().parse(["x", "--repo-id", "me/x"]), trained)
             card.render(trained, repository._results(trained, options, None), options, "me/x", False)

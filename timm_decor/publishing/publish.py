@@ -1,8 +1,8 @@
-"""Publish what train.py trained: python -m hub.publish OUTPUT --repo-id OWNER/NAME
+"""timm-decor publish: brings what was trained to the Hub.
 
-    python -m hub.publish output/RUN --repo-id me/resnet18-flowers --dry-run staged   # look at it first
-    python -m hub.publish output/RUN --repo-id me/resnet18-flowers                    # then upload it
-    python -m hub.publish output --repo-id me                                         # every run: me/<model>.<tag>
+    timm-decor publish output/RUN --repo-id me/resnet18-flowers --dry-run staged   # look at it first
+    timm-decor publish output/RUN --repo-id me/resnet18-flowers                    # then upload it
+    timm-decor publish output --repo-id me                                         # every run: me/<model>.<tag>
 
 Nothing is uploaded that is not in the folder that --dry-run writes. docs/publishing.md has the whole story.
 """
@@ -10,7 +10,6 @@ Nothing is uploaded that is not in the folder that --dry-run writes. docs/publis
 from __future__ import annotations
 
 import argparse
-import re
 import shutil
 import sys
 import tempfile
@@ -19,64 +18,26 @@ from pathlib import Path
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from timm_decor.errors import UserError, exit_code, first_line, message
+from timm_decor.errors import UserError, first_line, message
 from timm_decor.publishing import card, repository
-from timm_decor.publishing.licenses import license_id
+from timm_decor.publishing.args import LICENSE, publish_parser
 from timm_decor.publishing.trained import Trained, find, read
 from timm_decor.publishing.upload import Target, log_in, upload
 from timm_decor.training.keeping.folder import RunFolder
-from timm_decor.training.parser import Parser
-
-LICENSE = "apache-2.0"  # of weights that began at random
 
 
-def parser() -> Parser:
-    """The command line."""
-    words = Parser(prog="hub.publish", description="Publish what train.py trained to the Hugging Face Hub.")
-    words.add_argument("checkpoint", metavar="CHECKPOINT", help="output folder of train.py, a .safetensors file "
-                       "in one, or a folder of such folders")  # fmt: skip
-    words.add_argument(
-        "--repo-id", required=True, metavar="OWNER/NAME", help="repository; for several models OWNER alone"
-    )
-    words.add_argument(
-        "--tag", type=_tag, help="pretrained tag, as in resnet18.TAG; default: by rule, data and image size"
-    )
-    words.add_argument("--dry-run", metavar="FOLDER", help="write what would be uploaded into this folder, and stop")
-    words.add_argument("--private", action="store_true", help="make a new repository private")
-    words.add_argument("--revision", metavar="BRANCH", help="branch to commit to; it is made if need be")
-    words.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
-    words.add_argument(
-        "--license",
-        type=license_id,
-        metavar="ID",
-        help=f"of the weights, as the Hub names licenses; default: {LICENSE}",
-    )
-    words.add_argument(
-        "--base-model", metavar="ID", help="the Hub's name of the weights that training began with; none"
-    )
-    words.add_argument("--half", action="store_true", help="store the weights in half precision")
-    words.add_argument("--no-r", action="store_true", help="leave R (decor.safetensors) out")
-    words.add_argument("--data-dir", metavar="DIR", help="the data to evaluate on; default: where training found them")
-    words.add_argument(
-        "--no-eval", action="store_true", help="publish training's own last evaluation; run no validate.py"
-    )
-    return words
-
-
-def _tag(text: str) -> str:
-    if not re.fullmatch(r"[\w.-]+", text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"letters, digits, '_', '-' and '.' make a tag, not '{text}'")
-    return text
-
-
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str], prog: str = "hub.publish") -> None:
     """Publish.
+
+    Args:
+        argv: the command line.
+        prog: the program, for messages.
 
     Raises:
         UserError: anything that the person who called can put right, in one line. Of several models, those that can be
             published are, before that.
     """
-    args = parser().parse(argv)
+    args = publish_parser(prog).parse(argv)
     found = find(Path(args.checkpoint))
     trained = [read(path) for path in found]  # all of them, before anything is written anywhere
     several = len(trained) > 1
@@ -110,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
             if not several:
                 raise
             failures.append(name)
-            print(f"hub.publish: {name} is left out: {message(error)}", file=sys.stderr)
+            print(f"{prog}: {name} is left out: {message(error)}", file=sys.stderr)
     if failures:
         raise UserError(f"{len(failures)} of {len(names)} models were not published: {failures[0]}, ...")
 
@@ -168,7 +129,3 @@ def stage(trained: Trained, folder: Path, repo_id: str, options: repository.Opti
             shutil.move(file, folder / file.name)
     sizes = [f"  {file.name}: {file.stat().st_size:,} bytes" for file in sorted(folder.iterdir())]
     return "\n".join([f"{repo_id}: in {folder}", *sizes])
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code("hub.publish", main))

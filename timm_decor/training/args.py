@@ -19,9 +19,9 @@ _SWITCH = argparse.BooleanOptionalAction
 _SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "constant", "none")
 
 
-def train_parser() -> Parser:
+def train_parser(prog: str = "train.py") -> Parser:
     """The command line of train.py."""
-    parser = Parser(prog="train.py", description="Train a timm image classifier, decorrelated or plain.")
+    parser = Parser(prog=prog, description="Train a timm image classifier, decorrelated or plain.")
     parser.add_argument("-c", "--config", metavar="FILE", help="YAML recipe; the command line overrides it")
     add_data_arguments(parser, batch_size=128)
     group = parser.add_argument_group("training data")
@@ -66,9 +66,9 @@ def train_parser() -> Parser:
     return parser
 
 
-def validate_parser() -> Parser:
+def validate_parser(prog: str = "validate.py") -> Parser:
     """The command line of validate.py."""
-    parser = Parser(prog="validate.py", description="Evaluate a checkpoint, or timm's pretrained weights.")
+    parser = Parser(prog=prog, description="Evaluate a checkpoint, or timm's pretrained weights.")
     add_data_arguments(parser, batch_size=256)
     add_model_arguments(parser, default_model=None)
     parser.add_argument("--split", default="validation", metavar="NAME", help="falls back to val or test")
