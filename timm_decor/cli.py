@@ -45,6 +45,7 @@ _ARGS = "timm_decor.training.args"
 COMMANDS = {
     "train": Command("train an image classifier", f"{_ARGS}:train_parser", "timm_decor.training.run"),
     "validate": Command("evaluate checkpoints", f"{_ARGS}:validate_parser", "timm_decor.training.validation"),
+    "predict": Command("say what is in images", f"{_ARGS}:predict_parser", "timm_decor.inference.predict"),
     "publish": Command(
         "bring a trained model to the Hugging Face Hub",
         "timm_decor.publishing.args:publish_parser",
@@ -125,7 +126,7 @@ def _named(given: argparse.Namespace) -> str:
     if source:
         names = [Path(source).name]
     else:
-        weights = getattr(given, "checkpoint", [])
+        weights = getattr(given, "checkpoint", None) or getattr(given, "weights", [])
         weights = [weights] if isinstance(weights, str) else weights
         more = [f"{len(weights) - 1} more"] if len(weights) > 1 else []
         model = getattr(given, "model", None)

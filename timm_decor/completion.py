@@ -18,7 +18,7 @@ from timm_decor.scripts.args import completion_parser
 
 _MODELS = "_timm_decor_models"  # the function of the script that knows them
 _NAMING = ("model", "kd_model_name", "filter")  # arguments that take one
-_FILES, _FOLDERS = ("FILE", "PATH", "CHECKPOINT"), ("DIR", "FOLDER")
+_FILES, _FOLDERS = ("FILE", "PATH", "CHECKPOINT", "WEIGHTS", "IMAGE"), ("DIR", "FOLDER")
 
 
 def main(argv: Sequence[str], prog: str) -> None:

@@ -97,6 +97,24 @@ def validate_parser(prog: str = "validate.py") -> Parser:
     return parser
 
 
+def predict_parser(prog: str) -> Parser:
+    """The command line of predict."""
+    parser = Parser(prog=prog, description="Say what is in images.")
+    parser.add_argument(
+        "weights",
+        metavar="WEIGHTS",
+        help="a checkpoint, train.py's folder of one, or a pretrained model as resnet18.a1_in1k or hf-hub:OWNER/NAME",
+    )
+    parser.add_argument("paths", nargs="+", metavar="IMAGE", help="image files, folders of them, or quoted wildcards")
+    parser.add_argument("--top", type=count, default=5, metavar="N", help="classes to name for each image")
+    parser.add_argument("--output", metavar="FILE", help="write .csv, .jsonl or .parquet, instead of a table here")
+    parser.add_argument("--picture", metavar="FILE", help="draw the first images with what was predicted, as one png")
+    parser.add_argument("--use-ema", action=_SWITCH, default=False, help="the checkpoint's averaged weights")
+    _add_image_arguments(parser.add_argument_group("images"), batch_size=64)
+    add_model_arguments(parser, default_model=None)
+    return parser
+
+
 def add_data_arguments(parser: Parser, batch_size: int) -> None:
     """Arguments that say which images, and how they become tensors."""
     group = parser.add_argument_group("data")
@@ -116,6 +134,11 @@ def add_data_arguments(parser: Parser, batch_size: int) -> None:
         action=_SWITCH,
         help="keep decoded images in memory; default: yes for digits and parquet where that takes less than 1 GiB",
     )
+    _add_image_arguments(group, batch_size)
+
+
+def _add_image_arguments(group: argparse._ArgumentGroup, batch_size: int) -> None:
+    """How images become batches of tensors."""
     group.add_argument("-b", "--batch-size", type=count, default=batch_size, metavar="N", help="per process")
     group.add_argument("-j", "--workers", type=index, metavar="N", help="data processes; default: CPUs - 2, at most 8")
     group.add_argument("--pin-mem", action=_SWITCH, default=False, help="pin CPU memory for the transfer to a GPU")

@@ -352,6 +352,23 @@ class ResultOptions(Options):
 
 
 @dataclass(frozen=True)
+class PredictOptions(Options):
+    """All that predict is told."""
+
+    weights: str
+    paths: list[str]
+    top: int
+    output: str | None
+    picture: str | None
+    use_ema: bool
+    model: str | None
+    image: ImageOptions
+    loader: LoaderOptions
+    create: CreateOptions
+    device: DeviceOptions
+
+
+@dataclass(frozen=True)
 class ValidateOptions(Options):
     """All that validate.py is told."""
 

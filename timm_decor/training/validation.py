@@ -27,7 +27,7 @@ from timm_decor.training.data.sources import Source
 from timm_decor.training.evaluate import evaluate
 from timm_decor.training.keeping.folder import EMA_SUFFIX, RESUME_FILES, RunFolder
 from timm_decor.training.keeping.metadata import CheckpointMetadata
-from timm_decor.training.options import ResultOptions, ValidateOptions
+from timm_decor.training.options import CreateOptions, ImageOptions, ResultOptions, ValidateOptions
 from timm_decor.training.runtime import make_accelerator, seed_everything
 from timm_decor.training.seeing.mistakes import confusion, write_confusion, write_worst
 
@@ -140,7 +140,8 @@ def _evaluate(
     if metadata is not None:
         mine, its = build.architecture(name), build.architecture(metadata.architecture)
         if mine == its:
-            options, trained_size = _completed(options, metadata), metadata.data_config["input_size"]
+            image, create = completed(options.image, options.create, metadata)
+            options, trained_size = replace(options, image=image, create=create), metadata.data_config["input_size"]
         else:
             ignored = f"{checkpoint} is of {its}, not {mine}: its data configuration and number of classes are not used"
     device, wanted, channels = options.device, options.create.num_classes, build.input_channels(options.image)
@@ -189,9 +190,11 @@ def _evaluate(
     }
 
 
-def _completed(options: ValidateOptions, metadata: CheckpointMetadata) -> ValidateOptions:
+def completed(
+    image: ImageOptions, create: CreateOptions, metadata: CheckpointMetadata
+) -> tuple[ImageOptions, CreateOptions]:
     """What the command line leaves open, as a checkpoint of train.py says it."""
-    image, create, saved = options.image, options.create, metadata.data_config
+    saved = metadata.data_config
     if image.img_size is None and image.input_size is None:
         size = [image.in_chans or saved["input_size"][0], *saved["input_size"][1:]]
         image = replace(image, input_size=size)
@@ -204,7 +207,7 @@ def _completed(options: ValidateOptions, metadata: CheckpointMetadata) -> Valida
         num_classes=create.num_classes or metadata.num_classes,
         model_kwargs=create.model_kwargs or metadata.model_kwargs,
     )
-    return replace(options, image=image, create=create)
+    return image, create
 
 
 def _numbered_as_the_model(
