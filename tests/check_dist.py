@@ -28,7 +28,7 @@ PROBE = """
 import importlib.metadata, json, sys
 import timm, torch
 import timm_decor
-import timm_decor.completion, timm_decor.publishing.publish
+import timm_decor.completion, timm_decor.inference.export, timm_decor.inference.predict, timm_decor.publishing.publish
 import timm_decor.training.run, timm_decor.training.validation, timm_decor.training.seeing.report
 
 model = timm.create_model("decor_resnet18", num_classes=4)

@@ -13,8 +13,8 @@ from training_runs import ROOT
 from timm_decor.config import DecorConfig
 from timm_decor.errors import UserError
 from timm_decor.knobs import dest
-from timm_decor.training.args import predict_parser, train_parser, validate_parser
-from timm_decor.training.options import Options, PredictOptions, TrainOptions, ValidateOptions
+from timm_decor.training.args import export_parser, predict_parser, train_parser, validate_parser
+from timm_decor.training.options import ExportOptions, Options, PredictOptions, TrainOptions, ValidateOptions
 from timm_decor.training.parser import KeyValues, amount, count, index, positive, seed, share
 
 OF_THE_DOOR = {"help", "config"}  # they are done with before there are options
@@ -22,8 +22,13 @@ OF_THE_LAUNCHER = {"grad_accum_steps"}  # None until `follow_launcher` has been 
 TYPES = {None: str, float: float, amount: float, positive: float, share: float, count: int, index: int, seed: int}
 PARSERS = pytest.mark.parametrize(
     "parser,options",
-    [(train_parser, TrainOptions), (validate_parser, ValidateOptions), (partial(predict_parser, "x"), PredictOptions)],
-    ids=["train", "validate", "predict"],
+    [
+        (train_parser, TrainOptions),
+        (validate_parser, ValidateOptions),
+        (partial(predict_parser, "x"), PredictOptions),
+        (partial(export_parser, "x"), ExportOptions),
+    ],
+    ids=["train", "validate", "predict", "export"],
 )
 
 

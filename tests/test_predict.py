@@ -15,7 +15,7 @@ from pyarrow import parquet
 from training_runs import reset_accelerate, train
 
 from timm_decor.errors import UserError
-from timm_decor.inference import predict
+from timm_decor.inference import predict, weights
 from timm_decor.inference.files import BROKEN, FINE, Files, find_images
 from timm_decor.training.data.digits import Digits
 from timm_decor.training.keeping.metadata import CheckpointMetadata
@@ -126,4 +126,4 @@ def test_refusals(words: list[str], said: str, run: Path, photos: Path):
 
 
 def test_pretrained_weights_speak_in_words():
-    assert predict._in_words("n01440764") == "tench" and predict._in_words("daisy") == "daisy"
+    assert weights._in_words("n01440764") == "tench" and weights._in_words("daisy") == "daisy"

@@ -46,6 +46,7 @@ COMMANDS = {
     "train": Command("train an image classifier", f"{_ARGS}:train_parser", "timm_decor.training.run"),
     "validate": Command("evaluate checkpoints", f"{_ARGS}:validate_parser", "timm_decor.training.validation"),
     "predict": Command("say what is in images", f"{_ARGS}:predict_parser", "timm_decor.inference.predict"),
+    "export": Command("write a model as ONNX and its like", f"{_ARGS}:export_parser", "timm_decor.inference.export"),
     "publish": Command(
         "bring a trained model to the Hugging Face Hub",
         "timm_decor.publishing.args:publish_parser",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -12,22 +11,20 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from timm.data import ImageNetInfo
 from torch import nn
 
 from timm_decor.errors import UserError
 from timm_decor.inference.files import BROKEN, Files, find_images
+from timm_decor.inference.weights import open_model
 from timm_decor.text import csv_text, printable, text_table
 from timm_decor.training import build
 from timm_decor.training.args import predict_parser
 from timm_decor.training.data.loaders import eval_loader
 from timm_decor.training.keeping.folder import RunFolder
-from timm_decor.training.keeping.metadata import CheckpointMetadata
 from timm_decor.training.options import PredictOptions
 from timm_decor.training.runtime import make_accelerator
 from timm_decor.training.seeing.drawing import label
 from timm_decor.training.seeing.mistakes import MOST_PICTURES, write_sheet
-from timm_decor.training.validation import completed
 
 _FORMATS = (".csv", ".jsonl", ".parquet")
 _MOST_NAMED = 20  # broken images that are named one by one
@@ -70,7 +67,8 @@ def main(argv: Sequence[str], prog: str) -> None:
     for file in (options.output, options.picture):
         if file:
             RunFolder(Path(file).parent, main_process)
-    model, names, data_config = _model(options)
+    opened = open_model(options.weights, options.model, options.use_ema, options.image, options.create)
+    model, names, data_config = opened.model, opened.names, opened.data_config
     source = Files(paths, "RGB" if data_config["input_size"][0] == 3 else "L")
     predictions, broken = _predict(options, model, names, data_config, source, accelerator)
     if main_process:
@@ -83,68 +81,6 @@ def main(argv: Sequence[str], prog: str) -> None:
     accelerator.end_training()
     if not predictions:
         raise UserError(f"none of {len(paths)} images could be decoded")
-
-
-def _model(options: PredictOptions) -> tuple[nn.Module, list[str], dict[str, Any]]:
-    """The model with its weights, its classes' names and timm's data configuration."""
-    checkpoint = _checkpoint(options.weights)
-    image, create = options.image, options.create
-    if checkpoint is None:
-        if options.model or options.use_ema:
-            raise UserError("--model and --use-ema are for a checkpoint, not for a model's own weights")
-        channels = build.input_channels(image)
-        model = build.create(options.weights, create, create.num_classes, channels, pretrained=True)
-        known = build.pretrained_classes(model)
-        if known and create.num_classes not in (None, known):  # timm gave them a new head, of random weights
-            raise UserError(f"the weights of {options.weights} know {known} classes, not {create.num_classes}")
-        names = [_in_words(name) for name in build.pretrained_names(model)]
-    else:
-        metadata = CheckpointMetadata.read(checkpoint)
-        name = options.model or (metadata.architecture if metadata else None)
-        if not name:
-            raise UserError("--model is needed: the checkpoint does not say what it is")
-        names = []
-        if metadata is not None and build.architecture(name) == build.architecture(metadata.architecture):
-            image, create = completed(image, create, metadata)
-            names = metadata.label_names
-        channels = build.input_channels(image)
-        model = build.create(name, create, create.num_classes, channels)
-        build.load_weights(model, checkpoint, options.use_ema)
-    classes = build.class_count(model)
-    if len(names) != classes:  # nobody knows them
-        names = [str(number) for number in range(classes)]
-    return model, names, build.data_config(image, model, channels)
-
-
-def _checkpoint(weights: str) -> str | None:
-    """The file that WEIGHTS means: of a folder the best one; None for a model's name.
-
-    Raises:
-        UserError: a folder without one.
-    """
-    path = Path(weights)
-    if path.is_dir():
-        places = [path / f"{name}.safetensors" for name in ("best", "last", "model")]
-        file = next((place for place in places if place.is_file()), None)
-        if file is None:
-            raise UserError(f"{weights} holds no {', '.join(place.name for place in places)}: name a checkpoint")
-        return str(file)
-    return weights if path.is_file() or weights.endswith(build.CHECKPOINT_ENDINGS) else None
-
-
-def _in_words(name: str) -> str:
-    """ImageNet's synset as a word; other names as they are."""
-    try:
-        return str(_synsets().label_name_to_description(name, detailed=False)).partition(",")[
-            0
-        ]  # the others mean the same
-    except KeyError:
-        return name
-
-
-@functools.cache
-def _synsets() -> ImageNetInfo:
-    return ImageNetInfo("imagenet22k")
 
 
 @torch.no_grad()

@@ -369,6 +369,19 @@ class PredictOptions(Options):
 
 
 @dataclass(frozen=True)
+class ExportOptions(Options):
+    """All that export is told."""
+
+    weights: str
+    file: str
+    images: list[str]
+    use_ema: bool
+    model: str | None
+    image: ImageOptions
+    create: CreateOptions
+
+
+@dataclass(frozen=True)
 class ValidateOptions(Options):
     """All that validate.py is told."""
 
