@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/installed
-CODE := timm_decor hub tests benchmarks door.py train.py validate.py
+CODE := timm_decor hub tests benchmarks timm_decor_door.py train.py validate.py
 
 .DEFAULT_GOAL := help
 .PHONY: demo test chaos test-lowest timm-tests zoo bench-cpu readme dist lint format clean help

@@ -3,7 +3,7 @@
 
 import sys
 
-from door import enter
+from timm_decor_door import enter
 
 if __name__ == "__main__":
-    sys.exit(enter("train.py", "train_parser", "timm_decor.training.run"))
+    sys.exit(enter("train.py", "train"))

@@ -3,7 +3,7 @@
 
 import sys
 
-from door import enter
+from timm_decor_door import enter
 
 if __name__ == "__main__":
-    sys.exit(enter("validate.py", "validate_parser", "timm_decor.training.validation"))
+    sys.exit(enter("validate.py", "validate"))

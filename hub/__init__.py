@@ -1,1 +1,1 @@
-"""Publishing: from a training output to a repository on the Hugging Face Hub. `python -m hub.publish --help`."""
+"""The project's own weights (staged/), and the door to timm_decor/publishing/: `python -m hub.publish --help`."""

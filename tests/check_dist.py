@@ -28,6 +28,7 @@ PROBE = """
 import importlib.metadata, json, sys
 import timm, torch
 import timm_decor
+import timm_decor.completion, timm_decor.inference.export, timm_decor.inference.predict, timm_decor.publishing.publish
 import timm_decor.training.run, timm_decor.training.validation, timm_decor.training.seeing.report
 
 model = timm.create_model("decor_resnet18", num_classes=4)
@@ -161,7 +162,7 @@ def check_wheel(wheel: Path, unpacked: Path) -> str:
         for source, target in places.items()
         for file in (unpacked / source).rglob("*")
         if file.is_file()
-    } | {f"{info}/licenses/LICENSE", "timm_decor/py.typed"}
+    } | {f"{info}/licenses/LICENSE", "timm_decor/py.typed", "timm_decor_door.py"}
     have = {name for name in files if not name.startswith(f"{info}/") or "licenses" in name}
     require(wanted <= have, f"the wheel lacks {named(wanted - have)}")
     require(have <= wanted, f"the wheel has what is not of the package: {named(have - wanted)}")
@@ -182,6 +183,8 @@ def check_installed(wheel: Path, unpacked: Path, work: Path) -> tuple[str, Path]
     run("creating an environment", *UV, "venv", "--python", sys.executable, venv, cwd=work)
     python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     run("installing the wheel", *UV, "pip", "install", "--python", python, wheel, cwd=work)
+    said = run("timm-decor of the wheel", python.with_name("timm-decor"), "--help", cwd=work)
+    require("publish" in said, "timm-decor --help of the installed wheel names no publish")
     run("its dependencies", *UV, "pip", "check", "--python", python, cwd=work)
     seen = json.loads(run("a training step with the installed wheel", python, "-c", PROBE, cwd=work).splitlines()[-1])
     require(Path(seen["file"]).is_relative_to(seen["prefix"]), f"timm_decor was imported from {seen['file']}")

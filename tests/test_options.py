@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from functools import partial
 from typing import Any, get_type_hints
 
 import pytest
@@ -12,15 +13,22 @@ from training_runs import ROOT
 from timm_decor.config import DecorConfig
 from timm_decor.errors import UserError
 from timm_decor.knobs import dest
-from timm_decor.training.args import train_parser, validate_parser
-from timm_decor.training.options import Options, TrainOptions, ValidateOptions
+from timm_decor.training.args import export_parser, predict_parser, train_parser, validate_parser
+from timm_decor.training.options import ExportOptions, Options, PredictOptions, TrainOptions, ValidateOptions
 from timm_decor.training.parser import KeyValues, amount, count, index, positive, seed, share
 
 OF_THE_DOOR = {"help", "config"}  # they are done with before there are options
 OF_THE_LAUNCHER = {"grad_accum_steps"}  # None until `follow_launcher` has been asked
 TYPES = {None: str, float: float, amount: float, positive: float, share: float, count: int, index: int, seed: int}
 PARSERS = pytest.mark.parametrize(
-    "parser,options", [(train_parser, TrainOptions), (validate_parser, ValidateOptions)], ids=["train", "validate"]
+    "parser,options",
+    [
+        (train_parser, TrainOptions),
+        (validate_parser, ValidateOptions),
+        (partial(predict_parser, "x"), PredictOptions),
+        (partial(export_parser, "x"), ExportOptions),
+    ],
+    ids=["train", "validate", "predict", "export"],
 )
 
 
@@ -44,7 +52,8 @@ def expected(action: argparse.Action) -> Any:
     kind: Any = bool if isinstance(action.default, bool) or action.nargs == 0 else TYPES[action.type]
     if action.nargs not in (None, 0, "?"):
         kind = list[kind]
-    return kind | None if action.default is None and action.dest not in OF_THE_LAUNCHER else kind
+    optional = action.default is None and not action.required and action.dest not in OF_THE_LAUNCHER
+    return kind | None if optional else kind
 
 
 @PARSERS

@@ -121,7 +121,7 @@ class TestContributing:
 
         files = [
             *(ROOT / "timm_decor").rglob("*.py"),
-            *(ROOT / name for name in ("door.py", "train.py", "validate.py")),
+            *(ROOT / name for name in ("timm_decor_door.py", "train.py", "validate.py")),
         ]
         assert [file.name for file in files if depth(file) is None] == ["__init__.py"], "files without a row"
         upward = []
@@ -163,16 +163,17 @@ class TestCheckDist:
         return path
 
     def test_contents_of_a_wheel(self, tmp_path: Path) -> None:
-        for name in ("timm_decor/__init__.py", "timm_decor/py.typed", "hub/staged/m/config.json", "hub/publish.py"):
+        for name in ("timm_decor_door.py", "timm_decor/__init__.py", "timm_decor/py.typed", "hub/staged/m/config.json",
+                     "hub/publish.py"):  # fmt: skip
             (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / "source" / name).touch()
         info = "timm_decor-1.0.dist-info"
         good = dict.fromkeys(
-            ["timm_decor/__init__.py", "timm_decor/py.typed", "timm_decor/staged/m/config.json",
+            ["timm_decor_door.py", "timm_decor/__init__.py", "timm_decor/py.typed", "timm_decor/staged/m/config.json",
              f"{info}/METADATA", f"{info}/licenses/LICENSE"], ""
         )  # fmt: skip
         said = check_dist.check_wheel(self.wheel(tmp_path, good), tmp_path / "source")
-        assert said == "5 files, typed, licensed, 1 of staged weights"
+        assert said == "6 files, typed, licensed, 1 of staged weights"
         for name in set(good) - {f"{info}/METADATA"}:
             less = {key: text for key, text in good.items() if key != name}
             with pytest.raises(check_dist.Failure, match=f"the wheel lacks {name}"):

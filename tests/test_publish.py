@@ -18,9 +18,9 @@ from local_hub import LocalHub
 from safetensors.torch import load_file, save_file
 from training_runs import DECOR, ROOT, reset_accelerate, train
 
-from hub.publish import main
-from hub.repository import FILES
 from timm_decor.errors import UserError, exit_code
+from timm_decor.publishing.publish import main
+from timm_decor.publishing.repository import FILES
 from timm_decor.training import validation
 from timm_decor.training.keeping.folder import sha256
 
@@ -291,7 +291,7 @@ def test_a_change_by_somebody_else_meanwhile_is_not_overwritten(
     run: Path, hub: LocalHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the look at the repository and the commit: the Hub sees that the commit builds on an older one."""
-    from hub import upload
+    from timm_decor.publishing import upload
 
     publish(run / "plain", "--no-eval")
     look = upload._refuse_other

@@ -27,10 +27,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from training_runs import options, reset_accelerate, train
 
-from hub import publish
-from hub.licenses import LICENSES
-from hub.trained import read, read_summary
 from timm_decor.errors import UserError, exit_code, message
+from timm_decor.publishing import publish
+from timm_decor.publishing.args import publish_parser
+from timm_decor.publishing.licenses import LICENSES
+from timm_decor.publishing.trained import read, read_summary
 from timm_decor.redact import without_secrets
 from timm_decor.text import csv_text, markdown_cell, markdown_table, markdown_text, printable
 from timm_decor.training import build, find_lr, validation
@@ -619,7 +620,7 @@ class TestPublishing:
         except UserError as error:
             assert "results.json" in message(error) or "training failed" in message(error)
         else:
-            from hub import card, repository
+            from timm_decor.publishing import card, repository
 
-            options = publish._options(publish.parser().parse(["x", "--repo-id", "me/x"]), trained)
+            options = publish._options(publish_parser().parse(["x", "--repo-id", "me/x"]), trained)
             card.render(trained, repository._results(trained, options, None), options, "me/x", False)

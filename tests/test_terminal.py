@@ -207,14 +207,15 @@ class TestStart:
 
     def test_the_package_is_whole_behind_the_door(self):
         code = (
-            "import sys, door; sys.argv = ['x', '--seed', '3']; sys.modules['probe'] = probe = type(sys)('probe')\n"
-            "probe.main = lambda argv: print(argv, sys.modules['timm_decor'].__version__)\n"
-            "print(door.enter('x', 'validate_parser', 'probe')); import timm_decor, timm\n"
+            "import sys, timm_decor_door; sys.argv = ['x', '--seed', '3']; probe = type(sys)('probe')\n"
+            "probe.main = lambda argv, prog: print(argv, prog, sys.modules['timm_decor'].__version__)\n"
+            "sys.modules['timm_decor.training.validation'] = probe\n"
+            "print(timm_decor_door.enter('x', 'validate')); import timm_decor, timm\n"
             "print(timm.is_model('decor_resnet18'), timm_decor.attach.__module__)"
         )
         done = self.call({**os.environ, "PYTHONPATH": str(ROOT)}, "-c", code)
         version = sys.modules["timm_decor"].__version__
-        expected = [f"['--seed', '3'] {version}", "0", "True timm_decor.engine.attach"]
+        expected = [f"['--seed', '3'] x {version}", "0", "True timm_decor.engine.attach"]
         assert done.stdout.splitlines() == expected, done.stderr
 
 
@@ -324,7 +325,7 @@ class TestPlaces:
             "results  run/results.json",
         ]
         assert lines[4:6] == [
-            "  python validate.py --dataset folder --data-dir '/mnt/my data/of/flowers' \\",
+            "  timm-decor validate --dataset folder --data-dir '/mnt/my data/of/flowers' \\",
             "    --checkpoint run/best.safetensors",
         ]
 

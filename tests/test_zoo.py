@@ -14,6 +14,7 @@ from torch import nn
 
 import timm_decor
 from timm_decor import list as zoo
+from timm_decor.errors import UserError
 from timm_decor.models import FAMILIES, PREFIX, Family, plain_name
 
 IDS = [family.module for family in FAMILIES]
@@ -79,7 +80,7 @@ def test_twins_have_the_function_of_timms_model(family: Family) -> None:
 
 
 def test_list_has_a_row_for_each_family(capsys: pytest.CaptureFixture[str]) -> None:
-    assert zoo.main([]) == 0
+    zoo.main([])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + len(FAMILIES)
     for family, line in zip(FAMILIES, lines[2:], strict=True):
@@ -90,7 +91,7 @@ def test_list_has_a_row_for_each_family(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_list_of_models(capsys: pytest.CaptureFixture[str]) -> None:
-    assert zoo.main(["--markdown", "decor_resnet18", "decor_resnet10t"]) == 0
+    zoo.main(["--markdown", "decor_resnet18", "resnet10t"])
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
     assert [row[0] for row in rows] == ["model", "---", "decor_resnet10t", "decor_resnet18"]
     report = timm.create_model("decor_resnet18").decor_report
@@ -99,17 +100,32 @@ def test_list_of_models(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_page_of_a_family(tmp_path: Path) -> None:
-    assert zoo.main(["decor_vgg11", "--page", str(tmp_path / "zoo.md")]) == 0
+    zoo.main(["decor_vgg11", "--page", str(tmp_path / "zoo.md")])
     text = (tmp_path / "zoo.md").read_text()
     assert all(f"| `{name}` |" in text for name in timm.list_models(module="decor_vgg"))
     assert "decor_resnet" not in text
 
 
-def test_list_of_layers(capsys: pytest.CaptureFixture[str]) -> None:
-    assert zoo.main(["--layers", "decor_resnet18"]) == 0
-    assert "layer1.0.conv1" in capsys.readouterr().out
+@pytest.mark.parametrize("name", ["decor_resnet18", "resnet18"])
+def test_list_of_layers(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    zoo.main(["--layers", name])
+    out = capsys.readouterr().out
+    assert out.startswith("decor_resnet18\n") and "layer1.0.conv1" in out
 
 
-def test_list_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert zoo.main(["resnet18"]) == 2  # a plain model is not of the zoo
-    assert "no decor_ model matches resnet18" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("resnet81", "^'resnet81' is no model that has a twin; near: decor_resnet"),
+        ("beit_base_patch16_224", "^'beit_base_patch16_224' is a model of timm without a twin"),
+        ("nothing*", "; all of them: 'decor_.'$"),
+    ],
+)
+def test_list_of_nothing(word: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        zoo.main([word])
+
+
+def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="^cannot write .*zoo.md: No such file or directory$"):
+        zoo.main(["vgg11", "--page", str(tmp_path / "no" / "zoo.md")])

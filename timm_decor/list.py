@@ -2,7 +2,8 @@
 
 import sys
 
+from timm_decor.errors import exit_code
 from timm_decor.scripts.zoo import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code("timm_decor.list", main))

@@ -1,17 +1,15 @@
-"""python -m timm_decor.list: the zoo as a table, made from the code.
+"""timm-decor list (python -m timm_decor.list): the zoo as a table, made from the code.
 
-python -m timm_decor.list                     # one row a family
-python -m timm_decor.list 'decor_resnet*'     # one row a model
-python -m timm_decor.list --layers decor_resnet18
+timm-decor list                     # one row a family
+timm-decor list 'resnet*'           # one row a model
+timm-decor list --layers resnet18
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
+import fnmatch
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import timm
 import torch
@@ -19,9 +17,11 @@ from torch import nn
 
 from timm_decor.config import DecorConfig, structures
 from timm_decor.convert import reconverted
+from timm_decor.errors import UserError
 from timm_decor.models import FAMILIES, PREFIX, Family
 from timm_decor.reporting import ConversionReport
-from timm_decor.text import markdown_table, text_table
+from timm_decor.scripts.args import list_parser
+from timm_decor.text import markdown_table, near, text_table
 
 # The default first.
 LISTED = sorted(structures(), key=lambda name: name != DecorConfig().structure)
@@ -107,35 +107,49 @@ def _report_with(model: nn.Module, structure: str) -> ConversionReport | None:
         return None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; 2 for arguments that cannot be used."""
-    parser = argparse.ArgumentParser(
-        prog="python -m timm_decor.list", description="List the decorrelated twins of timm's models."
-    )
-    parser.add_argument("filter", nargs="*", help="wildcards over names: one row a model, instead of one a family")
-    parser.add_argument("--layers", action="store_true", help="every layer of each model: D, memory, why it is plain")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="write families with all members there, as markdown")
-    parser.add_argument("--markdown", action="store_true", help="for a README")
-    args = parser.parse_args(argv)
-    names = timm.list_models(args.filter) if args.filter else []
-    names = [name for name in names if name.startswith(PREFIX)]
-    if args.filter and not names:
-        print(
-            f"no decor_ model matches {' '.join(args.filter)}; all: python -m timm_decor.list 'decor_*'",
-            file=sys.stderr,
-        )
-        return 2
+def main(argv: Sequence[str], prog: str = "timm_decor.list") -> None:
+    """List.
+
+    Args:
+        argv: the command line.
+        prog: the program, for messages.
+
+    Raises:
+        UserError: no model of that name, or a page that cannot be written.
+    """
+    args = list_parser(prog).parse(argv)
+    names = _twins(args.filter)
     if args.page:
         chosen = [family for family in FAMILIES if not names or set(names) & set(_members(family))]
-        args.page.write_text(page(chosen))
-        return 0
-    if args.layers:
+        try:
+            args.page.write_text(page(chosen), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {args.page}: {error.strerror}") from error
+    elif args.layers:
         for name in names or [PREFIX + family.example for family in FAMILIES]:
             print(f"{name}\n{_without_weights(name).decor_report}\n")
-        return 0
-    table = markdown_table if args.markdown else text_table
-    if names:
-        print(table(("model", *HEADER), [(name, *model_row(name)) for name in names]))
     else:
-        print(table(FAMILY_HEADER, list(family_rows(FAMILIES))))
-    return 0
+        table = markdown_table if args.markdown else text_table
+        if names:
+            print(table(("model", *HEADER), [(name, *model_row(name)) for name in names]))
+        else:
+            print(table(FAMILY_HEADER, list(family_rows(FAMILIES))))
+
+
+def _twins(wanted: Sequence[str]) -> list[str]:
+    """The twins that names or wildcards mean: `resnet18` means `decor_resnet18`.
+
+    Raises:
+        UserError: one of them means none.
+    """
+    known = timm.list_models(f"{PREFIX}*")
+    found: set[str] = set()
+    everything = f"; all of them: '{PREFIX}*'"
+    for word in wanted:
+        matches = fnmatch.filter(known, word) or fnmatch.filter(known, PREFIX + word)
+        if not matches:
+            hint = "" if set(word) & set("*?[") else near(PREFIX + word.removeprefix(PREFIX), known)
+            why = "is a model of timm without a twin" if timm.is_model(word) else "is no model that has a twin"
+            raise UserError(f"'{word}' {why}{hint or everything}")
+        found |= {*matches}
+    return [name for name in known if name in found]  # in timm's order

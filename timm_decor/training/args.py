@@ -19,9 +19,9 @@ _SWITCH = argparse.BooleanOptionalAction
 _SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "constant", "none")
 
 
-def train_parser() -> Parser:
+def train_parser(prog: str = "train.py") -> Parser:
     """The command line of train.py."""
-    parser = Parser(prog="train.py", description="Train a timm image classifier, decorrelated or plain.")
+    parser = Parser(prog=prog, description="Train a timm image classifier, decorrelated or plain.")
     parser.add_argument("-c", "--config", metavar="FILE", help="YAML recipe; the command line overrides it")
     add_data_arguments(parser, batch_size=128)
     group = parser.add_argument_group("training data")
@@ -66,9 +66,9 @@ def train_parser() -> Parser:
     return parser
 
 
-def validate_parser() -> Parser:
+def validate_parser(prog: str = "validate.py") -> Parser:
     """The command line of validate.py."""
-    parser = Parser(prog="validate.py", description="Evaluate a checkpoint, or timm's pretrained weights.")
+    parser = Parser(prog=prog, description="Evaluate a checkpoint, or timm's pretrained weights.")
     add_data_arguments(parser, batch_size=256)
     add_model_arguments(parser, default_model=None)
     parser.add_argument("--split", default="validation", metavar="NAME", help="falls back to val or test")
@@ -97,6 +97,44 @@ def validate_parser() -> Parser:
     return parser
 
 
+def predict_parser(prog: str) -> Parser:
+    """The command line of predict."""
+    parser = Parser(prog=prog, description="Say what is in images.")
+    parser.add_argument(
+        "weights",
+        metavar="WEIGHTS",
+        help="a checkpoint, train.py's folder of one, or a pretrained model as resnet18.a1_in1k or hf-hub:OWNER/NAME",
+    )
+    parser.add_argument("paths", nargs="+", metavar="IMAGE", help="image files, folders of them, or quoted wildcards")
+    parser.add_argument("--top", type=count, default=5, metavar="N", help="classes to name for each image")
+    parser.add_argument("--output", metavar="FILE", help="write .csv, .jsonl or .parquet, instead of a table here")
+    parser.add_argument("--picture", metavar="FILE", help="draw the first images with what was predicted, as one png")
+    parser.add_argument("--use-ema", action=_SWITCH, default=False, help="the checkpoint's averaged weights")
+    group = parser.add_argument_group("images")
+    _add_loader_arguments(group, batch_size=64)
+    _add_image_arguments(group)
+    add_model_arguments(parser, default_model=None)
+    return parser
+
+
+def export_parser(prog: str) -> Parser:
+    """The command line of export."""
+    parser = Parser(prog=prog, description="Write a trained model as ONNX, torch.export or TorchScript, and check it.")
+    parser.add_argument(
+        "weights",
+        metavar="WEIGHTS",
+        help="a checkpoint, train.py's folder of one, or a pretrained model as resnet18.a1_in1k or hf-hub:OWNER/NAME",
+    )
+    parser.add_argument("file", metavar="FILE", help="its ending says the format: .onnx, .pt2 or .ts (TorchScript)")
+    parser.add_argument(
+        "--images", nargs="+", default=[], metavar="PATH", help="what it is checked on; default: handwritten digits"
+    )
+    parser.add_argument("--use-ema", action=_SWITCH, default=False, help="the checkpoint's averaged weights")
+    _add_image_arguments(parser.add_argument_group("images"))
+    _add_create_arguments(parser.add_argument_group("model"), default_model=None)
+    return parser
+
+
 def add_data_arguments(parser: Parser, batch_size: int) -> None:
     """Arguments that say which images, and how they become tensors."""
     group = parser.add_argument_group("data")
@@ -116,9 +154,19 @@ def add_data_arguments(parser: Parser, batch_size: int) -> None:
         action=_SWITCH,
         help="keep decoded images in memory; default: yes for digits and parquet where that takes less than 1 GiB",
     )
+    _add_loader_arguments(group, batch_size)
+    _add_image_arguments(group)
+
+
+def _add_loader_arguments(group: argparse._ArgumentGroup, batch_size: int) -> None:
+    """How images become batches."""
     group.add_argument("-b", "--batch-size", type=count, default=batch_size, metavar="N", help="per process")
     group.add_argument("-j", "--workers", type=index, metavar="N", help="data processes; default: CPUs - 2, at most 8")
     group.add_argument("--pin-mem", action=_SWITCH, default=False, help="pin CPU memory for the transfer to a GPU")
+
+
+def _add_image_arguments(group: argparse._ArgumentGroup) -> None:
+    """How images become tensors."""
     group.add_argument("--img-size", type=count, metavar="N", help="default: the model's")
     group.add_argument("--in-chans", type=count, metavar="N", help="image channels: 3 (default) or 1")
     group.add_argument("--input-size", nargs=3, type=count, metavar=("C", "H", "W"), help="instead of the two above")
@@ -132,16 +180,21 @@ def add_data_arguments(parser: Parser, batch_size: int) -> None:
 def add_model_arguments(parser: Parser, default_model: str | None) -> None:
     """Arguments that say which model, on which device."""
     group = parser.add_argument_group("model")
-    group.add_argument("-m", "--model", default=default_model, metavar="NAME", help="any timm model, or a decor_ one")
-    group.add_argument("--num-classes", type=count, metavar="N", help="default: the data set's, else the model's")
-    group.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="for the model")
-    group.add_argument("--gp", metavar="POOL", help="global pooling: fast, avg, max, avgmax; default: the model's")
+    _add_create_arguments(group, default_model)
     group.add_argument("--channels-last", action=_SWITCH, default=False, help="channels_last memory layout")
     group.add_argument("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="compile the model")
     group.add_argument("--torchcompile-mode", metavar="MODE", help="torch.compile's mode")
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:N or mps; default: the best there is")
     group.add_argument("--amp", action=_SWITCH, help="automatic mixed precision; default: accelerate's, else no")
     group.add_argument("--amp-dtype", default="float16", choices=("float16", "bfloat16"), help="AMP's dtype")
+
+
+def _add_create_arguments(group: argparse._ArgumentGroup, default_model: str | None) -> None:
+    """Which model, and how timm makes it."""
+    group.add_argument("-m", "--model", default=default_model, metavar="NAME", help="any timm model, or a decor_ one")
+    group.add_argument("--num-classes", type=count, metavar="N", help="default: the data set's, else the model's")
+    group.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="for the model")
+    group.add_argument("--gp", metavar="POOL", help="global pooling: fast, avg, max, avgmax; default: the model's")
 
 
 def _add_decor_arguments(parser: Parser) -> None:

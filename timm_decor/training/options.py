@@ -352,6 +352,36 @@ class ResultOptions(Options):
 
 
 @dataclass(frozen=True)
+class PredictOptions(Options):
+    """All that predict is told."""
+
+    weights: str
+    paths: list[str]
+    top: int
+    output: str | None
+    picture: str | None
+    use_ema: bool
+    model: str | None
+    image: ImageOptions
+    loader: LoaderOptions
+    create: CreateOptions
+    device: DeviceOptions
+
+
+@dataclass(frozen=True)
+class ExportOptions(Options):
+    """All that export is told."""
+
+    weights: str
+    file: str
+    images: list[str]
+    use_ema: bool
+    model: str | None
+    image: ImageOptions
+    create: CreateOptions
+
+
+@dataclass(frozen=True)
 class ValidateOptions(Options):
     """All that validate.py is told."""
 

@@ -76,7 +76,7 @@ def _report(arm: Arm) -> AttachReport | None:
         return arm.handle.report() if arm.handle else None
     except RuntimeError as error:  # linear algebra that does not converge
         if arm.accelerator.is_main_process:
-            print(f"train.py: {arm.name}: no report of R: {first_line(error)}", file=sys.stderr)
+            print(f"{arm.name}: no report of R: {first_line(error)}", file=sys.stderr)
         return None
 
 

@@ -69,8 +69,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str], prog: str = "train.py") -> None:
     """Train.
+
+    Args:
+        argv: the command line.
+        prog: the program, for what is written down of it.
 
     Raises:
         UserError: anything that the person who called can put right, in one line.
@@ -85,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
     trackers.check_available(args.log_with)
     decor_config(args)  # refuse a bad knob before the data are read
     told = follow_launcher(args)
-    options, record = TrainOptions.of(args), Record.of("train.py", argv, args)
+    options, record = TrainOptions.of(args), Record.of(prog, argv, args)
     accelerator = _accelerator(options)
     folder = decided_by_one(accelerator, lambda: _open_folder(options))
     with contextlib.ExitStack() as stack:

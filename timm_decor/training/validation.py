@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from timm_decor.training.data.sources import Source
 from timm_decor.training.evaluate import evaluate
 from timm_decor.training.keeping.folder import EMA_SUFFIX, RESUME_FILES, RunFolder
 from timm_decor.training.keeping.metadata import CheckpointMetadata
-from timm_decor.training.options import ResultOptions, ValidateOptions
+from timm_decor.training.options import CreateOptions, ImageOptions, ResultOptions, ValidateOptions
 from timm_decor.training.runtime import make_accelerator, seed_everything
 from timm_decor.training.seeing.mistakes import confusion, write_confusion, write_worst
 
@@ -35,10 +36,14 @@ _NARROW = ("checkpoint", "top1", "top5", "loss")  # columns of the table on a te
 _WIDE = ("images_per_s", "img_size", "model")
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str], prog: str = "validate.py") -> None:
     """Evaluate, print the result on stdout and write what was asked for.
 
     It is printed as JSON (a list for several checkpoints); several on a terminal are a table, unless --json asks.
+
+    Args:
+        argv: the command line.
+        prog: the program, for messages.
 
     Raises:
         UserError: anything that the person who called can put right, in one line. Of several checkpoints, those that
@@ -55,6 +60,7 @@ def main(argv: Sequence[str]) -> None:
     if several and (result.confusion_matrix or result.worst_images):
         raise UserError("--confusion-matrix and --worst-images are for one checkpoint, not several")
     accelerator = make_accelerator(device.device, device.amp, device.amp_dtype)
+    say = partial(_say, prog) if accelerator.is_main_process else _nothing
     for file in (result.results_file, result.confusion_matrix, result.worst_images):
         if file:
             RunFolder(Path(file).parent, accelerator.is_main_process)
@@ -62,16 +68,16 @@ def main(argv: Sequence[str]) -> None:
     rows, failures = [], []
     for name, checkpoint in checkpoints:
         try:
-            row = _evaluate(options, checkpoint, accelerator)
+            row = _evaluate(options, checkpoint, accelerator, say)
         except UserError as error:
             if not several:
                 raise
             failures.append(name)
-            _say(accelerator, f"{name} is left out: {message(error)}")
+            say(f"{name} is left out: {message(error)}")
             continue
         rows.append({"checkpoint": name, **row} if several else row)
         if several:
-            _say(accelerator, f"{name}: top-1 {row['top1']:.2f}%, loss {row['loss']:.4f}")
+            say(f"{name}: top-1 {row['top1']:.2f}%, loss {row['loss']:.4f}")
     rows.sort(key=lambda row: -row["top1"])
     if accelerator.is_main_process and rows:
         if several and not result.json and sys.stdout.isatty():
@@ -122,8 +128,10 @@ def find_checkpoints(paths: Sequence[str]) -> list[tuple[str, str | None]]:
     return found
 
 
-def _evaluate(options: ValidateOptions, checkpoint: str | None, accelerator: Accelerator) -> Row:
-    """One checkpoint's row; its path, or None for timm's weights."""
+def _evaluate(
+    options: ValidateOptions, checkpoint: str | None, accelerator: Accelerator, say: Callable[[str], None]
+) -> Row:
+    """One checkpoint's row; its path, or None for timm's weights; `say` is what tells of its peculiarities."""
     metadata = CheckpointMetadata.read(checkpoint or "")
     name = options.model or (metadata.architecture if metadata else None)
     if not name:
@@ -132,7 +140,8 @@ def _evaluate(options: ValidateOptions, checkpoint: str | None, accelerator: Acc
     if metadata is not None:
         mine, its = build.architecture(name), build.architecture(metadata.architecture)
         if mine == its:
-            options, trained_size = _completed(options, metadata), metadata.data_config["input_size"]
+            image, create = completed(options.image, options.create, metadata)
+            options, trained_size = replace(options, image=image, create=create), metadata.data_config["input_size"]
         else:
             ignored = f"{checkpoint} is of {its}, not {mine}: its data configuration and number of classes are not used"
     device, wanted, channels = options.device, options.create.num_classes, build.input_channels(options.image)
@@ -147,13 +156,13 @@ def _evaluate(options: ValidateOptions, checkpoint: str | None, accelerator: Acc
         if known and wanted not in (None, known):  # timm gave them a new head, of random weights
             raise UserError(f"the weights of {name} know {known} classes, not --num-classes {wanted}")
     if ignored:  # not before the weights fit: a refusal stays one line
-        _say(accelerator, ignored)
+        say(ignored)
     data_config = build.data_config(options.image, model, channels)
     classes = build.class_count(model)
     names, whose = (metadata.label_names if metadata else []), str(checkpoint)
     if not checkpoint:
         names, whose = build.pretrained_names(model), f"the weights of {name}"
-    source = _numbered_as_the_model(source, f"split {options.split}", classes, names, whose, checkpoint, accelerator)
+    source = _numbered_as_the_model(source, f"split {options.split}", classes, names, whose, checkpoint, say)
     parameters = sum(p.numel() for p in model.parameters())
     loader = eval_loader(options.loader, source, data_config, classes, options.seed, accelerator)
     if options.test_pool:
@@ -181,9 +190,11 @@ def _evaluate(options: ValidateOptions, checkpoint: str | None, accelerator: Acc
     }
 
 
-def _completed(options: ValidateOptions, metadata: CheckpointMetadata) -> ValidateOptions:
+def completed(
+    image: ImageOptions, create: CreateOptions, metadata: CheckpointMetadata
+) -> tuple[ImageOptions, CreateOptions]:
     """What the command line leaves open, as a checkpoint of train.py says it."""
-    image, create, saved = options.image, options.create, metadata.data_config
+    saved = metadata.data_config
     if image.img_size is None and image.input_size is None:
         size = [image.in_chans or saved["input_size"][0], *saved["input_size"][1:]]
         image = replace(image, input_size=size)
@@ -196,7 +207,7 @@ def _completed(options: ValidateOptions, metadata: CheckpointMetadata) -> Valida
         num_classes=create.num_classes or metadata.num_classes,
         model_kwargs=create.model_kwargs or metadata.model_kwargs,
     )
-    return replace(options, image=image, create=create)
+    return image, create
 
 
 def _numbered_as_the_model(
@@ -206,7 +217,7 @@ def _numbered_as_the_model(
     names: Sequence[str],
     whose: str,
     checkpoint: str | None,
-    accelerator: Accelerator,
+    say: Callable[[str], None],
 ) -> Source:
     """The images with labels as the model numbers classes: by name, where both sides have names; else that is said.
 
@@ -217,7 +228,7 @@ def _numbered_as_the_model(
         names: of the model's classes; empty where nobody knows.
         whose: the weights, for messages.
         checkpoint: their file; None for timm's.
-        accelerator: whose main process says it.
+        say: says it.
 
     Raises:
         UserError: the data have classes that the model does not know.
@@ -230,8 +241,7 @@ def _numbered_as_the_model(
     source = numbered_as(source, names, its, whose)
     if source.class_names and not names:
         first = ", ".join(f"{label} {name}" for label, name in enumerate(source.class_names[:3]))
-        _say(
-            accelerator,
+        say(
             f"{whose} does not name its classes: they are taken to be numbered as the data are ({first} ...)",
         )
     check_labels(source, classes, its)
@@ -305,6 +315,9 @@ def _table(rows: list[Row], columns: int) -> str:
     return table
 
 
-def _say(accelerator: Accelerator, text: str) -> None:
-    if accelerator.is_main_process:
-        print(f"validate.py: {printable(text)}", file=sys.stderr)
+def _say(prog: str, text: str) -> None:
+    print(f"{prog}: {printable(text)}", file=sys.stderr)
+
+
+def _nothing(text: str) -> None:
+    """What processes other than the main one say."""

@@ -48,11 +48,11 @@ class Folder:
         number = {name: label for label, name in enumerate(self.class_names)}
         found: list[tuple[str, int]] = []
         left_out: Counter[str] = Counter()
-        for at, files in _visible_files(folder):
+        for at, files in visible_files(folder):
             below = os.path.relpath(at, folder).split(os.sep)[0]  # "." for files in no class folder
             label = number.get(below)
             for file in files:
-                if not _is_readable(file):
+                if not is_readable(file):
                     left_out[f"'{os.path.splitext(file)[1]}' is no image format that Pillow reads"] += 1
                 elif at == str(folder):
                     left_out["not in a class folder"] += 1
@@ -67,7 +67,7 @@ class Folder:
         if empty and (class_map or folder == train):
             source = f", which class map {class_map} names" if class_map else ""
             self.notes.append(f"{folder} has no images of {listed(empty)}{source}")
-        found.sort(key=lambda item: _order(item[0]))
+        found.sort(key=lambda item: name_order(item[0]))
         chosen = rows_of(rows, len(found), f"{folder}, split {split}")
         self._paths = [found[i][0] for i in chosen]
         self.labels: np.ndarray | None = np.array([found[i][1] for i in chosen])
@@ -128,23 +128,24 @@ def _split_folder(root: Path, split: str) -> Path:
 def _class_names(folder: Path) -> list[str]:
     """The class folders that hold an image, in timm's order."""
     names = [path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    return sorted((name for name in names if _holds_image(folder / name)), key=_order)
+    return sorted((name for name in names if _holds_image(folder / name)), key=name_order)
 
 
-def _order(name: str) -> tuple[list[Any], str]:
+def name_order(name: str) -> tuple[list[Any], str]:
     """timm's: numbers in names count as numbers, capitals do not; names that are alike in that keep an order, too."""
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name.lower()))], name
 
 
 def _holds_image(folder: Path) -> bool:
-    return any(_is_readable(file) for _, files in _visible_files(folder) for file in files)
+    return any(is_readable(file) for _, files in visible_files(folder) for file in files)
 
 
-def _is_readable(name: str) -> bool:
+def is_readable(name: str) -> bool:
+    """Whether a file's name ends as those of images do."""
     return os.path.splitext(name)[1].lower() in readable_endings()
 
 
-def _visible_files(folder: Path) -> Iterator[tuple[str, list[str]]]:
+def visible_files(folder: Path) -> Iterator[tuple[str, list[str]]]:
     """Folders, from this one down, each with its files; without names that begin with a dot."""
     for at, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]

@@ -47,7 +47,7 @@ def published(args: argparse.Namespace) -> dict[str, Any]:
 
 def published_command(prog: str, argv: Sequence[str]) -> str:
     """A command line to show to others: paths of this machine are `PATH`, a recipe keeps its name."""
-    words, take = [prog], ""
+    words, take = prog.split(), ""
     for word in argv:
         flag, equals, value = word.partition("=")
         name = flag.lstrip("-").replace("-", "_") if flag.startswith("-") else ""

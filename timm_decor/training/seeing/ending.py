@@ -36,9 +36,9 @@ def whereabouts(folder: Path, sides: Mapping[str, Path], data: DataOptions, spli
         text += _lines({name: path / file for name, file in _KEPT.items()})
     chosen = next((path for path in sides.values() if (path / _KEPT["best"]).is_file()), None)
     if chosen is not None:
-        evaluate = ["python", "validate.py", *_data(data, split), "--checkpoint", here(chosen / _KEPT["best"])]
+        evaluate = ["timm-decor", "validate", *_data(data, split), "--checkpoint", here(chosen / _KEPT["best"])]
         evaluate += ["--use-ema"] if averaged else []  # it is their accuracy that made it the best
-        publish = ["python", "-m", "hub.publish", here(chosen), "--repo-id", "YOU/NAME", "--dry-run", "staged"]
+        publish = ["timm-decor", "publish", here(chosen), "--repo-id", "YOU/NAME", "--dry-run", "staged"]
         text += ["validate:", _command(evaluate), "publish (it uploads without --dry-run FOLDER):", _command(publish)]
     return "\n".join(text)
 

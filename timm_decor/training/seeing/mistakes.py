@@ -12,7 +12,7 @@ from timm_decor.text import csv_text
 from timm_decor.training.data.sources import Source
 from timm_decor.training.seeing.drawing import label, plain_text
 
-_PICTURES = 36
+MOST_PICTURES = 36
 _MOST_NUMBERS = 20  # classes up to which each cell of the matrix shows its count
 _MOST_NAMES = 50  # classes up to which the axes name them
 
@@ -57,23 +57,36 @@ def write_confusion(counts: Any, names: Sequence[str], path: Path) -> None:
     figure.savefig(path.with_suffix(".png"), dpi=130, format="png")
 
 
-@plain_text()
 def write_worst(source: Source, seen: Any, names: Sequence[str], path: Path) -> None:
     """The images with the highest loss, as the data set has them, each with its label and what was predicted."""
-    worst = np.argsort(-seen[:, 2], kind="stable")[:_PICTURES]
-    columns = min(6, len(worst))
-    rows = -(-len(worst) // columns)
-    figure = _figure(1.75 * columns, 2.05 * rows + 0.4)
-    figure.suptitle("highest loss first: label, then what was predicted", fontsize=10)
-    for place, index in enumerate(worst):
+    shown = []
+    for index in np.argsort(-seen[:, 2], kind="stable")[:MOST_PICTURES]:
         right, predicted, loss, confidence = seen[index]
-        axes = figure.add_subplot(rows, columns, place + 1)
-        axes.imshow(np.asarray(source.image(int(index))), cmap="gray", interpolation="nearest")
-        axes.set_axis_off()
-        wrong = int(right) != int(predicted)
         first, second = (label(names[int(number)], 18) for number in (right, predicted))
         text = f"{first}\n{second} {100 * confidence:.0f} %, loss {loss:.1f}"
-        axes.set_title(text, fontsize=7.5, color="#b02a3c" if wrong else "black")
+        shown.append((int(index), text, "#b02a3c" if int(right) != int(predicted) else "black"))
+    write_sheet(source, shown, "highest loss first: label, then what was predicted", path)
+
+
+@plain_text()
+def write_sheet(source: Source, shown: Sequence[tuple[int, str, str]], heading: str, path: Path) -> None:
+    """Images on one picture.
+
+    Args:
+        source: the images.
+        shown: which of them, `MOST_PICTURES` at most: number, text and the text's colour.
+        heading: above all of them.
+        path: a png.
+    """
+    columns = min(6, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = _figure(1.75 * columns, 2.05 * rows + 0.4)
+    figure.suptitle(heading, fontsize=10)
+    for place, (index, text, colour) in enumerate(shown):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        axes.imshow(np.asarray(source.image(index)), cmap="gray", interpolation="nearest")
+        axes.set_axis_off()
+        axes.set_title(text, fontsize=7.5, color=colour)
     figure.savefig(path, dpi=130, format="png")
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from hub.repository import Options
-from hub.trained import Trained
 from timm_decor.config import DecorConfig
+from timm_decor.publishing.repository import Options
+from timm_decor.publishing.trained import Trained
 from timm_decor.text import markdown_cell, markdown_text, printable
 from timm_decor.training.args import decor_config
 from timm_decor.training.seeing.compare import Side

@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-from hub.trained import Trained
 from timm_decor.engine.checkpoint import STATE_KEY, write_r
 from timm_decor.errors import UserError, first_line
+from timm_decor.publishing.trained import Trained
 from timm_decor.training import build, validation
 from timm_decor.training.keeping.folder import RESUME_FILE, RunFolder, read_resume
 from timm_decor.training.keeping.metadata import stored_metadata

@@ -20,8 +20,8 @@ from huggingface_hub.utils import (
     RevisionNotFoundError,
 )
 
-from hub.repository import CONFIG, FILES
 from timm_decor.errors import UserError, first_line
+from timm_decor.publishing.repository import CONFIG, FILES
 
 
 @dataclass(frozen=True)

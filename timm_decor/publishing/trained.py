@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hub.datasets import Data, known
 from timm_decor.errors import UserError, first_line, message
 from timm_decor.models import PREFIX
+from timm_decor.publishing.datasets import Data, known
 from timm_decor.training.args import as_recipe
 from timm_decor.training.foreign import Fields, read_json, read_mapping, read_text
 from timm_decor.training.keeping.folder import ARGS_FILE, EMA_SUFFIX, SUMMARY_FILE, check_digest

@@ -1,0 +1,173 @@
+"""timm-decor predict: the likeliest classes of images, as a table, a file or a picture."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from timm_decor.errors import UserError
+from timm_decor.inference.files import BROKEN, Files, find_images
+from timm_decor.inference.weights import open_model
+from timm_decor.text import csv_text, printable, text_table
+from timm_decor.training import build
+from timm_decor.training.args import predict_parser
+from timm_decor.training.data.loaders import eval_loader
+from timm_decor.training.keeping.folder import RunFolder
+from timm_decor.training.options import PredictOptions
+from timm_decor.training.runtime import make_accelerator
+from timm_decor.training.seeing.drawing import label
+from timm_decor.training.seeing.mistakes import MOST_PICTURES, write_sheet
+
+_FORMATS = (".csv", ".jsonl", ".parquet")
+_MOST_NAMED = 20  # broken images that are named one by one
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Attributes:
+    index: of the image in its source.
+    path: of the image.
+    labels: of the likeliest classes, the likeliest first.
+    names: theirs.
+    probabilities: theirs.
+    """
+
+    index: int
+    path: str
+    labels: list[int]
+    names: list[str]
+    probabilities: list[float]
+
+
+def main(argv: Sequence[str], prog: str) -> None:
+    """Predict, and print a table or write what was asked for.
+
+    Args:
+        argv: the command line.
+        prog: the program, for messages.
+
+    Raises:
+        UserError: anything that the person who called can put right, in one line; no image could be decoded. Images
+            that could not, among others that could, are named on stderr.
+    """
+    options = PredictOptions.of(predict_parser(prog).parse(argv))
+    if options.output and Path(options.output).suffix not in _FORMATS:
+        raise UserError(f"--output {options.output}: its ending says the format: {', '.join(_FORMATS)}")
+    paths = find_images(options.paths)
+    accelerator = make_accelerator(options.device.device, options.device.amp, options.device.amp_dtype)
+    main_process = accelerator.is_main_process
+    for file in (options.output, options.picture):
+        if file:
+            RunFolder(Path(file).parent, main_process)
+    opened = open_model(options.weights, options.model, options.use_ema, options.image, options.create)
+    model, names, data_config = opened.model, opened.names, opened.data_config
+    source = Files(paths, "RGB" if data_config["input_size"][0] == 3 else "L")
+    predictions, broken = _predict(options, model, names, data_config, source, accelerator)
+    if main_process:
+        for index in broken[:_MOST_NAMED]:
+            print(f"{prog}: {printable(source.why_broken(index))}", file=sys.stderr)
+        if broken:
+            print(f"{prog}: {len(broken)} of {len(paths)} images left out", file=sys.stderr)
+        if predictions:
+            _show(options, predictions, source)
+    accelerator.end_training()
+    if not predictions:
+        raise UserError(f"none of {len(paths)} images could be decoded")
+
+
+@torch.no_grad()
+def _predict(
+    options: PredictOptions,
+    model: nn.Module,
+    names: Sequence[str],
+    data_config: dict[str, Any],
+    source: Files,
+    accelerator: Accelerator,
+) -> tuple[list[Prediction], list[int]]:
+    """What the model says, and the numbers of the images that could not be decoded."""
+    device = options.device
+    loader = eval_loader(options.loader, source, data_config, 2, 0, accelerator)
+    build.place(model, accelerator.device, device.channels_last)
+    build.check_images(model, data_config["input_size"], accelerator.device, accelerator.autocast, options.weights)
+    model.eval()
+    runnable: Any = model
+    if device.torchcompile:
+        runnable = torch.compile(model, backend=device.torchcompile, mode=device.torchcompile_mode)
+    predictions: list[Prediction] = []
+    broken: list[int] = []
+    for images, states in loader:
+        if device.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with accelerator.autocast():
+            output = runnable(images)
+        top = output.float().softmax(1).topk(min(options.top, output.shape[1]), dim=1)
+        # on several processes the last batch is padded; gather_for_metrics drops the padding
+        rows = [part.tolist() for part in accelerator.gather_for_metrics((states, top.indices, top.values))]
+        for state, labels, shares in zip(*rows, strict=True):
+            index = len(predictions) + len(broken)
+            if state == BROKEN:
+                broken.append(index)
+            else:
+                its = [names[number] for number in labels]
+                predictions.append(Prediction(index, source.where(index), labels, its, shares))
+    return predictions, broken
+
+
+def _show(options: PredictOptions, predictions: Sequence[Prediction], source: Files) -> None:
+    if options.output:
+        _write(predictions, Path(options.output))
+        print(f"{options.output}: {len(predictions)} images")
+    else:
+        print(_table(predictions))
+    if options.picture:
+        shown = [
+            (one.index, f"{label(one.names[0], 18)}\n{100 * one.probabilities[0]:.0f} %", "black")
+            for one in predictions[:MOST_PICTURES]
+        ]
+        heading = "what was predicted"
+        if len(predictions) > len(shown):
+            heading += f": the first {len(shown)} of {len(predictions)} images"
+        write_sheet(source, shown, heading, Path(options.picture))
+
+
+def _table(predictions: Sequence[Prediction]) -> str:
+    rows = []
+    for one in predictions:
+        rest = [f"{name} {100 * share:.1f}" for name, share in zip(one.names[1:], one.probabilities[1:], strict=True)]
+        rows.append((one.path, one.names[0], f"{100 * one.probabilities[0]:.1f}", ", ".join(rest)))
+    return text_table(("image", "prediction", "%", "then"), rows)
+
+
+def _write(predictions: Sequence[Prediction], path: Path) -> None:
+    """The predictions as a file: CSV has a column for each name and probability, the other formats have lists."""
+    if path.suffix == ".csv":
+        count = len(predictions[0].names)
+        header = ["path", *(f"{what}_{place + 1}" for place in range(count) for what in ("name", "probability"))]
+        rows = [
+            [one.path, *(cell for pair in zip(one.names, one.probabilities, strict=True) for cell in pair)]
+            for one in predictions
+        ]
+        RunFolder(path.parent).write_text(path.name, csv_text([header, *rows]))
+        return
+    columns = {
+        "path": [printable(one.path) for one in predictions],
+        "names": [one.names for one in predictions],
+        "labels": [one.labels for one in predictions],
+        "probabilities": [one.probabilities for one in predictions],
+    }
+    if path.suffix == ".jsonl":
+        lines = [json.dumps(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+        RunFolder(path.parent).write_text(path.name, "\n".join(lines) + "\n")
+        return
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table(columns), path)

@@ -1,0 +1,112 @@
+"""The weights that somebody names on a command line: the model, its classes and how it wants its images."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from timm.data import ImageNetInfo
+from torch import nn
+
+from timm_decor.errors import UserError
+from timm_decor.training import build
+from timm_decor.training.keeping.metadata import CheckpointMetadata
+from timm_decor.training.options import CreateOptions, ImageOptions
+from timm_decor.training.validation import completed
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Attributes:
+    model: with its weights.
+    name: its architecture.
+    model_kwargs: further arguments that it was made with.
+    names: of its classes; their numbers where nobody knows names.
+    data_config: timm's: input_size, mean, std, interpolation, crop_pct, crop_mode.
+    """
+
+    model: nn.Module
+    name: str
+    model_kwargs: dict[str, Any]
+    names: list[str]
+    data_config: dict[str, Any]
+
+
+def open_model(
+    weights: str, model_name: str | None, use_ema: bool, image: ImageOptions, create: CreateOptions
+) -> Opened:
+    """A trained model and what is known of it.
+
+    Args:
+        weights: a checkpoint, a folder with one, or the name of a model with pretrained weights.
+        model_name: what a checkpoint is of that does not say it itself.
+        use_ema: take the checkpoint's averaged weights.
+        image: how images become tensors, as far as it is not left to the weights.
+        create: how the model is made, likewise.
+
+    Raises:
+        UserError: no such weights, or they do not fit.
+    """
+    checkpoint = _checkpoint(weights)
+    if checkpoint is None:
+        name = weights
+        if model_name or use_ema:
+            raise UserError("--model and --use-ema are for a checkpoint, not for a model's own weights")
+        channels = build.input_channels(image)
+        model = build.create(weights, create, create.num_classes, channels, pretrained=True)
+        known = build.pretrained_classes(model)
+        if known and create.num_classes not in (None, known):  # timm gave them a new head, of random weights
+            raise UserError(f"the weights of {weights} know {known} classes, not {create.num_classes}")
+        names = [_in_words(name) for name in build.pretrained_names(model)]
+    else:
+        metadata = CheckpointMetadata.read(checkpoint)
+        name = model_name or (metadata.architecture if metadata else "")
+        if not name:
+            raise UserError("--model is needed: the checkpoint does not say what it is")
+        names = []
+        if metadata is not None and build.architecture(name) == build.architecture(metadata.architecture):
+            image, create = completed(image, create, metadata)
+            names = metadata.label_names
+        channels = build.input_channels(image)
+        model = build.create(name, create, create.num_classes, channels)
+        build.load_weights(model, checkpoint, use_ema)
+    classes = build.class_count(model)
+    if len(names) != classes:  # nobody knows them
+        names = [str(number) for number in range(classes)]
+    # a repository's name says nothing of the architecture; its config.json does
+    known_as = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture") or name)
+    data_config = build.data_config(image, model, channels)
+    return Opened(model, build.architecture(known_as), create.model_kwargs, names, data_config)
+
+
+def _checkpoint(weights: str) -> str | None:
+    """The file that WEIGHTS means: of a folder the best one; None for a model's name.
+
+    Raises:
+        UserError: a folder without one.
+    """
+    path = Path(weights)
+    if path.is_dir():
+        places = [path / f"{name}.safetensors" for name in ("best", "last", "model")]
+        file = next((place for place in places if place.is_file()), None)
+        if file is None:
+            raise UserError(f"{weights} holds no {', '.join(place.name for place in places)}: name a checkpoint")
+        return str(file)
+    return weights if path.is_file() or weights.endswith(build.CHECKPOINT_ENDINGS) else None
+
+
+def _in_words(name: str) -> str:
+    """ImageNet's synset as a word; other names as they are."""
+    try:
+        return str(_synsets().label_name_to_description(name, detailed=False)).partition(",")[
+            0
+        ]  # the others mean the same
+    except KeyError:
+        return name
+
+
+@functools.cache
+def _synsets() -> ImageNetInfo:
+    return ImageNetInfo("imagenet22k")

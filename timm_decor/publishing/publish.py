@@ -1,0 +1,131 @@
+"""timm-decor publish: brings what was trained to the Hub.
+
+    timm-decor publish output/RUN --repo-id me/resnet18-flowers --dry-run staged   # look at it first
+    timm-decor publish output/RUN --repo-id me/resnet18-flowers                    # then upload it
+    timm-decor publish output --repo-id me                                         # every run: me/<model>.<tag>
+
+Nothing is uploaded that is not in the folder that --dry-run writes. docs/publishing.md has the whole story.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from timm_decor.errors import UserError, first_line, message
+from timm_decor.publishing import card, repository
+from timm_decor.publishing.args import LICENSE, publish_parser
+from timm_decor.publishing.trained import Trained, find, read
+from timm_decor.publishing.upload import Target, log_in, upload
+from timm_decor.training.keeping.folder import RunFolder
+
+
+def main(argv: Sequence[str], prog: str = "hub.publish") -> None:
+    """Publish.
+
+    Args:
+        argv: the command line.
+        prog: the program, for messages.
+
+    Raises:
+        UserError: anything that the person who called can put right, in one line. Of several models, those that can be
+            published are, before that.
+    """
+    args = publish_parser(prog).parse(argv)
+    found = find(Path(args.checkpoint))
+    trained = [read(path) for path in found]  # all of them, before anything is written anywhere
+    several = len(trained) > 1
+    if several and ("/" in args.repo_id or args.tag):
+        raise UserError(f"{args.checkpoint} holds {len(trained)} models: --repo-id OWNER alone, and no --tag")
+    if not several and "/" not in args.repo_id:
+        raise UserError(f"--repo-id {args.repo_id}: say OWNER/NAME")
+    names = [args.repo_id if not several else f"{args.repo_id}/{one.architecture}.{one.tag}" for one in trained]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise UserError(
+            f"{args.checkpoint} holds two models that would both be {twice}: publish them one by one, with --tag"
+        )
+    for name in names:
+        _check_id("--repo-id", name)
+    if not args.dry_run:
+        log_in(names[0])  # before the evaluation, which may take long
+    failures = []
+    for one, name in zip(trained, names, strict=True):
+        try:
+            options = _options(args, one)
+            if args.dry_run:
+                place = Path(args.dry_run) / name.rsplit("/", 1)[-1] if several else Path(args.dry_run)
+                print(stage(one, place, name, options))
+            else:
+                with tempfile.TemporaryDirectory() as temporary:
+                    stage(one, Path(temporary) / "repository", name, options)
+                    target = Target(name, args.private, args.revision, args.create_pr)
+                    print(upload(Path(temporary) / "repository", target))
+        except UserError as error:
+            if not several:
+                raise
+            failures.append(name)
+            print(f"{prog}: {name} is left out: {message(error)}", file=sys.stderr)
+    if failures:
+        raise UserError(f"{len(failures)} of {len(names)} models were not published: {failures[0]}, ...")
+
+
+def _check_id(flag: str, name: str) -> None:
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"{flag} {name}: {first_line(error)}") from error
+
+
+def _options(args: argparse.Namespace, trained: Trained) -> repository.Options:
+    base_model = args.base_model or trained.base_model
+    if base_model not in (None, "none"):
+        _check_id("--base-model", base_model)
+    if trained.began_with and not base_model:
+        began = " ".join(trained.began_with)
+        raise UserError(
+            f"{trained.checkpoint} began with weights ({began}): say by --base-model what they are, or none"
+        )
+    if trained.began_with and not args.license:
+        raise UserError(f"{trained.checkpoint} began with somebody's weights, whose license decides: say --license")
+    return repository.Options(
+        tag=args.tag or trained.tag,
+        license=args.license or LICENSE,
+        half=args.half,
+        base_model=None if base_model == "none" else base_model,
+        with_r=not args.no_r,
+        data_dir=args.data_dir,
+        evaluate=not args.no_eval,
+    )
+
+
+def stage(trained: Trained, folder: Path, repo_id: str, options: repository.Options) -> str:
+    """Write a repository's files, replacing those of an earlier attempt.
+
+    Returns:
+        What is in the folder, a line a file.
+
+    Raises:
+        UserError: the folder holds other files, or see `repository.write`.
+    """
+    strangers = [file.name for file in folder.iterdir() if file.name not in repository.FILES] if folder.is_dir() else []
+    if strangers:
+        raise UserError(f"{folder} holds {strangers[0]}, which is not of a publication: take an empty or new folder")
+    with tempfile.TemporaryDirectory() as temporary:
+        fresh = Path(temporary)
+        results = repository.write(trained, fresh, options)
+        with_r = (fresh / repository.R_FILE).is_file()
+        RunFolder(fresh).write_text(repository.CARD, card.render(trained, results, options, repo_id, with_r))
+        RunFolder(folder)  # made, and tested for writing
+        for name in repository.FILES:
+            (folder / name).unlink(missing_ok=True)
+        for file in sorted(fresh.iterdir()):
+            shutil.move(file, folder / file.name)
+    sizes = [f"  {file.name}: {file.stat().st_size:,} bytes" for file in sorted(folder.iterdir())]
+    return "\n".join([f"{repo_id}: in {folder}", *sizes])
