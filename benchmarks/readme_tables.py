@@ -199,6 +199,26 @@ def zoo(folder: Path, draw: bool) -> str:
     return markdown_table(header, rows)
 
 
+def zoo_layers(folder: Path, draw: bool) -> str:
+    """What to leave plain, by the engine before the scale: every arm at the best of its learning rates."""
+    names = {"plain": "plain", "every layer": "every layer", "without *.se.*": "without gates"}
+    names |= {"without depthwise": "without depthwise", "without *.se.*,depthwise": "without gates and depthwise"}
+    rows = []
+    for file in sorted(folder.glob("*.json")):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        asked, cells = record["arguments"], {}
+        for arm in dict.fromkeys(run["arm"] for run in record["runs"]):
+            by_lr: dict[float, list[float]] = {}
+            for run in record["runs"]:
+                if run["arm"] == arm:
+                    by_lr.setdefault(run["lr"], []).append(run["top1"])
+            cells[names[arm]] = f"{max(statistics.mean(scores) for scores in by_lr.values()):.1f}"
+        kwargs = "".join(f", {key} {value}" for key, value in asked["model_kwargs"].items())
+        what = f"{asked['model']}{kwargs} (seeds: {asked['seeds']}; lr {', '.join(f'{lr:g}' for lr in asked['lr'])})"
+        rows.append((what, *(cells.get(name, "-") for name in names.values())))
+    return markdown_table(("", *names.values()), rows)
+
+
 def _zoo_arms(file: Path) -> str:
     """What was tried of one family: mean top-1 and that of each seed."""
     found = Measured.read(file)
@@ -344,7 +364,7 @@ GRAFT_VARIANTS = {
 MAKERS = {
     **{"lr_sensitivity": lr_sensitivity, "graft": graft, "knobs": knobs},
     **{"time_to_accuracy": time_to_accuracy, "step_cost": step_cost, "cifar10_resnet18": compare},
-    **{"zoo": zoo, "muon": muon, "finetune": finetune, "staged": staged},
+    **{"zoo": zoo, "zoo_layers": zoo_layers, "muon": muon, "finetune": finetune, "staged": staged},
 }
 
 

@@ -26,6 +26,7 @@ from study.memory import PeakMemory, alive, storage_bytes
 from study.verdict import Measured
 from timm_decor import DecorConfig
 from timm_decor.errors import UserError
+from timm_decor.models import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -156,6 +157,14 @@ def test_a_gain_is_one_where_seeds_differ_less(plain: tuple, decorrelated: tuple
     (tmp_path / "f.json").write_text(json.dumps({"runs": rows}))
     found = Measured.read(tmp_path / "f.json")
     assert found is not None and found.verdict == verdict and found.lr == 0.1
+
+
+def test_families_say_what_was_measured() -> None:
+    """The zoo's page has it from the package, which does not have the results."""
+    for family in FAMILIES:
+        file = ROOT / "benchmarks" / "results" / "zoo" / f"{family.module}.json"
+        found = Measured.read(file) if file.is_file() else None
+        assert family.measured == (found.words if found else "not measured"), family.module
 
 
 def write_images(path: Path, rng: np.random.Generator, count: int) -> None:

@@ -83,7 +83,9 @@ def page(families: Sequence[Family]) -> str:
         "# The zoo\n",
         f"Made by `make zoo` with timm {timm.__version__}. Memory is that of R, of SGD's L on the output side "
         f"and of their statistics, in MiB of float32, by structure (the default is {config.structure}, rank "
-        f"{config.rank}); in brackets, how many layers more than with the default stay plain.\n",
+        f"{config.rank}); in brackets, how many layers more than with the default stay plain. "
+        "Accuracy is a small member's against its plain model's, at plain training's learning rate "
+        "([families.md](families.md)).\n",
         markdown_table(FAMILY_HEADER, list(family_rows(families))),
     ]
     for family in families:
