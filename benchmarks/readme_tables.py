@@ -184,9 +184,7 @@ def compare(path: Path, draw: bool) -> str:
 
 
 def zoo(folder: Path, draw: bool) -> str:
-    """Each family of zoo_study.py: plain and as its twin comes, at plain training's rate; of one file all its arms."""
-    if folder.is_file():
-        return _zoo_arms(folder)
+    """Each family of zoo_study.py: plain and as its twin comes, at plain training's rate."""
     rows = []
     for family in FAMILIES:
         if found := _measured(folder, family):
@@ -217,15 +215,6 @@ def zoo_layers(folder: Path, draw: bool) -> str:
         what = f"{asked['model']}{kwargs} (seeds: {asked['seeds']}; lr {', '.join(f'{lr:g}' for lr in asked['lr'])})"
         rows.append((what, *(cells.get(name, "-") for name in names.values())))
     return markdown_table(("", *names.values()), rows)
-
-
-def _zoo_arms(file: Path) -> str:
-    """What was tried of one family: mean top-1 and that of each seed."""
-    found = Measured.read(file)
-    if found is None:
-        raise UserError(f"{file} has no decorrelated run yet: finish zoo_study.py")
-    rows = [(arm, f"{statistics.mean(scores):.1f}", _seeds(scores)) for arm, scores in found.arms.items()]
-    return markdown_table(("arm", "top-1, %", "each seed"), rows)
 
 
 def _measured(folder: Path, family: str) -> Measured | None:

@@ -32,12 +32,14 @@ _MOST_NAMED = 20  # broken images that are named one by one
 
 @dataclass(frozen=True)
 class Prediction:
-    """Attributes:
-    index: of the image in its source.
-    path: of the image.
-    labels: of the likeliest classes, the likeliest first.
-    names: theirs.
-    probabilities: theirs.
+    """What a model says of one image.
+
+    Attributes:
+        index: of the image in its source.
+        path: of the image.
+        labels: of the likeliest classes, the likeliest first.
+        names: theirs.
+        probabilities: theirs.
     """
 
     index: int

@@ -19,12 +19,14 @@ from timm_decor.training.validation import completed
 
 @dataclass(frozen=True)
 class Opened:
-    """Attributes:
-    model: with its weights.
-    name: its architecture.
-    model_kwargs: further arguments that it was made with.
-    names: of its classes; their numbers where nobody knows names.
-    data_config: timm's: input_size, mean, std, interpolation, crop_pct, crop_mode.
+    """A trained model and what is known of it.
+
+    Attributes:
+        model: with its weights.
+        name: its architecture.
+        model_kwargs: further arguments that it was made with.
+        names: of its classes; their numbers where nobody knows names.
+        data_config: timm's: input_size, mean, std, interpolation, crop_pct, crop_mode.
     """
 
     model: nn.Module
@@ -56,9 +58,7 @@ def open_model(
             raise UserError("--model and --use-ema are for a checkpoint, not for a model's own weights")
         channels = build.input_channels(image)
         model = build.create(weights, create, create.num_classes, channels, pretrained=True)
-        known = build.pretrained_classes(model)
-        if known and create.num_classes not in (None, known):  # timm gave them a new head, of random weights
-            raise UserError(f"the weights of {weights} know {known} classes, not {create.num_classes}")
+        build.refuse_new_head(model, weights, create.num_classes)
         names = [_in_words(name) for name in build.pretrained_names(model)]
     else:
         metadata = CheckpointMetadata.read(checkpoint)
@@ -100,11 +100,10 @@ def _checkpoint(weights: str) -> str | None:
 def _in_words(name: str) -> str:
     """ImageNet's synset as a word; other names as they are."""
     try:
-        return str(_synsets().label_name_to_description(name, detailed=False)).partition(",")[
-            0
-        ]  # the others mean the same
+        words = str(_synsets().label_name_to_description(name, detailed=False))
     except KeyError:
         return name
+    return words.partition(",")[0]  # the others mean the same
 
 
 @functools.cache

@@ -247,9 +247,20 @@ def class_count(model: nn.Module) -> int:
     return cast(int, model.num_classes)
 
 
-def pretrained_classes(model: nn.Module) -> int | None:
-    """The number of classes that a model's pretrained weights know; None where nobody knows."""
-    return cast(Any, model).pretrained_cfg.get("num_classes")  # type: ignore[no-any-return]
+def refuse_new_head(model: nn.Module, name: str, num_classes: int | None) -> None:
+    """Refuse a model that is to be looked at with pretrained weights, and has another head than they have.
+
+    Args:
+        model: made with `num_classes`.
+        name: of the weights.
+        num_classes: that were asked for, or None.
+
+    Raises:
+        UserError: timm gave it a new head, of random weights.
+    """
+    known = cast(Any, model).pretrained_cfg.get("num_classes")
+    if known and num_classes not in (None, known):
+        raise UserError(f"the weights of {name} know {known} classes, not --num-classes {num_classes}")
 
 
 def pretrained_names(model: nn.Module) -> list[str]:

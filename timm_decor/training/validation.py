@@ -152,9 +152,7 @@ def _evaluate(
     if checkpoint:
         build.load_weights(model, checkpoint, options.weights.use_ema)
     else:
-        known = build.pretrained_classes(model)
-        if known and wanted not in (None, known):  # timm gave them a new head, of random weights
-            raise UserError(f"the weights of {name} know {known} classes, not --num-classes {wanted}")
+        build.refuse_new_head(model, name, wanted)
     if ignored:  # not before the weights fit: a refusal stays one line
         say(ignored)
     data_config = build.data_config(options.image, model, channels)
