@@ -73,6 +73,18 @@ TRAIN_ERRORS = [
     ("--clip-grad 0", "argument --clip-grad: must be above 0, not 0"),
     ("--smoothing 2", "argument --smoothing: must be in [0, 1], not 2"),
     ("--batch-size 200", "the training split has 128"),
+    (
+        "--progressive-size 48",
+        "argument --progressive-size: write SIZE:SHARE,SIZE:SHARE, as in 48:0.4,64:0.6, not '48'",
+    ),
+    (
+        "--model vit_tiny_patch16_224 --model-kwargs img_size=32 depth=1 --epochs 2 --progressive-size 16:0.5,32:0.5",
+        "does not take images of (3, 16, 16)",
+    ),
+    (
+        "--decor --compare --compare-epochs 2 --progressive-size 16:0.5,32:0.5",
+        "they need the same --epochs, 1",
+    ),
     ("--mixup 0.5 --batch-size 33", "--batch-size must be even, not 33"),
     ("--aa nonsense", "timm cannot make that transform"),
     ("--num-classes 4", "with 4 classes labels are 0 to 3"),

@@ -21,6 +21,7 @@ from timm_decor.training.data.datasets import open_source
 from timm_decor.training.data.digits import Digits
 from timm_decor.training.data.loaders import eval_loader
 from timm_decor.training.data.parquet import Parquet, ParquetColumns
+from timm_decor.training.data.progressive import Progression
 from timm_decor.training.data.sources import Cached, read, rows_of, split_of
 from timm_decor.training.options import DataOptions
 from timm_decor.training.runtime import make_accelerator
@@ -91,6 +92,49 @@ class TestDigits:
     def test_unknown_split_is_refused(self):
         with pytest.raises(UserError, match="no split 'tset'; near: test"):
             Digits("tset", "L")
+
+
+class TestProgressiveSize:
+    @pytest.mark.parametrize(
+        ("text", "epochs", "expected"),
+        [
+            ("48:0.4,64:0.6", 10, [48] * 4 + [64] * 6),
+            ("16:0.2,24:0.3,32:0.5", 10, [16] * 2 + [24] * 3 + [32] * 5),
+            ("48:0.4,64:0.6", 1, [64]),
+            ("48:0.6,64:0.4", 1, [48]),
+            ("16:0.1,24:0.1,32:0.8", 3, [24, 32, 32]),  # shares that come to no epoch are passed over
+            (None, 3, [32] * 3),
+        ],
+    )
+    def test_sizes_by_epoch(self, text: str | None, epochs: int, expected: list[int]):
+        progression = Progression.of(text, (3, 32, 32), epochs)
+        assert [progression.input_size(epoch) for epoch in range(epochs)] == [(3, size, size) for size in expected]
+        assert progression.input_size(epochs + 5)[-1] == expected[-1], "a cool-down has the last size"
+        assert [progression.work(e) for e in range(epochs)] == [(size / max(expected)) ** 2 for size in expected]
+
+    def test_batches_have_them_whatever_the_workers(self):
+        words = ["--progressive-size", "16:0.5,24:0.5", "--epochs", "2", "--color-jitter", "0.4"]
+        for workers in (0, 1):
+            loader = training_batches(options(*words, "-j", workers), CONFIG)
+            for epoch, size in enumerate((16, 24)):  # a worker outlives its epoch
+                loader.set_epoch(epoch)
+                loader.dataset.set_epoch(epoch)
+                seen = [(images.clone(), labels.clone()) for images, labels in loader]
+                assert {tuple(images.shape[1:]) for images, _ in seen} == {(3, size, size)}
+                assert equal(batches(*words, epoch=epoch), seen)
+
+    def test_other_forms_are_refused(self):
+        for text, expected in {
+            "48": "write SIZE:SHARE",
+            "48:0.4,64": "write SIZE:SHARE",
+            "48:0.4,64:0.5": "add up to 0.9, not 1",
+            "0:0.4,64:0.6": "a size is 1 or more",
+            "48:-1,64:2": "a share of the epochs above 0",
+        }.items():
+            with pytest.raises(UserError, match=expected):
+                options("--progressive-size", text)
+        with pytest.raises(UserError, match="32 x 48 pixels"):
+            Progression.of("16:1", (3, 32, 48), 3)
 
 
 class TestSplits:

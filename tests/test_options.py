@@ -15,11 +15,21 @@ from timm_decor.errors import UserError
 from timm_decor.knobs import dest
 from timm_decor.training.args import export_parser, predict_parser, train_parser, validate_parser
 from timm_decor.training.options import ExportOptions, Options, PredictOptions, TrainOptions, ValidateOptions
-from timm_decor.training.parser import KeyValues, amount, count, index, positive, seed, share
+from timm_decor.training.parser import KeyValues, amount, count, index, positive, seed, share, sizes
 
 OF_THE_DOOR = {"help", "config"}  # they are done with before there are options
 OF_THE_LAUNCHER = {"grad_accum_steps"}  # None until `follow_launcher` has been asked
-TYPES = {None: str, float: float, amount: float, positive: float, share: float, count: int, index: int, seed: int}
+TYPES = {
+    None: str,
+    float: float,
+    amount: float,
+    positive: float,
+    share: float,
+    count: int,
+    index: int,
+    seed: int,
+    sizes: str,
+}
 PARSERS = pytest.mark.parametrize(
     "parser,options",
     [

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -99,10 +100,14 @@ class Arm:
     epochs: int
     failure: str | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
+    works: Sequence[float] = (1,) * 9
 
     @property
     def epoch(self) -> int:
         return len(self.history)
+
+    def work(self, epoch: int) -> float:
+        return self.works[epoch]
 
 
 class TestTimeLeft:
@@ -147,6 +152,17 @@ class TestTimeLeft:
     def test_an_arm_of_a_resumed_comparison_that_waits(self):
         mine, twin = Arm("a", 2), Arm("b", 2, history=[{"epoch_seconds": 30}])
         assert TimeLeft([mine, twin]).seconds(mine, pace=100, share=0.5, rest=0.5) == 50 + 100 + 30
+
+    def test_smaller_images_cost_less(self):
+        mine, twin = (Arm(name, 3, works=(0.25, 0.25, 1)) for name in "ab")
+        left = TimeLeft([mine, twin])
+        assert left.seconds(mine, pace=10, share=0.5, rest=0.5) == 5 + 50 + 60
+        left.seconds(mine, pace=10, share=1, rest=0)
+        left.end_epoch(mine, 12)
+        mine.history.append({"epoch_seconds": 10})
+        assert left.seconds(twin, pace=20, share=0.5, rest=0.5) == 10 + 20 + 80 + (50 + 2 * 2)
+        resumed = Arm("a", 3, works=(0.25, 0.25, 1), history=[{"epoch_seconds": 10}])
+        assert TimeLeft([twin, resumed]).seconds(twin, pace=20, share=1, rest=0) == 20 + 80 + 50
 
     def test_a_run_asks_it_of_both(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         asked, ended, seconds, end = [], [], TimeLeft.seconds, TimeLeft.end_epoch

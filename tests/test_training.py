@@ -209,6 +209,19 @@ class TestResume:
 
 
 class TestRunFolders:
+    def test_sizes_go_on_where_they_were(self, tmp_path: Path, capsys: pytest.CaptureFixture):
+        words = [*DECOR, "--progressive-size", "16:0.67,32:0.33", "--epochs", 3]
+        whole = train(tmp_path / "whole", *words)
+        assert "training images: 16 px, 32 px from epoch 3 on" in capsys.readouterr().out
+        parts = tmp_path / "parts"
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt_after(patch, 2)
+            with pytest.raises(KeyboardInterrupt):
+                train(parts, *words)
+        train(parts, "--resume", parts, base=[])
+        assert untimed(history(parts)) == untimed(history(whole))
+        assert same(weights(parts), weights(whole))
+
     @pytest.mark.parametrize("file", ["resume.pt", "summary.csv", "plain/resume.pt", "decorrelated/summary.csv"])
     def test_a_second_run_into_one_is_refused(self, file: str, tmp_path: Path):
         run = tmp_path / "run"

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from timm_decor.training import build
 from timm_decor.training.data.datasets import open_source
 from timm_decor.training.data.loaders import train_loader
+from timm_decor.training.data.progressive import Progression
 from timm_decor.training.options import TrainOptions
 from timm_decor.training.run import main, parse
 from timm_decor.training.runtime import follow_launcher, make_accelerator
@@ -52,7 +53,8 @@ def training_batches(given: TrainOptions, config: dict[str, Any]) -> DataLoader[
     reset_accelerate()
     source = open_source(given.data, given.split.train_split, "RGB")
     accelerator = make_accelerator("cpu", False, "float16")
-    return train_loader(given.loader, given.augment, given.label, source, config, 10, given.seed, accelerator)
+    sizes = Progression.of(given.augment.progressive_size, config["input_size"], given.schedule.epochs)
+    return train_loader(given.loader, given.augment, given.label, source, config, sizes, 10, given.seed, accelerator)
 
 
 def train(folder: Path, *words: Any, base: list[str] = TINY) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 from timm_decor import knobs
 from timm_decor.config import DecorConfig
 from timm_decor.errors import UserError
-from timm_decor.training.parser import KeyValues, Names, Parser, amount, count, index, positive, seed, share
+from timm_decor.training.parser import KeyValues, Names, Parser, amount, count, index, positive, seed, share, sizes
 
 _SWITCH = argparse.BooleanOptionalAction
 _SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "constant", "none")
@@ -288,6 +288,12 @@ def _add_augmentation_arguments(parser: Parser) -> None:
     group.add_argument("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="what shares a mix")
     group.add_argument("--mixup-off-epoch", type=index, default=0, metavar="N", help="stop mixing there, if above 0")
     group.add_argument("--train-interpolation", default="random", help="random, bilinear or bicubic")
+    group.add_argument(
+        "--progressive-size",
+        type=sizes,
+        metavar="SIZES",
+        help="training images by shares of the epochs, smaller ones first, as 48:0.4,64:0.6",
+    )
     group.add_argument("--smoothing", type=share, default=0.1, help="label smoothing")
     group.add_argument("--bce-loss", action=_SWITCH, default=False, help="binary cross-entropy")
     group.add_argument("--bce-target-thresh", type=share, help="threshold for softened targets of --bce-loss")

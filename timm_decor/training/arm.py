@@ -164,6 +164,10 @@ class Arm:
         """Batches of this process."""
         return len(self._train_loader)
 
+    def work(self, epoch: int) -> float:
+        """What an epoch costs, in relation to the others: the pixels of its images decide."""
+        return self._train_loader.dataset.work(epoch)  # type: ignore[attr-defined,no-any-return]
+
     @property
     def best(self) -> Row | None:
         """The row with the best --eval-metric, of the averaged weights where there are any; the first of equals."""

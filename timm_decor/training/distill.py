@@ -6,6 +6,7 @@ timm has classes for this (`timm.task`) since 1.0.24, but they own student and l
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import timm
@@ -57,8 +58,17 @@ class Distillation(nn.Module):
         theirs = _seen_by(teacher, options.kd_pretrained_path, data_config)
         factor, offset = _renormalisation(data_config, theirs)
         self._factor, self._offset = factor.to(accelerator.device), offset.to(accelerator.device)
-        size, device = data_config["input_size"], accelerator.device
-        build.check_images(self.teacher, size, device, accelerator.autocast, "--kd-model-name: it")
+        self._device = accelerator.device
+        self.check_images([data_config["input_size"]])
+
+    def check_images(self, sizes: Iterable[Sequence[int]]) -> None:
+        """Refuse a teacher that does not take images of one of these sizes (C, H, W).
+
+        Raises:
+            UserError: see above.
+        """
+        for size in sizes:
+            build.check_images(self.teacher, size, self._device, self._autocast, "--kd-model-name: it")
 
     def forward(self, task_loss: Tensor, output: Tensor | tuple[Tensor, ...], images: Tensor) -> Tensor:
         """The whole loss.

@@ -101,6 +101,7 @@ class AugmentOptions(Options):
     remode: str
     recount: int
     train_interpolation: str
+    progressive_size: str | None
 
 
 @dataclass(frozen=True)

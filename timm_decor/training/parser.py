@@ -186,6 +186,36 @@ def share(text: str) -> float:
     return value
 
 
+def sizes_and_shares(text: str) -> list[tuple[int, float]]:
+    """`48:0.4,64:0.6` as [(48, 0.4), (64, 0.6)].
+
+    Raises:
+        ValueError: it is written otherwise, or the shares do not add up to 1.
+    """
+    found = []
+    for part in text.split(","):
+        size, _, share = part.partition(":")
+        try:
+            found.append((int(size), float(share)))
+        except ValueError:
+            raise ValueError(f"write SIZE:SHARE,SIZE:SHARE, as in 48:0.4,64:0.6, not {text!r}") from None
+        if found[-1][0] < 1 or not 0 < found[-1][1] <= 1:
+            raise ValueError(f"{part!r}: a size is 1 or more, a share of the epochs above 0 and at most 1")
+    total = sum(share for _, share in found)
+    if abs(total - 1) > 1e-6:
+        raise ValueError(f"the shares of {text!r} add up to {total:g}, not 1")
+    return found
+
+
+def sizes(text: str) -> str:
+    """Image sizes by shares of the epochs: the text itself, if `sizes_and_shares` reads it."""
+    try:
+        sizes_and_shares(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def _at_least(value: int, least: int) -> int:
     if value < least:
         raise argparse.ArgumentTypeError(f"must be {least} or more, not {value}")

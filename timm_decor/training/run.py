@@ -26,6 +26,7 @@ from timm_decor.training.arm import Arm
 from timm_decor.training.data.datasets import open_splits
 from timm_decor.training.data.loaders import eval_loader, train_loader
 from timm_decor.training.data.names import check_labels
+from timm_decor.training.data.progressive import Progression
 from timm_decor.training.distill import make_distillation
 from timm_decor.training.keeping import resume
 from timm_decor.training.keeping.checkpoints import Keeper
@@ -161,6 +162,7 @@ class _Made:
         model: with the weights that training begins with.
         base: the Hub's name of those weights, where it has them.
         data_config: timm's: input_size, mean, std, interpolation, crop_pct, crop_mode.
+        progression: the training images' size in each epoch.
         class_names: the data's, by label; empty where they have none.
         loaders: of training and of evaluation.
         images: in each of them.
@@ -170,6 +172,7 @@ class _Made:
     model: nn.Module
     base: str | None
     data_config: dict[str, Any]
+    progression: Progression
     class_names: list[str]
     loaders: tuple[DataLoader[Any], DataLoader[Any]]
     images: tuple[int, int]
@@ -194,18 +197,41 @@ def _make(options: TrainOptions, accelerator: Accelerator) -> _Made:
     if options.evaluation.eval_metric == "top5" and classes <= 5:
         raise UserError(f"--eval-metric top5 means nothing with {classes} classes")
     data_config = build.data_config(options.image, model, channels)
-    build.check_images(model, data_config["input_size"], torch.device("cpu"), contextlib.nullcontext, options.model)
+    progression = _progression(options, data_config["input_size"])
+    for input_size in dict.fromkeys((tuple(data_config["input_size"]), *progression.input_sizes)):
+        build.check_images(model, input_size, torch.device("cpu"), contextlib.nullcontext, options.model)
     loader, size = options.loader, options.evaluation.validation_batch_size
     loaders = (
-        train_loader(loader, options.augment, options.label, train_source, data_config, classes, seed, accelerator),
+        train_loader(
+            loader, options.augment, options.label, train_source, data_config, progression, classes, seed, accelerator
+        ),
         eval_loader(
             replace(loader, batch_size=size or loader.batch_size), eval_source, data_config, classes, seed, accelerator
         ),
     )
     channels_last = options.device.channels_last
     distillation = make_distillation(options.distill, model, options.model, data_config, accelerator, channels_last)
+    if distillation is not None:
+        distillation.check_images(progression.input_sizes)
     images = len(train_source), len(eval_source)
-    return _Made(model, base, data_config, train_source.class_names, loaders, images, distillation)
+    return _Made(model, base, data_config, progression, train_source.class_names, loaders, images, distillation)
+
+
+def _progression(options: TrainOptions, input_size: Sequence[int]) -> Progression:
+    """The training images' size in each epoch.
+
+    Raises:
+        UserError: the twin of a comparison has other epochs, and would see other images in them.
+    """
+    text, epochs = options.augment.progressive_size, options.compare.compare_epochs
+    if text is None or options.search.find_lr:  # a rate is wanted that the largest images can take
+        return Progression.of(None, input_size, 0)
+    if epochs not in (None, options.schedule.epochs):
+        raise UserError(
+            f"--progressive-size with --compare-epochs {epochs}: the twins see the same images, "
+            f"so they need the same --epochs, {options.schedule.epochs}"
+        )
+    return Progression.of(text, input_size, options.schedule.epochs)
 
 
 def _make_arms(options: TrainOptions, made: _Made, accelerator: Accelerator, decorrelated: bool) -> list[Arm]:
@@ -250,6 +276,8 @@ def _announce(options: TrainOptions, made: _Made, arms: list[Arm]) -> None:
             f"{accelerator.device.type}"
         )
     )
+    if len(made.progression.stages) > 1:
+        accelerator.print(wrapped(f"training images: {made.progression}"))
     for arm in arms:
         if arm.handle:
             accelerator.print("\n".join(_conversion_lines(arm.model.decor_report)))  # type: ignore[arg-type]

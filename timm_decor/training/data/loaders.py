@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,10 +23,24 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from timm_decor.errors import UserError, first_line
+from timm_decor.training.data.progressive import Progression
 from timm_decor.training.data.sources import Source, read
 from timm_decor.training.keeping.stopping import spare_worker
 from timm_decor.training.options import AugmentOptions, LabelOptions, LoaderOptions
 from timm_decor.training.runtime import available_cpus, mixed_seed, seed_everything
+
+Transform = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class BySize:
+    """The transform of an epoch, by the size of its images."""
+
+    transforms: Mapping[tuple[int, int, int], Transform]
+    progression: Progression
+
+    def __call__(self, epoch: int) -> Transform:
+        return self.transforms[self.progression.input_size(epoch)]
 
 
 class Batches(Dataset[Any]):
@@ -32,7 +48,7 @@ class Batches(Dataset[Any]):
 
     Args:
         source: labelled images.
-        transform: PIL image to a uint8 tensor (or array) of shape (C, H, W).
+        transforms: of an epoch's size: PIL image to a uint8 tensor (or array) of shape (C, H, W).
         mean: per channel, of pixel values in [0, 1].
         std: the same.
         num_classes: labels at or above it are refused.
@@ -45,7 +61,7 @@ class Batches(Dataset[Any]):
     def __init__(
         self,
         source: Source,
-        transform: Callable[[Any], Any],
+        transforms: BySize,
         mean: tuple[float, ...],
         std: tuple[float, ...],
         num_classes: int,
@@ -55,7 +71,7 @@ class Batches(Dataset[Any]):
         mixup_off_epoch: int = 0,
     ) -> None:
         self.source = source
-        self._transform = transform
+        self._transforms = transforms
         self._mean = 255 * torch.tensor(mean).view(1, -1, 1, 1)
         self._std = 255 * torch.tensor(std).view(1, -1, 1, 1)
         self._num_classes = num_classes
@@ -69,6 +85,10 @@ class Batches(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.source)
 
+    def work(self, epoch: int) -> float:
+        """See `Progression.work`."""
+        return self._transforms.progression.work(epoch)
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose random numbers the next batches use."""
         self._epoch.fill_(epoch)
@@ -76,7 +96,8 @@ class Batches(Dataset[Any]):
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         epoch = int(self._epoch)
         with _random_numbers_of(mixed_seed(self._seed, epoch, indices[0])):
-            samples = [self._sample(index) for index in indices]
+            transform = self._transforms(epoch)
+            samples = [self._sample(index, transform) for index in indices]
             images = torch.stack([torch.as_tensor(image) for image, _ in samples]).float()
             images.sub_(self._mean).div_(self._std)
             labels = torch.tensor([label for _, label in samples])
@@ -87,13 +108,13 @@ class Batches(Dataset[Any]):
                 images, labels = self._mixup(images, labels)
         return images, labels
 
-    def _sample(self, index: int) -> tuple[Any, int]:
+    def _sample(self, index: int, transform: Transform) -> tuple[Any, int]:
         image, label = read(self.source, index)
         if label >= self._num_classes:
             raise UserError(
                 f"image {self.source.where(index)} has label {label}, but the model has {self._num_classes} classes"
             )
-        return self._transform(image), label
+        return transform(image), label
 
 
 @contextlib.contextmanager
@@ -125,6 +146,7 @@ def train_loader(
     label: LabelOptions,
     source: Source,
     data_config: dict[str, Any],
+    progression: Progression,
     num_classes: int,
     seed: int,
     accelerator: Accelerator,
@@ -136,7 +158,8 @@ def train_loader(
         augment: what happens to an image.
         label: what makes labels soft.
         source: the training images.
-        data_config: timm's: input_size, mean, std, interpolation.
+        data_config: timm's: mean, std, interpolation, crop_pct.
+        progression: the images' size in each epoch.
         num_classes: of the model.
         seed: of the order and of every other random choice.
         accelerator: shards the batches over its processes and moves them to its device.
@@ -148,26 +171,27 @@ def train_loader(
     if len(source) < wanted:
         raise UserError(f"--batch-size {options.batch_size} on {accelerator.num_processes} process(es) takes {wanted} "
                         f"images a step; the training split has {len(source)}")  # fmt: skip
+    transform = partial(
+        _transform,
+        is_training=True,
+        no_aug=augment.no_aug,
+        train_crop_mode=augment.train_crop_mode,
+        scale=augment.scale,
+        ratio=augment.ratio,
+        hflip=augment.hflip,
+        vflip=augment.vflip,
+        color_jitter=augment.color_jitter or None,
+        color_jitter_prob=augment.color_jitter_prob,
+        grayscale_prob=augment.grayscale_prob or 0.0,
+        gaussian_blur_prob=augment.gaussian_blur_prob or 0.0,
+        auto_augment=augment.aa,
+        interpolation=data_config["interpolation"] if augment.no_aug else augment.train_interpolation,
+        mean=data_config["mean"],
+        crop_pct=data_config["crop_pct"],
+    )
     dataset = Batches(
         source,
-        _transform(
-            input_size=data_config["input_size"],
-            is_training=True,
-            no_aug=augment.no_aug,
-            train_crop_mode=augment.train_crop_mode,
-            scale=augment.scale,
-            ratio=augment.ratio,
-            hflip=augment.hflip,
-            vflip=augment.vflip,
-            color_jitter=augment.color_jitter or None,
-            color_jitter_prob=augment.color_jitter_prob,
-            grayscale_prob=augment.grayscale_prob or 0.0,
-            gaussian_blur_prob=augment.gaussian_blur_prob or 0.0,
-            auto_augment=augment.aa,
-            interpolation=data_config["interpolation"] if augment.no_aug else augment.train_interpolation,
-            mean=data_config["mean"],
-            crop_pct=data_config["crop_pct"],
-        ),
+        BySize({size: transform(input_size=size) for size in progression.input_sizes}, progression),
         data_config["mean"],
         data_config["std"],
         num_classes,
@@ -189,14 +213,16 @@ def eval_loader(
     accelerator: Accelerator,
 ) -> DataLoader[Any]:
     """Every image of an evaluation split once, in order; arguments as for `train_loader`."""
+    size = data_config["input_size"]
     transform = _transform(
-        input_size=data_config["input_size"],
+        input_size=size,
         interpolation=data_config["interpolation"],
         mean=data_config["mean"],
         crop_pct=data_config["crop_pct"],
         crop_mode=data_config["crop_mode"],
     )
-    dataset = Batches(source, transform, data_config["mean"], data_config["std"], num_classes, seed)
+    transforms = BySize({size: transform}, Progression.of(None, size, 0))
+    dataset = Batches(source, transforms, data_config["mean"], data_config["std"], num_classes, seed)
     return _loader(dataset, options, accelerator, shuffle=False)
 
 
@@ -223,10 +249,10 @@ def _erasing(augment: AugmentOptions) -> RandomErasing | None:
     return RandomErasing(augment.reprob, mode=augment.remode, max_count=augment.recount, device="cpu")
 
 
-def _transform(**kwargs: Any) -> Callable[[Any], Any]:
+def _transform(**kwargs: Any) -> Transform:
     try:
         # use_prefetcher: leave out conversion to float and normalisation, which are cheaper on the whole batch
-        transform: Callable[[Any], Any] = create_transform(use_prefetcher=True, **kwargs)
+        transform: Transform = create_transform(use_prefetcher=True, **kwargs)
     except (AssertionError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"timm cannot make that transform: {first_line(error)}") from error
     return transform
