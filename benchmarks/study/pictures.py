@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from study.curve import AT_PLAIN_RATE, DECORRELATED, Curve
 from study.presets import OPTIMIZERS
 from study.protocol import Row
 from study.sensitivity import Curves, plain_best
@@ -100,6 +101,41 @@ def lr_sensitivity_picture(curves: Curves, path: Path) -> None:
             axis.legend(frameon=False, loc="lower left", fontsize=9)
         axes[0, 0].set_ylabel("held-out top-1 (%)")
         _save(figure, path, lr_sensitivity_data(curves))
+
+
+def budget_curve_data(curves: Sequence[Curve], costs: Mapping[tuple[str, str], float]) -> Any:
+    """All that its picture shows."""
+    return [[each.name, each.scores, costs[each.opt, each.role]] for each in curves]
+
+
+def budget_curve_picture(curves: Sequence[Curve], costs: Mapping[tuple[str, str], float], path: Path) -> None:
+    """Accuracy over the budget, in epochs and in seconds of plain SGD's; a panel an optimizer, the rival in each."""
+    opts = list(dict.fromkeys(each.opt for each in curves if each.role != PLAIN))
+    title = "Test accuracy over the budget, each with a schedule of its own length"
+    with _figure(2, len(opts), (4.6 * len(opts) + 0.4, 7.4), title, sharey=True) as (figure, axes):
+        for column, opt in enumerate(opts):
+            mine = [each for each in curves if each.opt == opt or each.opt not in opts]
+            for line, (axis, unit) in enumerate(zip(axes[:, column], ("epochs", "seconds"), strict=True)):
+                for each in mine:
+                    kind = (
+                        "rival" if each.opt not in opts else "decorrelated" if each.role == AT_PLAIN_RATE else each.role
+                    )
+                    style = OTHERS[0] if each.role == DECORRELATED else STYLES[kind]
+                    cost = costs[each.opt, each.role] / costs[opt, PLAIN] if unit == "seconds" else 1.0
+                    xs = [epochs * cost for epochs in each.scores]
+                    axis.plot(xs, list(each.means.values()), label=each.name, linewidth=1.8, markersize=5, **style)
+                    for x, values in zip(xs, each.scores.values(), strict=True):
+                        axis.plot([x] * len(values), values, ".", color=style["color"], markersize=4, alpha=0.6)
+                axis.set_xscale("log", base=2)
+                budgets = sorted({epochs for each in mine for epochs in each.scores})
+                axis.set_xticks(budgets, [f"{epochs:g}" for epochs in budgets])
+                axis.set_xlabel("epochs" if unit == "epochs" else f"seconds, in those of an epoch of plain {opt}")
+                if line == 0:
+                    axis.set_title(opt)
+                    axis.legend(frameon=False, loc="lower right", fontsize=9)
+        for axis in axes[:, 0]:
+            axis.set_ylabel("test top-1 (%)")
+        _save(figure, path, budget_curve_data(curves, costs))
 
 
 def _styles(rows: Sequence[Row]) -> list[dict[str, Any]]:

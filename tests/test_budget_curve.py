@@ -1,0 +1,105 @@
+"""budget_curve: what is read off the curves, and the script from end to end on generated images."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import budget_curve
+import pytest
+import time_to_accuracy
+
+from study import curve, presets
+from study.results import Results
+from study.training import PLAIN, Record, Spec
+from timm_decor.errors import UserError
+
+PER_EPOCH = 10
+RATES = {
+    ("sgd", "plain"): {2.0: 0.2, 8.0: 0.1},
+    ("sgd", "decorrelated"): {2.0: 0.8, 8.0: 0.1},
+    ("muon", "plain"): {2.0: 0.05, 8.0: 0.05},
+}
+
+
+def record(opt: str, arm: str, lr: float, epochs: float, top1: float, seed: int = 0) -> Record:
+    spec = Spec(opt, arm, None, lr, 0.0, seed, round(epochs * PER_EPOCH))
+    return Record(spec, PER_EPOCH, "g", "test", top1=[top1])
+
+
+def test_a_budget_takes_the_rate_tuned_nearest_to_it() -> None:
+    assert [curve.rate_for({2: 0.2, 8: 0.1}, epochs) for epochs in (1, 2, 4, 8, 16)] == [0.2, 0.2, 0.1, 0.1, 0.1]
+
+
+def test_curves_by_role() -> None:
+    """At plain's rate and at its own are the same runs where the rates are."""
+    runs = [record("sgd", "plain", lr, epochs, 60 + epochs) for lr, epochs in ((0.2, 2), (0.1, 4), (0.1, 8))]
+    runs += [record("sgd", "decorrelated", 0.2, 2, 70), record("sgd", "decorrelated", 0.8, 2, 71)]
+    runs += [record("sgd", "decorrelated", 0.1, 8, 75), record("muon", "plain", 0.05, 2, 72)]
+    runs += [record("sgd", "plain", 0.9, 2, 99)]  # a rate that was not chosen
+    found = {each.name: each for each in curve.curves(runs, RATES, PER_EPOCH, 1, "muon", (2, 4, 8))}
+    assert {name: each.means for name, each in found.items()} == {
+        "sgd, plain": {2: 62, 4: 64, 8: 68},
+        "sgd, at plain's rate": {2: 70, 8: 75},
+        "sgd, decorrelated": {2: 71, 8: 75},
+        "muon, plain": {2: 72},
+    }
+    assert not curve.curves(runs, RATES, PER_EPOCH, 2, "muon", (2, 4, 8)), "no point has two seeds"
+
+
+def test_a_level_is_found_between_two_budgets() -> None:
+    mine = curve.Curve("sgd", "decorrelated", {}, {1: (60,), 2: (70, 72), 4: (75,)})
+    assert mine.budget_to(71) == 2
+    assert mine.budget_to(65.5) == pytest.approx(2**0.5)
+    assert mine.budget_to(73) == pytest.approx(2**1.5)
+    assert mine.budget_to(59) is None and mine.budget_to(76) is None, "outside of what was trained"
+
+
+def test_speedups() -> None:
+    plain = curve.Curve("sgd", PLAIN, {}, {1: (50,), 2: (60,), 4: (70,), 8: (80,)})
+    mine = curve.Curve("sgd", "decorrelated", {}, {1: (60,), 2: (70,), 4: (75,)})
+    found = curve.speedups(mine, plain, cost=1.25)
+    assert [(each.epochs, each.steps, each.seconds, each.gain) for each in found] == [
+        (1, None, None, 10),
+        (2, 2, 1.6, 10),
+        (4, 2, 1.6, 5),
+        (8, None, None, None),
+    ]
+
+
+def test_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    small = dataclasses.replace(presets.PRESETS["smoke"], train_images=64, rival="muon", seeds=1, turn=1)
+    monkeypatch.setitem(presets.PRESETS, "smoke", small)
+    monkeypatch.setattr(budget_curve, "EPOCHS", (1.0, 2.0))
+    monkeypatch.setattr(budget_curve, "SEEDS", 1)
+    sgd = dataclasses.replace(presets.OPTIMIZERS["sgd"], lrs=(0.02, 0.1, 0.5))
+    monkeypatch.setitem(presets.OPTIMIZERS, "sgd", sgd)
+    short, tuned, out = tmp_path / "short_tune.json", tmp_path / "tune.json", tmp_path / "curve.json"
+    words = ["--preset", "smoke", "--opt", "sgd"]
+    time_to_accuracy.main(["tune", *words, "--json", str(short)])
+    time_to_accuracy.main(["report", *words, "--json", str(tmp_path / "short.json"), "--tune-json", str(short)])
+    files = ["--json", str(out), "--tune-json", str(tuned), "--short-json", str(short)]
+
+    def run(stage: str, *more: Any) -> None:
+        budget_curve.main([stage, *words, *files, *map(str, more)])
+
+    with pytest.raises(UserError, match="cannot read results from"):
+        run("report")
+    run("tune")
+    assert {r.measured_on for r in Results.read(tuned).records} == {"held-out"}
+    with pytest.raises(UserError, match="budgets are 1, 2 epochs, not 3"):
+        run("report", "--epochs", 3)
+    run("report", "--seeds", 0)
+    records = Results.read(out).records
+    assert {r.measured_on for r in records} == {"test"}
+    assert {(r.spec.arm, r.spec.steps) for r in records} == {(a, s) for a in ("plain", "decorrelated") for s in (2, 4)}
+    before = out.read_text(encoding="utf-8")
+    capsys.readouterr()
+    run("report", "--seeds", 0)
+    assert out.read_text(encoding="utf-8") == before and capsys.readouterr().err == "", "a rerun trains nothing"
+    assert str(tmp_path) not in before and json.loads(before)["sessions"]
+    run("table")
+    shown = capsys.readouterr().out
+    assert "sgd, plain" in shown and "sgd, at plain's rate" in shown and out.with_suffix(".png").stat().st_size > 10_000
