@@ -12,8 +12,6 @@ are in the result file, and are not made again.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -23,9 +21,9 @@ import numpy as np
 
 from study.protocol import best_rate
 from study.rows import Rows
-from timm_decor.errors import UserError, exit_code
+from study.script import ROOT, run_train
+from timm_decor.errors import exit_code
 
-ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = ROOT / "hub" / "staged" / "resnet18.dbp_tin_r64" / "model.safetensors"
 LRS = {"nesterov": (0.025, 0.05, 0.1, 0.2, 0.4), "adamw": (5e-4, 1e-3, 2e-3, 4e-3)}
 DECAYS = {"nesterov": 5e-4, "adamw": 0.05}
@@ -51,17 +49,12 @@ def hold_out(folder: Path, to: Path, share: float = 0.25) -> None:
 def train(args: argparse.Namespace, data: Path, key: dict[str, Any]) -> dict[str, Any]:
     """One run of train.py; its final row."""
     with tempfile.TemporaryDirectory() as out:
-        words = [sys.executable, str(ROOT / "train.py"), "-c", str(args.recipe), "--data-dir", str(data)]
+        words = ["-c", str(args.recipe), "--data-dir", str(data)]
         words += ["--model", "decor_resnet18" if key["arm"] == "decorrelated" else "resnet18"]
         words += ["--no-pretrained", "--pretrained-path", str(args.pretrained_path)]
         words += ["--opt", key["opt"], "--lr", str(key["lr"]), "--device", args.device]
         words += ["--weight-decay", str(DECAYS[key["opt"]]), "--seed", str(key["seed"]), "--val-interval", "1000"]
-        words += ["--output", out, "--experiment", "run", *args.words]
-        done = subprocess.run(words, capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"train.py: {done.stderr.strip().splitlines()[-1]}")
-        result = json.loads((Path(out) / "run" / "results.json").read_text(encoding="utf-8"))
-    final = result["final"]
+        final = run_train([*words, *args.words], Path(out) / "run")["final"]
     return {**key, "top1": final["eval_top1"], "train_loss": final["train_loss"], "seconds": round(final["seconds"], 1)}
 
 
