@@ -107,7 +107,7 @@ VARIANTS = {
     "decay x2": Variant(decay=2),
     "decay x4": Variant(decay=4),
     "decay x10": Variant(decay=10),
-    "nesterov": Variant(opt="nesterov"),
+    "without nesterov": Variant(opt="momentum"),  # timm's sgd is nesterov
     "momentum 0.95": Variant(kwargs={"momentum": 0.95}, lr=0.5),
     "momentum 0.8": Variant(kwargs={"momentum": 0.8}, lr=2),
     "damping 1": Variant({"damping": 1.0}),

@@ -122,7 +122,7 @@ def test_zoo_study(tmp_path: Path) -> None:
 
 STUDIES = {
     "muon": [
-        *("--epochs", "4", "--plain", "muon:0.05", "--variant", "base", "decay x2+nesterov"),
+        *("--epochs", "4", "--plain", "muon:0.05", "--variant", "base", "decay x2+without nesterov"),
         *("damping to 8", "until half", "whitened stem"),
     ],
     "knob": ["--opt", "sgd", "--epochs", "1", "--knob", "default", "damping=8.0", "sample=1.0,rank=4"],
