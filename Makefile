@@ -6,7 +6,7 @@ STAMP := $(VENV)/installed
 CODE := timm_decor hub tests benchmarks timm_decor_door.py train.py validate.py
 
 .DEFAULT_GOAL := help
-.PHONY: demo test chaos test-lowest timm-tests zoo bench-cpu readme dist lint format clean help
+.PHONY: demo test chaos test-lowest timm-tests zoo bench-cpu bench-gpu readme dist lint format clean help
 
 demo: $(STAMP) ## train decor_resnet18 beside resnet18 on handwritten digits; print who won
 	$(PY) train.py -c recipes/digits_resnet18.yaml --compare --output output/demo
@@ -34,6 +34,12 @@ bench-cpu: $(STAMP) ## time to accuracy on two CPU cores (40 minutes), beside th
 	rm -f output/bench_cpu.json
 	$(PY) benchmarks/time_to_accuracy.py report --preset cpu --data-dir $(DATA) --json output/bench_cpu.json \
 	  --tune-json $(STUDY)/cpu_cifar10_tune.json --compare $(STUDY)/cpu_cifar10.json $(BENCH)
+
+# On a machine with a GPU; each FOLDER with train*.parquet and test*.parquet.
+CIFAR10 ?= ../shared/data/cifar10
+IMAGENETTE ?= ../shared/data/imagenette128
+bench-gpu: $(STAMP) ## all GPU tables (25 minutes of an H100; the same command goes on where they end): CIFAR10=FOLDER IMAGENETTE=FOLDER
+	$(PY) benchmarks/gpu.py --cifar10 $(CIFAR10) --imagenette $(IMAGENETTE) $(BENCH)
 
 readme: $(STAMP) ## fill in the benchmark tables of README and docs and draw their pictures, from benchmarks/results
 	$(PY) benchmarks/readme_tables.py

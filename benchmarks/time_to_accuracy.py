@@ -83,6 +83,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, help="the stage's result file (default: by preset and data set)")
     parser.add_argument("--tune-json", type=Path, help="report: tune's file (default: by preset and data set)")
     parser.add_argument("--compare", type=Path, metavar="JSON", help="report: print the table beside this file's")
+    parser.add_argument(
+        "--grid",
+        type=int,
+        metavar="N",
+        help="tune: learning rates to begin with, of those of presets.py (default: all)",
+    )
     parser.add_argument("--device", help="default: cuda for the gpu preset, else cpu")
     group = parser.add_argument_group("in place of the preset's values (see study/presets.py)")
     for name, kind in (("model", str), ("stem", str), ("epochs", float), ("seeds", int), ("batch_size", int)):
@@ -121,7 +127,7 @@ def main(argv: list[str]) -> None:
     bench = open_bench(make_preset(args), args.preset, args.stage, args.data_dir, args.json, args.device or "")
     committed = read_table(args.compare) if args.compare else []
     if args.stage == "tune":
-        tune(bench, args.opt, arms)
+        tune(bench, args.opt, arms, args.grid)
         print(tune_table(bench.results))
         return
     tuned_path = args.tune_json or RESULTS / f"{args.preset}_{bench.results.settings['data']}_tune.json"

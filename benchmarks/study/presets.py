@@ -88,7 +88,7 @@ class Preset:
 
 
 PRESETS = {
-    "gpu": Preset("resnet18", "small", 10, 128, None, 5000, 4, seeds=3, amp=True, turn=40, threads=None, workers=1),
+    "gpu": Preset("resnet18", "small", 5, 128, None, 5000, 4, seeds=2, amp=True, turn=40, threads=None, workers=4),
     "cpu": Preset("small_resnet", "timm", 2, 128, 40_000, 10_000, 2, 3, amp=False, turn=25, threads=1, workers=2),
     "smoke": Preset(
         "small_resnet", "timm", 2, 32, 256, 1, 2, 2, amp=False, turn=3, threads=1, workers=1, budgets=(0.5, 0.75),

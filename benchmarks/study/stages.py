@@ -131,10 +131,17 @@ def load_split(preset: Preset, data_dir: Path | None, tunes: bool) -> Split:
     return load(data_dir, preset.train_images, preset.held_out if tunes else None)
 
 
-def tune(bench: Bench, opts: Sequence[str], arms: dict[str, str | None]) -> None:
-    """Measure every arm on its optimizer's grid, and let the grid grow until no arm's best lies at its edge."""
+def tune(bench: Bench, opts: Sequence[str], arms: dict[str, str | None], grid: int | None = None) -> None:
+    """Measure every arm on its optimizer's grid, and let the grid grow until no arm's best lies at its edge.
+
+    Args:
+        bench: what to train on.
+        opts: base optimizers.
+        arms: see `time_to_accuracy`.
+        grid: how many of an optimizer's learning rates to begin with; None for all.
+    """
     drop_stale(bench.results, arms)
-    lrs = {opt: set(OPTIMIZERS[opt].lrs) for opt in opts}
+    lrs = {opt: set(OPTIMIZERS[opt].lrs[:grid]) for opt in opts}
     decays = {opt: set(OPTIMIZERS[opt].weight_decays) for opt in opts}
     for record in bench.results.records:  # an earlier command may have let the grid grow
         if record.spec.opt in opts:
