@@ -7,6 +7,7 @@ train.py. So a link is the same on GitHub and here, none is rewritten, and mkdoc
 from __future__ import annotations
 
 import ast
+import json
 import posixpath
 import re
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 
 ROOT = Path(__file__).resolve().parents[1]
-AS_THEY_ARE = {".ipynb", ".json", ".png"}  # a browser shows or saves them; other files become pages
+AS_THEY_ARE = {".json", ".png"}  # a browser shows or saves them; other files become pages
 LANGUAGES = {".cff": "yaml", ".py": "python", ".yaml": "yaml"}
 
 
@@ -63,27 +64,40 @@ def _file(name: str, config: MkDocsConfig) -> File:
     path = ROOT / name
     if path.suffix == ".md" or path.suffix in AS_THEY_ARE:
         return File.generated(config, name, abs_src_path=str(path))
-    if path.is_dir():
-        inside = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
-        content = "\n".join(f"- [{file}]({path.name}/{file})" for file in inside)
-    else:
-        fence = "`" * 8  # longer than any in a file
-        content = f"{fence}{LANGUAGES.get(path.suffix, 'text')}\n{path.read_text(encoding='utf-8')}{fence}"
-    head = "---\nsearch: {exclude: true}\nhide: [navigation, toc]\n---\n"
-    page = _SourcePage.generated(config, name, content=f"{head}# {name}\n\n{content}\n")
+    page = _SourcePage.generated(config, name, content=_shown(path))
     page.dest_uri = f"{name}.html"
     return page
 
 
+def _shown(path: Path) -> str:
+    """A folder as the list of what is in it, a notebook as its cells, any other file as it is."""
+    if path.suffix == ".ipynb":
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        return "\n\n".join(_fenced("".join(c["source"]), "python" if c["cell_type"] == "code" else "") for c in cells)
+    if path.is_dir():
+        inside = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+        content = "\n".join(f"- [{file}]({path.name}/{file})" for file in inside)
+    else:
+        content = _fenced(path.read_text(encoding="utf-8"), LANGUAGES.get(path.suffix, "text"))
+    head = "---\nsearch: {exclude: true}\nhide: [navigation, toc]\n---\n"
+    return f"{head}# {path.relative_to(ROOT).as_posix()}\n\n{content}\n"
+
+
+def _fenced(text: str, language: str) -> str:
+    """Text as code; as it is where it is in no language."""
+    fence = "`" * 8  # longer than any in a file
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}" if language else text
+
+
 class _SourcePage(File):
-    """A text file or a folder of the repository, as a page under its own name."""
+    """What is no Markdown, as a page under its own name."""
 
     def is_documentation_page(self) -> bool:
         return True
 
 
 class Knobs(griffe.Extension):
-    """A field made by `_knob(default, help, rules)` (timm_decor/config.py) has that default, and the help as docstring."""
+    """Fields made by `_knob(default, help, rules)` (timm_decor/config.py): their default, and the help as docstring."""
 
     def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
         """Called for each attribute that is found."""

@@ -1,6 +1,6 @@
 """What docs/tutorial.md tells a person to type, and what it says that comes back.
 
-For tests/test_tutorial.py, and for check_dist.py in the environment of the built wheel; so nothing but Python is needed.
+For tests/test_tutorial.py, and for check_dist.py, which types it in the environment of the built wheel.
 """
 
 from __future__ import annotations
