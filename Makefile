@@ -39,7 +39,7 @@ readme: $(STAMP) ## fill in the benchmark tables of README and docs and draw the
 	$(PY) benchmarks/readme_tables.py
 
 docs: $(STAMP) ## build the site into build/site, its links checked; any warning is an error
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 	@echo "build/site/index.html"
 
 dist: $(STAMP) ## build wheel and sdist, check them in a fresh environment, with the tutorial (four minutes); they lie in dist/
