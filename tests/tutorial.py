@@ -49,7 +49,7 @@ def steps() -> list[Step]:
     return [
         Step(block[1], block[2], output[2])
         for block, output in itertools.pairwise(blocks)
-        if output[1] == "text" and not text[block.end() : output.start()].strip()
+        if output[1] == "output" and not text[block.end() : output.start()].strip()
     ]
 
 
