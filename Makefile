@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/installed
-CODE := timm_decor hub tests benchmarks timm_decor_door.py train.py validate.py
+CODE := timm_decor hub tests benchmarks examples docs/hooks.py timm_decor_door.py train.py validate.py
 
 .DEFAULT_GOAL := help
-.PHONY: demo test chaos test-lowest timm-tests zoo bench-cpu bench-gpu readme dist lint format clean help
+.PHONY: demo test chaos test-lowest timm-tests zoo bench-cpu bench-gpu readme docs dist lint format clean help
 
 demo: $(STAMP) ## train decor_resnet18 beside resnet18 on handwritten digits; print who won
 	$(PY) train.py -c recipes/digits_resnet18.yaml --compare --output output/demo
@@ -44,7 +44,11 @@ bench-gpu: $(STAMP) ## all GPU tables (25 minutes of an H100; the same command g
 readme: $(STAMP) ## fill in the benchmark tables of README and docs and draw their pictures, from benchmarks/results
 	$(PY) benchmarks/readme_tables.py
 
-dist: $(STAMP) ## build wheel and sdist, check them in a fresh environment (two minutes); they lie in dist/
+docs: $(STAMP) ## build the site into build/site, its links checked; any warning is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+	@echo "build/site/index.html"
+
+dist: $(STAMP) ## build wheel and sdist, check them in a fresh environment, with the tutorial (four minutes); they lie in dist/
 	$(PY) tests/check_dist.py
 
 lint: $(STAMP) ## ruff and mypy, changing nothing

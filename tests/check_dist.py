@@ -17,6 +17,9 @@ import tempfile
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
+
+import tutorial
 
 ROOT = Path(__file__).resolve().parents[1]
 DIST, LOG = ROOT / "dist", ROOT / "output" / "check_dist.log"
@@ -67,14 +70,19 @@ class Failure(Exception):
 def run(what: str, *command: str | Path, cwd: Path) -> str:
     """stdout of a command that must succeed; the source tree is not on its path."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
-    environment["HF_HUB_OFFLINE"] = "1"  # what is checked needs no Hub
+    environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}  # what is checked needs neither
     done = subprocess.run([str(word) for word in command], cwd=cwd, env=environment, capture_output=True, text=True)
     if done.returncode:
         output = done.stdout + done.stderr
-        LOG.parent.mkdir(exist_ok=True)
-        LOG.write_text(output, encoding="utf-8")
-        raise Failure(f"{what}: {reason(output, done.returncode)} (all of it: {LOG.relative_to(ROOT)})")
+        fail(f"{what}: {reason(output, done.returncode)}", output)
     return done.stdout
+
+
+def fail(message: str, output: str) -> NoReturn:
+    """Keep a command's whole output, and say where."""
+    LOG.parent.mkdir(exist_ok=True)
+    LOG.write_text(output, encoding="utf-8")
+    raise Failure(f"{message} (all of it: {LOG.relative_to(ROOT)})")
 
 
 def reason(output: str, code: int) -> str:
@@ -201,6 +209,21 @@ def check_installed(wheel: Path, unpacked: Path, work: Path) -> tuple[str, Path]
     return f"decor_resnet18 trains, torch {seen['torch']}, timm {seen['timm']}, {len(staged)} staged weights", python
 
 
+def check_tutorial(python: Path, work: Path) -> str:
+    """What docs/tutorial.md tells to type works away from the checkout, and prints what it says."""
+    (folder := work / "tutorial").mkdir()
+    programs = {"python": python, "timm-decor": python.with_name("timm-decor")}
+    done = []
+    for step in tutorial.steps():
+        program, *words = step.words
+        what = f"the tutorial's {program}" if step.language == "python" else f"the tutorial's {program} {words[0]}"
+        printed = run(what, programs[program], *words, cwd=folder)
+        if missing := tutorial.difference(step, printed):
+            fail(f"{what} does not print what the page says: {missing}", printed)
+        done.append(words[0] if step.language == "sh" else program)
+    return f"{', '.join(done)}: as docs/tutorial.md says"
+
+
 def check(work: Path) -> list[Path]:
     """Every check, a line each; returns the checked files."""
     built = work / "dist"
@@ -216,6 +239,9 @@ def check(work: Path) -> list[Path]:
     installed, python = check_installed(wheel, unpacked, work)
     say("installed", installed)
     say("commands", check_commands(unpacked, python, work))
+    extra = f"timm-decor[onnx] @ {wheel.as_uri()}"
+    run("installing the wheel's extra", *UV, "pip", "install", "--python", python, extra, cwd=work)
+    say("tutorial", check_tutorial(python, work))
     for file in (sdist, wheel):
         size = file.stat().st_size
         require(size <= PYPI_LIMIT, f"{file.name} has {size / 10**6:.0f} MB, PyPI takes {PYPI_LIMIT // 10**6}")

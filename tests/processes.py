@@ -39,12 +39,31 @@ def start(words: list[str], log: Path, prepare: Callable[..., None] | None = Non
     return process
 
 
+def call(folder: Path, log: Path, function: Callable[..., Any], *args: Any) -> int:
+    """Call a function of a module as a program of its own would run.
+
+    Args:
+        folder: the program's working directory.
+        log: a file for what it prints, appended to.
+        function: called with args; what it returns is the exit code.
+
+    Returns:
+        The exit code.
+    """
+    process = context().Process(target=_call, args=(str(folder), str(log), function, args))
+    process.start()
+    process.join()
+    return int(process.exitcode)
+
+
+def _call(folder: str, log: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    _print_into(log)
+    os.chdir(folder)
+    sys.exit(function(*args))
+
+
 def _run(words: list[str], log: str, prepare: Callable[..., None] | None, args: tuple[Any, ...]) -> None:
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
-    sys.__stderr__ = sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    _print_into(log)
     # A foreground program's, whatever the one that runs the tests has: one started in the background ignores Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     multiprocessing.set_start_method("fork", force=True)  # of its DataLoader workers, as ever on Linux
@@ -57,6 +76,14 @@ def _run(words: list[str], log: str, prepare: Callable[..., None] | None, args: 
     if prepare is not None:
         prepare(*args)
     sys.exit(exit_code("train.py", main, words))
+
+
+def _print_into(log: str) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    sys.__stderr__ = sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
 
 
 def die_at_event(number: int) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import check_dist
 import pytest
 import yaml
+from tutorial import Step
 
 import timm_decor
 from timm_decor.config import RULE_STRUCTURES, structures
@@ -187,6 +188,20 @@ class TestCheckDist:
         for files in ({"a": "1", "b": "2"}, {"a": "1"}, {"a": "1", "b": "1", "c": ""}):
             with pytest.raises(check_dist.Failure, match=r"differs in [bc]$"):
                 check_dist.check_rebuilt(first, self.wheel(tmp_path / "other", files))
+
+    @pytest.mark.parametrize(("output", "refused"), [("a", ""), ("a\nb", "does not print what the page says: a b")])
+    def test_a_tutorial_that_says_otherwise(
+        self, output: str, refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(check_dist, "ROOT", tmp_path)
+        monkeypatch.setattr(check_dist, "LOG", tmp_path / "output" / "log")
+        monkeypatch.setattr(check_dist.tutorial, "steps", lambda: [Step("python", "print('a')", output)])
+        if not refused:
+            assert check_dist.check_tutorial(Path(sys.executable), tmp_path) == "python: as docs/tutorial.md says"
+            return
+        with pytest.raises(check_dist.Failure, match=refused):
+            check_dist.check_tutorial(Path(sys.executable), tmp_path)
+        assert (tmp_path / "output" / "log").read_text() == "a\n"
 
     def test_a_command_that_fails_is_one_line(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(check_dist, "ROOT", tmp_path)
