@@ -28,14 +28,14 @@ with gr.Blocks(title="timm_decor") as app:
     gr.Markdown(INTRODUCTION)
     with gr.Row():
         with gr.Column():
-            picture = Picture(label="Picture", type="filepath", sources=["upload", "clipboard"], height=320)
+            picture = Picture(label="Picture", type="filepath", sources=["upload", "clipboard"], height=280)
             weights = gr.Dropdown(WEIGHTS, value=WEIGHTS[0][1], label="Weights")
-            gr.Examples(demo.examples(), picture)
-            gr.Markdown(CREDIT)
         with gr.Column():
             shares = gr.Label(label="What it says", num_top_classes=demo.TOP)
             problem = gr.Markdown()
             classes = gr.Markdown(demo.about(WEIGHTS[0][1]))
+    gr.Examples(demo.examples(), picture)
+    gr.Markdown(CREDIT)
     for changed in (picture, weights):
         changed.change(demo.answer, [picture, weights], [shares, problem])
     weights.change(demo.about, weights, classes)
