@@ -161,10 +161,10 @@ def check_commands(unpacked: Path, python: Path, work: Path) -> str:
 
 
 def check_wheel(wheel: Path, unpacked: Path) -> str:
-    """The package and its license, typed, with every staged file; nothing else at the top level."""
+    """The package and its license, typed, with every staged file and the demo; nothing else at the top level."""
     files = wheel_files(wheel)
     info = "-".join(wheel.name.split("-")[:2]) + ".dist-info"
-    places = {"timm_decor": "timm_decor", "hub/staged": "timm_decor/staged"}
+    places = {"timm_decor": "timm_decor", "hub/staged": "timm_decor/staged", "hub/space": "timm_decor/space"}
     wanted = {
         f"{target}/{file.relative_to(unpacked / source).as_posix()}"
         for source, target in places.items()

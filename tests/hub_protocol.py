@@ -1,7 +1,7 @@
 """Routes of the local Hub, and those that tell and change what it knows: users, repositories, references, listings.
 
-What huggingface_hub asks about model repositories, answered from tests/hub_repository.py. Content goes in and out in
-tests/hub_transfer.py.
+What huggingface_hub asks about repositories of models and Spaces, answered from tests/hub_repository.py. Content goes
+in and out in tests/hub_transfer.py.
 """
 
 from __future__ import annotations
@@ -14,10 +14,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from hub_repository import Answer, Commit, File, HubError, Repo, read_card
+from hub_repository import SDKS, Answer, Commit, File, HubError, Repo, read_card
 
 if TYPE_CHECKING:
     from local_hub import LocalHub
+
+
+def key(repo_id: str, kind: str) -> str:
+    """Under which the Hub keeps a repository: a Space may be called as a model is."""
+    return f"spaces/{repo_id}" if kind in ("space", "spaces") else repo_id
 
 
 @dataclass
@@ -41,7 +46,7 @@ class Call:
 
     def repo(self) -> Repo:
         """The repository named in the path, if this user may see it; a private one looks absent to all others."""
-        repo = self.hub.repos.get(self.parts["repo"])
+        repo = self.hub.repos.get(key(self.parts["repo"], self.parts.get("kind", "models")))
         if repo is not None and (not repo.private or self.user == repo.owner):
             return repo
         if self.user is None:
@@ -64,7 +69,14 @@ class Call:
 
 Route = Callable[[Call], Answer]
 _ROUTES: list[tuple[str, re.Pattern[str], Route]] = []
-_PARTS = {"repo": "[^/]+/[^/]+?", "revision": "[^/]+", "name": "[^/]+", "path": ".+", "sha": "[0-9a-f]{64}"}
+_PARTS = {
+    "kind": "models|spaces",
+    "repo": "[^/]+/[^/]+?",
+    "revision": "[^/]+",
+    "name": "[^/]+",
+    "path": ".+",
+    "sha": "[0-9a-f]{64}",
+}
 
 
 def route(method: str, pattern: str) -> Callable[[Route], Route]:
@@ -113,44 +125,49 @@ def _create(call: Call) -> Answer:
     if call.user is None:
         raise HubError(401, "Invalid username or password.")
     owner = asked.get("organization") or call.user
-    if asked.get("type") not in (None, "model"):
-        raise HubError(501, "the local Hub keeps models only")
+    kind = asked.get("type") or "model"
+    if kind not in ("model", "space"):
+        raise HubError(501, "the local Hub keeps models and Spaces only")
+    if kind == "space" and asked.get("sdk") not in SDKS:
+        raise HubError(400, f'"sdk" must be one of {", ".join(SDKS)}')
     if call.role != "write" or owner != call.user:
-        raise HubError(403, f'You don\'t have the rights to create a model under the namespace "{owner}"')
+        raise HubError(403, f'You don\'t have the rights to create a {kind} under the namespace "{owner}"')
     repo_id = f"{owner}/{asked['name']}"
-    answer = {"url": f"{call.hub.url}/{repo_id}", "name": repo_id}
-    if repo_id in call.hub.repos:
-        message = "You already created this model repo"
+    place = key(repo_id, kind)
+    answer = {"url": f"{call.hub.url}/{place}", "name": repo_id}
+    if place in call.hub.repos:
+        message = f"You already created this {kind} repo"
         taken = Answer.json({"error": message, **answer}, 409)
         taken.headers["X-Error-Message"] = message
         return taken
     private = asked.get("private") or asked.get("visibility") == "private"  # clients before and since 1.10
-    call.hub.repos[repo_id] = Repo(repo_id, bool(private))
+    call.hub.repos[place] = Repo(repo_id, bool(private), asked.get("sdk"))
     return Answer.json({**answer, "id": repo_id})
 
 
 @route("DELETE", "/api/repos/delete")
 def _delete(call: Call) -> Answer:
     asked = call.json()
-    call.parts["repo"] = f"{asked.get('organization') or call.user}/{asked['name']}"
-    del call.hub.repos[call.writable().id]
+    call.parts |= {"repo": f"{asked.get('organization') or call.user}/{asked['name']}"}
+    call.parts |= {"kind": f"{asked.get('type') or 'model'}s"}
+    del call.hub.repos[call.writable().key]
     return Answer()
 
 
-@route("PUT", "/api/models/{repo}/settings")
+@route("PUT", "/api/{kind}/{repo}/settings")
 def _settings(call: Call) -> Answer:
     asked = call.json()
     call.writable().private = bool(asked.get("private") or asked.get("visibility") == "private")
     return Answer.json({"private": call.repo().private})
 
 
-@route("GET", "/api/models/{repo}/auth-check(?P<name>/write)?")
+@route("GET", "/api/{kind}/{repo}/auth-check(?P<name>/write)?")
 def _auth_check(call: Call) -> Answer:
     _ = call.writable() if "name" in call.parts else call.repo()
     return Answer()
 
 
-@route("GET", "/api/models/{repo}/refs")
+@route("GET", "/api/{kind}/{repo}/refs")
 def _refs(call: Call) -> Answer:
     kinds = {"branches": "refs/heads/", "tags": "refs/tags/", "pullRequests": "refs/pr/", "converts": "refs/convert/"}
     refs = call.repo().refs
@@ -167,7 +184,7 @@ def _refs(call: Call) -> Answer:
     )
 
 
-@route("POST|DELETE", "/api/models/{repo}/branch/{name}")
+@route("POST|DELETE", "/api/{kind}/{repo}/branch/{name}")
 def _branch(call: Call) -> Answer:
     repo, ref = call.writable(), f"refs/heads/{call.parts['name']}"
     if call.method == "DELETE":
@@ -182,7 +199,7 @@ def _branch(call: Call) -> Answer:
     return Answer()
 
 
-@route("POST", "/api/models/{repo}/tag/{revision}")
+@route("POST", "/api/{kind}/{repo}/tag/{revision}")
 def _tag(call: Call) -> Answer:
     repo, ref = call.writable(), f"refs/tags/{call.json()['tag']}"
     if ref in repo.refs:
@@ -191,7 +208,7 @@ def _tag(call: Call) -> Answer:
     return Answer()
 
 
-@route("DELETE", "/api/models/{repo}/tag/{name}")
+@route("DELETE", "/api/{kind}/{repo}/tag/{name}")
 def _untag(call: Call) -> Answer:
     if call.writable().refs.pop(f"refs/tags/{call.parts['name']}", None) is None:
         raise HubError(404, "Tag not found", "RevisionNotFound")
@@ -212,7 +229,7 @@ def _stored(path: str, file: File) -> dict[str, Any]:
     return entry
 
 
-@route("GET", "/api/models/{repo}(?:/revision/{revision})?")
+@route("GET", "/api/{kind}/{repo}(?:/revision/{revision})?")
 def _info(call: Call) -> Answer:
     repo, commit = call.repo(), call.commit()
     siblings = []
@@ -230,7 +247,7 @@ def _info(call: Call) -> Answer:
     tags += [f"license:{card['license']}"] if "license" in card else []
     info = {
         "id": repo.id,
-        "modelId": repo.id,
+        **({"sdk": card.get("sdk", repo.sdk), "models": card.get("models", [])} if repo.sdk else {"modelId": repo.id}),
         "author": repo.owner,
         "sha": commit.oid,
         "createdAt": repo.created,
@@ -266,7 +283,7 @@ def _listing(files: Mapping[str, File], folder: str, recursive: bool) -> list[di
     return list(entries.values())
 
 
-@route("GET", "/api/models/{repo}/tree/{revision}(?:/{path})?")
+@route("GET", "/api/{kind}/{repo}/tree/{revision}(?:/{path})?")
 def _tree(call: Call) -> Answer:
     folder = call.parts.get("path", "").strip("/")
     recursive = call.query.get("recursive", ["false"])[0].lower() in ("true", "1")
@@ -276,14 +293,14 @@ def _tree(call: Call) -> Answer:
     return Answer.json(entries)
 
 
-@route("POST", "/api/models/{repo}/paths-info/{revision}")
+@route("POST", "/api/{kind}/{repo}/paths-info/{revision}")
 def _paths_info(call: Call) -> Answer:
     paths = parse_qs(call.body.decode()).get("paths", [])
     entries = {entry["path"]: entry for entry in _listing(call.commit().files, "", True)}
     return Answer.json([entries[path.strip("/")] for path in paths if path.strip("/") in entries])
 
 
-@route("GET", "/api/models/{repo}/commits/{revision}")
+@route("GET", "/api/{kind}/{repo}/commits/{revision}")
 def _commits(call: Call) -> Answer:
     return Answer.json(
         [

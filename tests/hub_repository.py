@@ -86,23 +86,41 @@ class Commit:
         return hashlib.sha1(json.dumps(named).encode()).hexdigest()
 
 
+SDKS = ("gradio", "docker", "static")  # of Spaces
+_COLORS = ("red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray")
+
+# What the Hub writes into a new Space.
+_SPACE_CARD = (
+    "---\ntitle: {name}\nemoji: \U0001f433\ncolorFrom: red\ncolorTo: gray\nsdk: {sdk}\napp_file: app.py\n---\n"
+)
+
+
 class Repo:
-    """A model repository, born as on the Hub with one commit that holds .gitattributes.
+    """A repository, born as on the Hub with one commit that holds .gitattributes and, of a Space, a card.
 
     Attributes:
+        sdk: of a Space; None of a model.
         private: Whether only its owner's tokens see it.
         refs: Commit of "refs/heads/main", of other branches, of "refs/tags/..." and of pull requests "refs/pr/...".
         objects: sha256 -> content of the large files that arrived, committed or not.
     """
 
-    def __init__(self, repo_id: str, private: bool = False):
-        self.id, self.private = repo_id, private
+    def __init__(self, repo_id: str, private: bool = False, sdk: str | None = None):
+        self.id, self.private, self.sdk = repo_id, private, sdk
         self.owner = repo_id.split("/")[0]
         self.refs: dict[str, str] = {}
         self.objects: dict[str, bytes] = {}
         self._commits: dict[str, Commit] = {}
         self.created = now()
-        self.commit("refs/heads/main", {".gitattributes": File(GIT_ATTRIBUTES.encode())}, "initial commit", "system")
+        files = {".gitattributes": File(GIT_ATTRIBUTES.encode())}
+        if sdk is not None:
+            files["README.md"] = File(_SPACE_CARD.format(name=repo_id.split("/")[1], sdk=sdk).encode())
+        self.commit("refs/heads/main", files, "initial commit", "system")
+
+    @property
+    def key(self) -> str:
+        """Under which the Hub keeps it, and where it is in addresses."""
+        return f"spaces/{self.id}" if self.sdk is not None else self.id
 
     def resolve(self, revision: str) -> Commit:
         """The commit of a branch, a tag, a full reference name or a hash of seven digits or more.
@@ -160,8 +178,8 @@ def now() -> str:
 def read_card(text: str) -> tuple[dict[str, Any], list[str], list[str]]:
     """Metadata of a model card, with errors and warnings.
 
-    Of the Hub's schema this knows that metadata is a YAML mapping, the types of the usual fields, and what a result
-    of a model-index must name.
+    Of the Hub's schema this knows that metadata is a YAML mapping, the types of the usual fields, what a result of a
+    model-index must name, and what a Space's fields may be.
     """
     match = re.match(r"\s*---\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
     try:
@@ -173,7 +191,14 @@ def read_card(text: str) -> tuple[dict[str, Any], list[str], list[str]]:
     if not isinstance(card, dict):
         return {}, ["YAML metadata must be a mapping"], []
     errors = []
-    for name in ("tags", "datasets", "metrics"):
+    if card.get("sdk", SDKS[0]) not in SDKS:
+        errors.append(f'"sdk" must be one of {", ".join(SDKS)}')
+    for name in ("colorFrom", "colorTo"):
+        if card.get(name, _COLORS[0]) not in _COLORS:
+            errors.append(f'"{name}" must be one of {", ".join(_COLORS)}')
+    if len(card.get("short_description", "")) > 60:
+        errors.append('"short_description" length must be less than or equal to 60 characters long')
+    for name in ("tags", "datasets", "metrics", "models"):
         if not isinstance(card.get(name, []), list) or not all(isinstance(item, str) for item in card.get(name, [])):
             errors.append(f'"{name}" must be an array of strings')
     for name in ("library_name", "pipeline_tag"):

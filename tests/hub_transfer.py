@@ -10,7 +10,7 @@ import re
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from hub_protocol import Call, route
+from hub_protocol import Call, key, route
 from hub_repository import Answer, File, HubError, Repo, read_card
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 REGULAR_LIMIT = 10 << 20  # bytes; larger files are always stored with LFS
 
 
-@route("POST", "/api/models/{repo}/preupload/{revision}")
+@route("POST", "/api/{kind}/{repo}/preupload/{revision}")
 def _preupload(call: Call) -> Answer:
     call.writable(pull_request="create_pr" in call.query)
     present = call.commit().files
@@ -39,20 +39,20 @@ def _preupload(call: Call) -> Answer:
     return Answer.json({"files": files, "commitOid": call.commit().oid})
 
 
-@route("POST", "/{repo}.git/info/lfs/objects/batch")
+@route("POST", "(?:/{kind})?/{repo}.git/info/lfs/objects/batch")
 def _lfs_batch(call: Call) -> Answer:
     repo = call.writable(pull_request=True)
     objects = []
     for asked in call.json()["objects"]:
         entry = {"oid": asked["oid"], "size": asked["size"]}
         if asked["oid"] not in repo.objects:
-            verify = {"href": f"{call.hub.url}/{repo.id}.git/info/lfs/objects/verify"}
+            verify = {"href": f"{call.hub.url}/{repo.key}.git/info/lfs/objects/verify"}
             entry["actions"] = {"upload": {"href": _signed(call.hub, repo, asked["oid"])}, "verify": verify}
         objects.append(entry)
     return Answer.json({"transfer": "basic", "objects": objects})
 
 
-@route("POST", "/{repo}.git/info/lfs/objects/verify")
+@route("POST", "(?:/{kind})?/{repo}.git/info/lfs/objects/verify")
 def _lfs_verify(call: Call) -> Answer:
     asked, repo = call.json(), call.writable(pull_request=True)
     if len(repo.objects.get(asked["oid"], b"")) != asked["size"]:
@@ -61,16 +61,19 @@ def _lfs_verify(call: Call) -> Answer:
 
 
 def _signed(hub: LocalHub, repo: Repo, sha256: str) -> str:
-    return f"{hub.storage_url}/storage/{repo.id}/{sha256}?signature={hub.signature}"
+    return f"{hub.storage_url}/storage/{repo.key}/{sha256}?signature={hub.signature}"
 
 
-@route("PUT|GET|HEAD", "/storage/{repo}/{sha}")
+@route("PUT|GET|HEAD", "/storage(?:/{kind})?/{repo}/{sha}")
 def _storage(call: Call) -> Answer:
     if call.query.get("signature") != [call.hub.signature]:
         raise HubError(403, "Access denied")
     if "Authorization" in call.headers:
         raise HubError(400, "Only one auth mechanism allowed: the token must not be sent to the storage")
-    objects, sha256 = call.hub.repos[call.parts["repo"]].objects, call.parts["sha"]
+    objects, sha256 = (
+        call.hub.repos[key(call.parts["repo"], call.parts.get("kind", "models"))].objects,
+        call.parts["sha"],
+    )
     if call.method == "PUT":
         if hashlib.sha256(call.body).hexdigest() != sha256:
             raise HubError(400, "XAmzContentSHA256Mismatch: the content does not match its sha256")
@@ -94,7 +97,7 @@ def _part(call: Call, data: bytes, headers: dict[str, str]) -> Answer:
     return Answer(206, data[first : last + 1], {**headers, "Content-Range": f"bytes {first}-{last}/{len(data)}"})
 
 
-@route("GET|HEAD", "/{repo}/resolve/{revision}/{path}")
+@route("GET|HEAD", "(?:/{kind})?/{repo}/resolve/{revision}/{path}")
 def _resolve(call: Call) -> Answer:
     repo, commit, path = call.repo(), call.commit(), call.parts["path"]
     headers = {"X-Repo-Commit": commit.oid}
@@ -108,7 +111,7 @@ def _resolve(call: Call) -> Answer:
     return _part(call, file.data, headers)
 
 
-@route("POST", "/api/models/{repo}/commit/{revision}")
+@route("POST", "/api/{kind}/{repo}/commit/{revision}")
 def _commit(call: Call) -> Answer:
     """All of a commit or nothing of it: the files are put together first, then one reference moves."""
     as_pull_request = "create_pr" in call.query
@@ -136,9 +139,9 @@ def _commit(call: Call) -> Answer:
         number = 1 + sum(name.startswith("refs/pr/") for name in repo.refs)
         ref = f"refs/pr/{number}"
     commit = repo.commit(ref, files, header["summary"], call.user or "", header.get("description", ""), base.oid)
-    answer = {"success": True, "commitOid": commit.oid, "commitUrl": f"{call.hub.url}/{repo.id}/commit/{commit.oid}"}
+    answer = {"success": True, "commitOid": commit.oid, "commitUrl": f"{call.hub.url}/{repo.key}/commit/{commit.oid}"}
     if as_pull_request:
-        answer["pullRequestUrl"] = f"{call.hub.url}/{repo.id}/discussions/{number}"
+        answer["pullRequestUrl"] = f"{call.hub.url}/{repo.key}/discussions/{number}"
     return Answer.json(answer)
 
 

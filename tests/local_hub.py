@@ -5,8 +5,8 @@
         hub.fail("PUT", "/storage/", "drop")  # the next upload of a large file breaks in the middle
         assert hub.repo("me/name").files()["config.json"] == b"{}"
 
-Model repositories only. As on the Hub, large files live on a host of their own (here: another port) behind signed URLs:
-the client must not send its token there.
+Models, and Spaces under `spaces/OWNER/NAME`. As on the Hub, large files live on a host of their own (here: another
+port) behind signed URLs: the client must not send its token there.
 """
 
 from __future__ import annotations
@@ -110,6 +110,8 @@ class LocalHub:
 
     def repo(self, repo_id: str) -> Repo:
         """The repository as it is now: ``files(revision)``, ``commits(revision)``, ``refs``, ``private``.
+
+        A Space is called ``spaces/OWNER/NAME``.
 
         Raises:
             KeyError: No such repository.

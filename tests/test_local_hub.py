@@ -347,6 +347,28 @@ def test_cards(api: HfApi, hub: LocalHub) -> None:
         api.upload_file(path_or_fileobj=b"# A model\n", path_in_repo="README.md", repo_id=REPO)
 
 
+def test_spaces_live_beside_models(api: HfApi, hub: LocalHub) -> None:
+    with pytest.raises((HfHubHTTPError, ValueError)):
+        api.create_repo(REPO, repo_type="space", space_sdk="tkinter")
+    api.create_repo(REPO, repo_type="space", space_sdk="gradio")
+    files = {"app.py": b"import gradio\n", "weights.safetensors": WEIGHTS}
+    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+    api.create_commit(REPO, operations, commit_message="one", repo_type="space")
+    space = hub.repo(f"spaces/{REPO}")
+    assert set(space.files()) == {".gitattributes", "README.md", *files} and "app.py" not in hub.repo(REPO).files()
+    found = api.space_info(REPO)
+    assert (found.sdk, found.sha, found.private) == ("gradio", space.commits()[0].oid, False)
+    for name, content in files.items():
+        assert Path(hf_hub_download(REPO, name, repo_type="space")).read_bytes() == content
+    assert [entry.path for entry in api.list_repo_tree(REPO, repo_type="space")] == sorted(space.files())
+    for metadata in ("sdk: tkinter", "colorFrom: mauve", f"short_description: {'a' * 61}"):
+        card = CommitOperationAdd("README.md", f"---\n{metadata}\n---\n".encode())
+        with pytest.raises((HfHubHTTPError, ValueError)):
+            api.create_commit(REPO, [card], commit_message="bad", repo_type="space")
+    api.delete_repo(REPO, repo_type="space")
+    assert set(hub.repos) == {REPO}
+
+
 # --- Downloads, cache, offline ---
 
 
@@ -533,6 +555,6 @@ def test_failures_count_and_carry_what_the_client_reads(api: HfApi, hub: LocalHu
 
 
 def test_what_the_server_does_not_speak_is_said(hub: LocalHub) -> None:
-    with pytest.raises(HfHubHTTPError, match="does not know GET /api/spaces") as error:
-        HfApi().space_info("me/space")
+    with pytest.raises(HfHubHTTPError, match="does not know GET /api/datasets") as error:
+        HfApi().dataset_info("me/data")
     assert _status(error) == 501

@@ -11,6 +11,7 @@ import pytest
 import timm
 import timm.optim
 import torch
+import torch.distributed as dist
 from test_attach import attached, batch, net, step
 from torch import nn
 from torch.nn import functional as F
@@ -342,6 +343,33 @@ class TestWrappers:
         told = [record for record in caplog.records if "step() of the attached SGD is not called" in record.message]
         assert len(told) == 1
 
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_beside_a_fused_one_too(self, fused, caplog):
+        """Fused optimizers do not count their writes in a tensor's version."""
+        model = timm_decor.decorrelate(net(), CONFIG)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        timm_decor.attach(model, optimizer)
+        other = torch.optim.AdamW(model.parameters(), 1e-5, fused=fused)
+        for seed in range(8):
+            step(model, other, seed)
+        assert caplog.text.count("step() of the attached SGD is not called") == 1
+
+    def test_many_batches_before_a_step_are_no_sign_of_it(self, caplog):
+        model, optimizer, handle = bound("linear")
+        for seed in range(20):
+            F.cross_entropy(model(batch(seed)[0]), batch(seed)[1]).backward()
+        optimizer.step()
+        assert handle.step == 1 and not caplog.records
+
+    def test_that_load_a_decorrelated_state_too_early_are_refused(self):
+        model, optimizer, _ = bound("decaying")
+        step(model, optimizer, 0)
+        plain = timm_decor.decorrelate(net(), CONFIG)
+        other = torch.optim.AdamW(plain.parameters(), 1e-2)
+        other.load_state_dict(optimizer.state_dict())
+        with pytest.raises(ValueError, match="loaded a decorrelated run's state before attach"):
+            timm_decor.attach(plain, other)
+
     def test_one_without_hooks_is_refused(self):
         class Bare(torch.optim.Optimizer):
             def __init__(self, parameters):
@@ -564,6 +592,55 @@ class TestChanges:
         assert len(handle._groups) == 1
         for name, value in alone[0].items():
             torch.testing.assert_close(stacked[0][name], value)
+
+
+class TestPieces:
+    """Weights that are not here as a whole."""
+
+    WORDS = "the weight of 0 is here in pieces .FSDP, DeepSpeed or tensor parallelism., and R needs it whole"
+
+    @pytest.mark.parametrize("when", ["before", "after"])
+    def test_flat_ones_are_refused(self, when):
+        """What FSDP's first form and DeepSpeed's third stage leave of a weight between steps."""
+        model = timm_decor.decorrelate(net(), CONFIG)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        if when == "after":
+            timm_decor.attach(model, optimizer)
+        model[0].weight.data = model[0].weight.data.flatten()[:7]
+        model[0].weight.grad = torch.ones(7)
+        with pytest.raises(ValueError, match=self.WORDS):
+            timm_decor.attach(model, optimizer) if when == "before" else optimizer.step()
+
+    @pytest.mark.parametrize("when", ["before", "after"])
+    def test_those_of_fully_shard_are_refused(self, when, tmp_path):
+        fsdp = pytest.importorskip("torch.distributed.fsdp")
+        if not hasattr(fsdp, "fully_shard"):
+            pytest.skip("this torch has it elsewhere")
+        from torch.distributed.device_mesh import init_device_mesh
+
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        try:
+            model = timm_decor.decorrelate(net(), CONFIG)
+            optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            if when == "after":
+                timm_decor.attach(model, optimizer)
+            fsdp.fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+            with pytest.raises(ValueError, match=self.WORDS):
+                if when == "before":
+                    timm_decor.attach(model, torch.optim.SGD(model.parameters(), 0.1))
+                step(model, optimizer, 0)
+        finally:
+            dist.destroy_process_group()
+
+    def test_copies_of_data_parallel_are_refused(self):
+        """A GPU's share of a batch goes through a copy, which sees inputs that the layer itself never sees."""
+        model, _, _ = bound("linear")
+        copy_of_layer = model[0]._replicate_for_data_parallel()
+        copy_of_layer.weight, copy_of_layer.bias = model[0].weight, model[0].bias
+        with pytest.raises(ValueError, match="nn.DataParallel runs on copies"):
+            copy_of_layer(batch(0)[0])
+        with torch.no_grad():
+            assert torch.equal(copy_of_layer(batch(0)[0]), model[0](batch(0)[0]))
 
 
 class TestInputs:

@@ -23,8 +23,12 @@ from timm_decor.moments import MEAN, ConvShape
 from timm_decor.shape import LayerShape
 
 RECORDER_STATE = (  # attributes of a layer that records
-    "recording", "sample", "max_rows", "wanted", "moments", "rows", "unrecorded", "writes", "on_outside",
+    "recording", "sample", "max_rows", "wanted", "moments", "rows", "unrecorded", "passes", "glimpse", "moves",
+    "on_outside",
 )  # fmt: skip
+
+REPLICAS = "nn.DataParallel runs on copies, whose inputs are not seen: use DistributedDataParallel, or one GPU"
+_LOOKED_AT = 64  # elements of a weight
 
 
 Outside = Callable[[], Callable[[], None] | None]  # weak, so that a layer does not keep its optimizer alive
@@ -42,7 +46,9 @@ class DecorMixin:
 
     unrecorded: int = 0  # training forward passes whose input could not be recorded
     without_grad: bool = False  # record while gradients are off, too
-    writes: tuple[int, int] = (0, 0)  # the weight's version when last seen, and how often it was another
+    passes: int = 0  # training forward passes since the recording began
+    glimpse: Tensor  # some elements of the weight, as they were when last looked at
+    moves: int = 0  # how often they were others
     on_outside: Outside | None = None
 
     unbatched_dim: int  # dimensions of an input without a batch axis
@@ -88,7 +94,7 @@ class DecorMixin:
                 the recording waits for the optimizer's step.
         """
         self.moments, self.rows = {}, torch.zeros(1, device=self.weight.device)
-        self.unrecorded, self.writes, self.on_outside = 0, (self.weight._version, 0), on_outside
+        self.unrecorded, self.passes, self.moves, self.on_outside = 0, 0, 0, on_outside
         self.wanted, self.sample, self.max_rows, self.recording = wanted, sample, max_rows, True
 
     def stop_recording(self) -> None:
@@ -115,10 +121,12 @@ class DecorMixin:
         if not (self.training and (torch.is_grad_enabled() or self.without_grad)):
             return
         if not torch.compiler.is_compiling():
-            self._notice_writes()
+            if hasattr(self, "_is_replica"):
+                raise ValueError(REPLICAS)
             if not _is_plain(x):
                 self.unrecorded += 1
                 return
+            self._notice_writes()
         if x.numel() == 0:
             return
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -140,13 +148,22 @@ class DecorMixin:
             self.rows = self.rows + finite * count
 
     def _notice_writes(self) -> None:
-        """Tell when the weight moves a second time: a step of the optimizer would have ended this recording."""
-        version, count = self.writes
-        if self.weight._version != version:
-            self.writes = self.weight._version, count + 1
-            tell = self.on_outside() if count == 1 and self.on_outside is not None else None
+        """Tell when the weight moves a second time: a step of the optimizer would have ended this recording.
+
+        It is looked at as the recording begins and after 2, 4, 8... forward passes, because a look makes a GPU wait.
+        Its version would be cheaper, but fused optimizers do not count what they write.
+        """
+        self.passes += 1
+        if self.passes & (self.passes - 1):
+            return
+        weight = self.weight.detach().flatten()
+        now = weight[:: max(1, len(weight) // _LOOKED_AT)].clone()
+        if self.passes > 1 and not torch.equal(now, self.glimpse):
+            self.moves += 1
+            tell = self.on_outside() if self.moves == 2 and self.on_outside is not None else None
             if tell is not None:
                 tell()
+        self.glimpse = now
 
     def _rows_seen(self, x: Tensor) -> Tensor:
         """The input as the weight meets it, padding included."""
@@ -193,15 +210,6 @@ class DecorConv2d(DecorMixin, nn.Conv2d):
 
     def grouped(self, tensor: Tensor) -> Tensor:
         return tensor.reshape(self.groups, -1, tensor.shape[1], tensor.shape[2] * tensor.shape[3])
-
-    def _notice_writes(self) -> None:
-        """Tell when the weight moves a second time: a step of the optimizer would have ended this recording."""
-        version, count = self.writes
-        if self.weight._version != version:
-            self.writes = self.weight._version, count + 1
-            tell = self.on_outside() if count == 1 and self.on_outside is not None else None
-            if tell is not None:
-                tell()
 
     def _rows_seen(self, x: Tensor) -> Tensor:
         return self._padded(x)

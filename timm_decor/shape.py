@@ -21,6 +21,11 @@ class LayerShape:
         """D, the length of one patch of one group."""
         return self.channels * self.positions
 
+    @property
+    def size(self) -> int:
+        """Elements of the weight."""
+        return self.groups * self.outputs * self.dim
+
 
 def parts(tensor: Tensor, count: int) -> Tensor:
     """A tensor of `count` layers, (n g, ...), with the layers on an axis of their own: (n, g, ...)."""

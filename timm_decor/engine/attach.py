@@ -23,10 +23,12 @@ from torch.optim import Optimizer
 
 from timm_decor.config import DecorConfig
 from timm_decor.convert import any_attached, decor_layers, reconverted
+from timm_decor.engine.checkpoint import STATE_KEY
 from timm_decor.engine.handle import DecorHandle, attached_optimizers
 from timm_decor.engine.optimizers import innermost
 from timm_decor.engine.probe import refuse
-from timm_decor.layers import DecorLayer
+from timm_decor.engine.watch import refuse_pieces
+from timm_decor.layers import REPLICAS, DecorLayer
 
 _logger = logging.getLogger(__name__)
 
@@ -53,13 +55,14 @@ def attach(model: nn.Module, optimizer: Optimizer, config: DecorConfig | None = 
         A handle with `report()` and `detach()`.
 
     Raises:
-        ValueError: no decorrelated layer, attached twice, an optimizer that does not hold the layers' weights, or one
-            that keeps weights in its state (MADGRAD, ASGD), needs second derivatives or evaluates a closure several
-            times (L-BFGS).
+        ValueError: no decorrelated layer, attached twice, weights that are here in pieces (FSDP), an optimizer that
+            does not hold the layers' weights, that loaded its state before, that keeps weights in its state (MADGRAD,
+            ASGD), needs second derivatives or evaluates a closure several times (L-BFGS).
     """
     inner = innermost(optimizer)
     if any(isinstance(module, nn.DataParallel) for module in model.modules()):
-        raise ValueError("nn.DataParallel runs on copies, whose inputs are not seen: use DistributedDataParallel")
+        raise ValueError(REPLICAS)
+    refuse_pieces(decor_layers(model))
     if inner in attached_optimizers or any_attached(layer for _, layer in decor_layers(model)):
         raise ValueError("already attached: call detach() on the first handle before attaching again")
     if torch.__version__ < (2, 5):  # type: ignore[operator]
@@ -68,6 +71,10 @@ def attach(model: nn.Module, optimizer: Optimizer, config: DecorConfig | None = 
     config = reconverted(model, config).config
     trained = [(name, layer) for name, layer in decor_layers(model) if layer.weight.requires_grad]
     _check_held(inner, trained)
+    if any(STATE_KEY in inner.state.get(layer.weight, {}) for _, layer in trained):
+        raise ValueError(
+            "the optimizer loaded a decorrelated run's state before attach, and R of it is lost: attach first"
+        )
     refuse(inner, (layer.weight for _, layer in trained))
     if "Muon" in type(inner).__name__:
         _logger.warning("decorrelated Muon ended below plain Muon in our measurements: compare it with plain training")

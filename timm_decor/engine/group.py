@@ -50,6 +50,11 @@ class Refreshed(NamedTuple):
     flags: Tensor
 
 
+def _form(weight: Tensor) -> tuple[torch.dtype, torch.device, int, type[Tensor]]:
+    """What FSDP and `.to()` change of a weight."""
+    return weight.dtype, weight.device, weight.numel(), type(weight)
+
+
 class LayerGroup:
     """n layers of equal shape and plan on one optimizer, with their R.
 
@@ -85,7 +90,7 @@ class LayerGroup:
         self._norms = [norms.get(layer) for layer in self.layers]
         self._recorded = self._rule.recorded(plan.structure_type, plan.shape, any(self._norms))
         weight = self.layers[0].weight
-        self._made_for = weight.dtype, weight.device
+        self._made_for = _form(weight)
         one = plan.identity(weight.device)
         self.sides: Sides = one.with_tensors({name: _repeated(t, len(layers)) for name, t in one.tensors().items()})
         self.moments = {name: _repeated(t, len(layers)) for name, t in plan.first_moments(weight.device).items()}
@@ -93,8 +98,8 @@ class LayerGroup:
 
     @property
     def is_misplaced(self) -> bool:
-        """Whether a weight was moved to another device or precision since this group was made."""
-        return any((layer.weight.dtype, layer.weight.device) != self._made_for for layer in self.layers)
+        """Whether a weight was moved to another device or precision, or cut into pieces, since this group was made."""
+        return any(_form(layer.weight) != self._made_for for layer in self.layers)
 
     def active(self) -> list[int]:
         """Which layers take part in a step: those with a gradient."""

@@ -26,7 +26,7 @@ from timm_decor.engine.group import LayerGroup, Refreshed, grouped
 from timm_decor.engine.hooks import StepHooks
 from timm_decor.engine.optimizers import UNKNOWN, is_linear, is_zero, rates
 from timm_decor.engine.probe import power_of
-from timm_decor.engine.watch import Watch
+from timm_decor.engine.watch import Watch, refuse_pieces
 from timm_decor.layers import DecorLayer
 from timm_decor.plan import LayerPlan, plan
 from timm_decor.reporting import AttachReport
@@ -361,6 +361,7 @@ class DecorHandle:
         """Follow what happened to the model since the last step: layers that train now, weights that were moved."""
         new = self._watch.unfrozen()
         if new or any(group.is_misplaced for group in self._groups):
+            refuse_pieces([*self._layers, *new])
             saved = self.state()["layers"]
             self._layers += new
             for _, layer in new:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from timm_decor.convert import to_plain
 from timm_decor.errors import UserError, first_line
 from timm_decor.inference.files import FINE, Files, find_images
-from timm_decor.inference.weights import open_model
+from timm_decor.inference.weights import Opened, open_model
 from timm_decor.training import build
 from timm_decor.training.args import export_parser
 from timm_decor.training.data.digits import Digits
@@ -59,7 +59,7 @@ def main(argv: Sequence[str], prog: str) -> None:
     opened = open_model(options.weights, options.model, options.use_ema, options.image, options.create)
     model, size = to_plain(opened.model).eval().requires_grad_(False), opened.data_config["input_size"]
     build.check_images(model, size, torch.device("cpu"), contextlib.nullcontext, options.weights)
-    images = _images(paths, opened.data_config)
+    images = _images(paths, opened)
     classes = build.class_count(model)
     told = stored_metadata(opened.name, classes, opened.data_config, opened.model_kwargs, opened.names)
     with _quiet():
@@ -73,12 +73,11 @@ def main(argv: Sequence[str], prog: str) -> None:
     print(checked)
 
 
-def _images(paths: Sequence[str], data_config: dict[str, Any]) -> Tensor:
+def _images(paths: Sequence[str], opened: Opened) -> Tensor:
     """Real images as the model wants them, (N, C, H, W)."""
-    mode = "RGB" if data_config["input_size"][0] == 3 else "L"
-    source: Source = Files(paths, mode) if paths else Digits(f"test[:{_CHECKED}]", mode)
+    source: Source = Files(paths, opened.mode) if paths else Digits(f"test[:{_CHECKED}]", opened.mode)
     accelerator = make_accelerator("cpu", False, "float16")
-    loader = eval_loader(LoaderOptions(_CHECKED, 0, False), source, data_config, 10, 0, accelerator)
+    loader = eval_loader(LoaderOptions(_CHECKED, 0, False), source, opened.data_config, 10, 0, accelerator)
     images, labels = next(iter(loader))
     fine: Tensor = images[labels == FINE] if paths else images
     if not len(fine):

@@ -11,17 +11,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from timm_decor.errors import UserError
 from timm_decor.inference.files import BROKEN, Files, find_images
-from timm_decor.inference.weights import open_model
+from timm_decor.inference.weights import Opened, open_model
 from timm_decor.text import csv_text, printable, text_table
 from timm_decor.training import build
 from timm_decor.training.args import predict_parser
 from timm_decor.training.data.loaders import eval_loader
 from timm_decor.training.keeping.folder import RunFolder
-from timm_decor.training.options import PredictOptions
+from timm_decor.training.options import DeviceOptions, LoaderOptions, PredictOptions
 from timm_decor.training.runtime import make_accelerator
 from timm_decor.training.seeing.drawing import label
 from timm_decor.training.seeing.mistakes import MOST_PICTURES, write_sheet
@@ -70,9 +69,9 @@ def main(argv: Sequence[str], prog: str) -> None:
         if file:
             RunFolder(Path(file).parent, main_process)
     opened = open_model(options.weights, options.model, options.use_ema, options.image, options.create)
-    model, names, data_config = opened.model, opened.names, opened.data_config
-    source = Files(paths, "RGB" if data_config["input_size"][0] == 3 else "L")
-    predictions, broken = _predict(options, model, names, data_config, source, accelerator)
+    predictor = Predictor(opened, options.device, accelerator, options.weights)
+    source = Files(paths, opened.mode)
+    predictions, broken = predictor.predict(source, options.loader, options.top)
     if main_process:
         for index in broken[:_MOST_NAMED]:
             print(f"{prog}: {printable(source.why_broken(index))}", file=sys.stderr)
@@ -85,42 +84,57 @@ def main(argv: Sequence[str], prog: str) -> None:
         raise UserError(f"none of {len(paths)} images could be decoded")
 
 
-@torch.no_grad()
-def _predict(
-    options: PredictOptions,
-    model: nn.Module,
-    names: Sequence[str],
-    data_config: dict[str, Any],
-    source: Files,
-    accelerator: Accelerator,
-) -> tuple[list[Prediction], list[int]]:
-    """What the model says, and the numbers of the images that could not be decoded."""
-    device = options.device
-    loader = eval_loader(options.loader, source, data_config, 2, 0, accelerator)
-    build.place(model, accelerator.device, device.channels_last)
-    build.check_images(model, data_config["input_size"], accelerator.device, accelerator.autocast, options.weights)
-    model.eval()
-    runnable: Any = model
-    if device.torchcompile:
-        runnable = torch.compile(model, backend=device.torchcompile, mode=device.torchcompile_mode)
-    predictions: list[Prediction] = []
-    broken: list[int] = []
-    for images, states in loader:
-        if device.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        with accelerator.autocast():
-            output = runnable(images)
-        top = output.float().softmax(1).topk(min(options.top, output.shape[1]), dim=1)
-        # on several processes the last batch is padded; gather_for_metrics drops the padding
-        rows = [part.tolist() for part in accelerator.gather_for_metrics((states, top.indices, top.values))]
-        for state, labels, shares in zip(*rows, strict=True):
-            index = len(predictions) + len(broken)
-            if state == BROKEN:
-                broken.append(index)
-            else:
-                its = [names[number] for number in labels]
-                predictions.append(Prediction(index, source.where(index), labels, its, shares))
-    return predictions, broken
+class Predictor:
+    """A trained model that is ready to say what is in images.
+
+    Args:
+        opened: the model.
+        device: on what, and in which form, it runs.
+        accelerator: made for that.
+        weights: the model's name, for messages.
+
+    Raises:
+        UserError: it does not take images of the size that its weights want.
+    """
+
+    def __init__(self, opened: Opened, device: DeviceOptions, accelerator: Accelerator, weights: str) -> None:
+        model, size = opened.model, opened.data_config["input_size"]
+        self.opened = opened
+        self._device, self._accelerator = device, accelerator
+        build.place(model, accelerator.device, device.channels_last)
+        build.check_images(model, size, accelerator.device, accelerator.autocast, weights)
+        self._runnable: Any = model.eval()
+        if device.torchcompile:
+            self._runnable = torch.compile(model, backend=device.torchcompile, mode=device.torchcompile_mode)
+
+    @torch.no_grad()
+    def predict(self, source: Files, loader: LoaderOptions, top: int) -> tuple[list[Prediction], list[int]]:
+        """What the model says, and the numbers of the images that could not be decoded.
+
+        Args:
+            source: the images.
+            loader: how they are batched.
+            top: classes to name for each.
+        """
+        names = self.opened.names
+        predictions: list[Prediction] = []
+        broken: list[int] = []
+        for images, states in eval_loader(loader, source, self.opened.data_config, 2, 0, self._accelerator):
+            if self._device.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            with self._accelerator.autocast():
+                output = self._runnable(images)
+            best = output.float().softmax(1).topk(min(top, output.shape[1]), dim=1)
+            # on several processes the last batch is padded; gather_for_metrics drops the padding
+            parts = self._accelerator.gather_for_metrics((states, best.indices, best.values))
+            for state, labels, shares in zip(*(part.tolist() for part in parts), strict=True):
+                index = len(predictions) + len(broken)
+                if state == BROKEN:
+                    broken.append(index)
+                else:
+                    its = [names[number] for number in labels]
+                    predictions.append(Prediction(index, source.where(index), labels, its, shares))
+        return predictions, broken
 
 
 def _show(options: PredictOptions, predictions: Sequence[Prediction], source: Files) -> None:

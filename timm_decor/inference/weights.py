@@ -35,6 +35,11 @@ class Opened:
     names: list[str]
     data_config: dict[str, Any]
 
+    @property
+    def mode(self) -> str:
+        """PIL's name of the colours that it wants."""
+        return "RGB" if self.data_config["input_size"][0] == 3 else "L"
+
 
 def open_model(
     weights: str, model_name: str | None, use_ema: bool, image: ImageOptions, create: CreateOptions

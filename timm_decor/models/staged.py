@@ -35,6 +35,38 @@ def own_cfgs(architecture: str) -> dict[str, PretrainedCfg]:
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Own:
+    """Weights of the project.
+
+    Attributes:
+        architecture: timm's name of the plain model.
+        tag: of the weights.
+        hub_id: of their repository.
+        data: that they were trained on, as results.json has it.
+        classes: how many.
+        top1: accuracy on the usual evaluation images, in %.
+    """
+
+    architecture: str
+    tag: str
+    hub_id: str
+    data: str
+    classes: int
+    top1: float
+
+
+def own_weights() -> list[Own]:
+    """The project's own weights of all models; of two of one model the default first."""
+    found = []
+    for folder, config in _staged():
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        tag, classes = config["pretrained_cfg"]["tag"], config["num_classes"]
+        top1 = results["evaluated"]["top1"]
+        found.append(Own(config["architecture"], tag, _hub_id(config), results["data"], classes, top1))
+    return found
+
+
 def unavailable(cfg: str | dict[str, Any] | PretrainedCfg | None, error: Exception) -> str:
     """What to say where the project's own weights could not be had; "" where `cfg` is not theirs, or they are here."""
     name = getattr(cfg, "hf_hub_id", "")

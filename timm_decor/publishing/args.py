@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 
+from timm_decor.errors import UserError
 from timm_decor.publishing.licenses import license_id
 from timm_decor.training.parser import Parser
 
@@ -14,8 +15,9 @@ LICENSE = "apache-2.0"  # of weights that began at random
 def publish_parser(prog: str = "hub.publish") -> Parser:
     """The command line of publishing."""
     words = Parser(prog=prog, description="Publish what train.py trained to the Hugging Face Hub.")
-    words.add_argument("checkpoint", metavar="CHECKPOINT", help="output folder of train.py, a .safetensors file "
-                       "in one, or a folder of such folders")  # fmt: skip
+    words.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="output folder of train.py, a .safetensors "
+                       "file in one, or a folder of such folders")  # fmt: skip
+    words.add_argument("--space", action="store_true", help="publish the demo of the project's own weights, as a Space")
     words.add_argument(
         "--repo-id", required=True, metavar="OWNER/NAME", help="repository; for several models OWNER alone"
     )
@@ -41,7 +43,42 @@ def publish_parser(prog: str = "hub.publish") -> Parser:
     words.add_argument(
         "--no-eval", action="store_true", help="publish training's own last evaluation; run no validate.py"
     )
+    words.add_argument(
+        "--requirement",
+        type=_requirement,
+        metavar="LINE",
+        help="what the Space installs, as 'timm-decor @ git+https://...'; default: this version, from PyPI",
+    )
     return words
+
+
+def refuse_others(args: argparse.Namespace) -> None:
+    """Refuse arguments that mean nothing for what is published.
+
+    Args:
+        args: parsed.
+
+    Raises:
+        UserError: naming one.
+    """
+    if args.space and args.checkpoint:
+        raise UserError(f"--space publishes the demo, not {args.checkpoint}: publish that without --space")
+    if not args.space and not args.checkpoint:
+        raise UserError("CHECKPOINT is needed: what train.py left; or --space, for the demo")
+    name = next((name for name in (_OF_WEIGHTS if args.space else _OF_SPACE) if getattr(args, name)), None)
+    if name:
+        whose = "the weights', and --space publishes the demo" if args.space else "the Space's: add --space"
+        raise UserError(f"--{name.replace('_', '-')} is {whose}")
+
+
+_OF_WEIGHTS = ("tag", "license", "base_model", "half", "no_r", "data_dir", "no_eval")
+_OF_SPACE = ("requirement",)
+
+
+def _requirement(text: str) -> str:
+    if not re.fullmatch(r"timm[-_]decor\b[^\r\n]*", text):
+        raise argparse.ArgumentTypeError(f"one line of pip's that begins with timm-decor, not '{text}'")
+    return text
 
 
 def _tag(text: str) -> str:

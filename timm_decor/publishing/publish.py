@@ -3,6 +3,7 @@
     timm-decor publish output/RUN --repo-id me/resnet18-flowers --dry-run staged   # look at it first
     timm-decor publish output/RUN --repo-id me/resnet18-flowers                    # then upload it
     timm-decor publish output --repo-id me                                         # every run: me/<model>.<tag>
+    timm-decor publish --space --repo-id me/demo                                   # the demo of the project's weights
 
 Nothing is uploaded that is not in the folder that --dry-run writes. docs/publishing.md has the whole story.
 """
@@ -10,17 +11,18 @@ Nothing is uploaded that is not in the folder that --dry-run writes. docs/publis
 from __future__ import annotations
 
 import argparse
+import functools
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from timm_decor.errors import UserError, first_line, message
-from timm_decor.publishing import card, repository
-from timm_decor.publishing.args import LICENSE, publish_parser
+from timm_decor.publishing import card, repository, space
+from timm_decor.publishing.args import LICENSE, publish_parser, refuse_others
 from timm_decor.publishing.trained import Trained, find, read
 from timm_decor.publishing.upload import Target, log_in, upload
 from timm_decor.training.keeping.folder import RunFolder
@@ -38,14 +40,32 @@ def main(argv: Sequence[str], prog: str = "hub.publish") -> None:
             published are, before that.
     """
     args = publish_parser(prog).parse(argv)
+    refuse_others(args)
+    if args.space:
+        _publish_space(args)
+    else:
+        _publish_trained(args, prog)
+
+
+def _publish_space(args: argparse.Namespace) -> None:
+    _check_id("--repo-id", _owned(args.repo_id))
+    write = functools.partial(space.write, requirement=args.requirement)
+    if args.dry_run:
+        print(_replace(Path(args.dry_run), space.FILES, write, args.repo_id))
+        return
+    log_in(args.repo_id)
+    with tempfile.TemporaryDirectory() as temporary:
+        write(Path(temporary))
+        print(upload(space.contents(Path(temporary)), _target(args, args.repo_id)))
+
+
+def _publish_trained(args: argparse.Namespace, prog: str) -> None:
     found = find(Path(args.checkpoint))
     trained = [read(path) for path in found]  # all of them, before anything is written anywhere
     several = len(trained) > 1
     if several and ("/" in args.repo_id or args.tag):
         raise UserError(f"{args.checkpoint} holds {len(trained)} models: --repo-id OWNER alone, and no --tag")
-    if not several and "/" not in args.repo_id:
-        raise UserError(f"--repo-id {args.repo_id}: say OWNER/NAME")
-    names = [args.repo_id if not several else f"{args.repo_id}/{one.architecture}.{one.tag}" for one in trained]
+    names = [_owned(args.repo_id) if not several else f"{args.repo_id}/{one.architecture}.{one.tag}" for one in trained]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise UserError(
@@ -65,8 +85,7 @@ def main(argv: Sequence[str], prog: str = "hub.publish") -> None:
             else:
                 with tempfile.TemporaryDirectory() as temporary:
                     stage(one, Path(temporary) / "repository", name, options)
-                    target = Target(name, args.private, args.revision, args.create_pr)
-                    print(upload(Path(temporary) / "repository", target))
+                    print(upload(repository.contents(Path(temporary) / "repository"), _target(args, name)))
         except UserError as error:
             if not several:
                 raise
@@ -74,6 +93,16 @@ def main(argv: Sequence[str], prog: str = "hub.publish") -> None:
             print(f"{prog}: {name} is left out: {message(error)}", file=sys.stderr)
     if failures:
         raise UserError(f"{len(failures)} of {len(names)} models were not published: {failures[0]}, ...")
+
+
+def _target(args: argparse.Namespace, repo_id: str) -> Target:
+    return Target(repo_id, args.private, args.revision, args.create_pr)
+
+
+def _owned(repo_id: str) -> str:
+    if "/" not in repo_id:
+        raise UserError(f"--repo-id {repo_id}: say OWNER/NAME")
+    return repo_id
 
 
 def _check_id(flag: str, name: str) -> None:
@@ -114,18 +143,39 @@ def stage(trained: Trained, folder: Path, repo_id: str, options: repository.Opti
     Raises:
         UserError: the folder holds other files, or see `repository.write`.
     """
-    strangers = [file.name for file in folder.iterdir() if file.name not in repository.FILES] if folder.is_dir() else []
-    if strangers:
-        raise UserError(f"{folder} holds {strangers[0]}, which is not of a publication: take an empty or new folder")
-    with tempfile.TemporaryDirectory() as temporary:
-        fresh = Path(temporary)
+
+    def write(fresh: Path) -> None:
         results = repository.write(trained, fresh, options)
         with_r = (fresh / repository.R_FILE).is_file()
         RunFolder(fresh).write_text(repository.CARD, card.render(trained, results, options, repo_id, with_r))
+
+    return _replace(folder, repository.FILES, write, repo_id)
+
+
+def _replace(folder: Path, files: Sequence[str], write: Callable[[Path], None], repo_id: str) -> str:
+    """Let files be written, and put them in the place of those of an earlier attempt.
+
+    Args:
+        folder: where to; made if need be.
+        files: the names that they may have.
+        write: writes them into an empty folder.
+        repo_id: for the first line of what is returned.
+
+    Returns:
+        What is in the folder, a line a file.
+
+    Raises:
+        UserError: the folder holds other files, or what `write` raises; it is then what it was.
+    """
+    strangers = [file.name for file in folder.iterdir() if file.name not in files] if folder.is_dir() else []
+    if strangers:
+        raise UserError(f"{folder} holds {strangers[0]}, which is not of a publication: take an empty or new folder")
+    with tempfile.TemporaryDirectory() as temporary:
+        write(Path(temporary))
         RunFolder(folder)  # made, and tested for writing
-        for name in repository.FILES:
+        for name in files:
             (folder / name).unlink(missing_ok=True)
-        for file in sorted(fresh.iterdir()):
+        for file in sorted(Path(temporary).iterdir()):
             shutil.move(file, folder / file.name)
     sizes = [f"  {file.name}: {file.stat().st_size:,} bytes" for file in sorted(folder.iterdir())]
     return "\n".join([f"{repo_id}: in {folder}", *sizes])

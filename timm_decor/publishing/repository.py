@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import tempfile
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from timm_decor.engine.checkpoint import STATE_KEY, write_r
 from timm_decor.errors import UserError, first_line
 from timm_decor.publishing.trained import Trained
+from timm_decor.publishing.upload import Contents
 from timm_decor.training import build, validation
 from timm_decor.training.keeping.folder import RESUME_FILE, RunFolder, read_resume
 from timm_decor.training.keeping.metadata import stored_metadata
@@ -195,6 +197,20 @@ def _check(config: dict[str, Any], weights: dict[str, Tensor], stored: dict[str,
     scale = float(expected.std()) or 1.0
     if not torch.isfinite(found).all() or float((found - expected).abs().max()) > _HALF_TOLERANCE * scale:
         raise UserError(f"{checkpoint} changes its outputs in half precision: publish it without --half")
+
+
+def contents(folder: Path) -> Contents:
+    """A written folder, with the card, for the Hub."""
+    mine = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+
+    def other(names: Collection[str], read: Callable[[str], str]) -> str:
+        if CONFIG not in names:
+            others = [name for name in names if name.endswith((".safetensors", ".bin", ".pth"))]
+            return f"{others[0]} without a config.json" if others else ""
+        theirs = json.loads(read(CONFIG)).get("architecture", "model of no known architecture")
+        return f"a {theirs}, not a {mine['architecture']}" if theirs != mine["architecture"] else ""
+
+    return Contents(folder, FILES, f"Publish {mine['architecture']}.{mine['pretrained_cfg']['tag']}", other)
 
 
 def recipe(trained: Trained) -> str:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
-from huggingface_hub.hf_api import ModelInfo, RepoFile
+from huggingface_hub.hf_api import ModelInfo, RepoFile, SpaceInfo
 from huggingface_hub.utils import (
     GatedRepoError,
     LocalTokenNotFoundError,
@@ -21,7 +20,28 @@ from huggingface_hub.utils import (
 )
 
 from timm_decor.errors import UserError, first_line
-from timm_decor.publishing.repository import CONFIG, FILES
+
+# From the names of a repository's files, and what reads one, to what it holds that is not ours; "" for nothing.
+Other = Callable[[Collection[str], Callable[[str], str]], str]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is published.
+
+    Attributes:
+        folder: its files.
+        files: the names that files of a publication may have.
+        title: of the commit.
+        other: refuses to publish over something else.
+        repo_type: model or space.
+    """
+
+    folder: Path
+    files: Sequence[str]
+    title: str
+    other: Other
+    repo_type: str = "model"
 
 
 @dataclass(frozen=True)
@@ -51,7 +71,7 @@ def log_in(repo_id: str, api: HfApi | None = None) -> None:
         (api or HfApi()).whoami()
 
 
-def upload(folder: Path, target: Target, api: HfApi | None = None) -> str:
+def upload(contents: Contents, target: Target, api: HfApi | None = None) -> str:
     """Bring a folder's files to the Hub in one commit.
 
     Files of an earlier publication that the folder lacks are removed in the same commit; other files stay. Where
@@ -59,7 +79,7 @@ def upload(folder: Path, target: Target, api: HfApi | None = None) -> str:
     refused by the Hub.
 
     Args:
-        folder: what `repository.write` wrote, and the card.
+        contents: what.
         target: where to.
         api: the Hub's client.
 
@@ -67,47 +87,48 @@ def upload(folder: Path, target: Target, api: HfApi | None = None) -> str:
         A sentence on what was done, with the address.
 
     Raises:
-        UserError: no right to write, a repository of another model, a public one where a private one was asked for, or
+        UserError: no right to write, a repository of something else, a public one where a private one was asked for, or
             a failure of the Hub or the network: the repository is then what it was or, where the answer to the commit
             was lost, complete.
     """
     api = api or HfApi()
-    repo_id = target.repo_id
+    repo_id, kind = target.repo_id, contents.repo_type
     with _explained(repo_id, "look at the repository"):
-        found = _found(api, target)
+        found = _found(api, target, kind)
     if found is None:
         if target.create_pr:
             raise UserError(f"{repo_id} does not exist, so there is nothing to open a pull request on")
         with _explained(repo_id, "create the repository"):
-            api.create_repo(repo_id, private=target.private)
-            found = _found(api, target)
+            sdk = "gradio" if kind == "space" else None
+            api.create_repo(repo_id, private=target.private, repo_type=kind, space_sdk=sdk)
+            found = _found(api, target, kind)
     if found is None:
         raise UserError(f"{repo_id} was created, and the Hub does not show it: try again")
     if target.private and found.private is False:
         raise UserError(f"{repo_id} is public already: make it private in its settings, or publish without --private")
     with _explained(repo_id, "list the repository"):
-        entries = api.list_repo_tree(repo_id, revision=found.sha)
+        entries = api.list_repo_tree(repo_id, revision=found.sha, repo_type=kind)
         remote = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
-        _refuse_other(api, target, folder, remote, str(found.sha))
+        _refuse_other(api, repo_id, contents, remote, str(found.sha))
     if target.revision and not target.create_pr:
         with _explained(repo_id, f"make the branch {target.revision}"):
-            api.create_branch(repo_id, branch=target.revision, revision=found.sha, exist_ok=True)
-    local = {file.name: file for file in sorted(folder.iterdir())}
+            api.create_branch(repo_id, branch=target.revision, revision=found.sha, exist_ok=True, repo_type=kind)
+    local = {file.name: file for file in sorted(contents.folder.iterdir())}
     changed = [name for name, file in local.items() if not _same(file, remote.get(name))]
-    stale = [name for name in FILES if name in remote and name not in local]
-    address = f"{api.endpoint}/{repo_id}"
+    stale = [name for name in contents.files if name in remote and name not in local]
+    address = f"{api.endpoint}/{'spaces/' if kind == 'space' else ''}{repo_id}"
     if not changed and not stale:
         return f"{address} holds exactly this already: nothing was done"
     operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
         *(CommitOperationAdd(name, str(local[name])) for name in changed),
         *(CommitOperationDelete(name) for name in stale),
     ]
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     with _explained(repo_id, "upload"):
         done = api.create_commit(
             repo_id,
             operations,
-            commit_message=f"Publish {config['architecture']}.{config['pretrained_cfg']['tag']}",
+            commit_message=contents.title,
+            repo_type=kind,
             revision=target.revision if not target.create_pr else None,
             create_pr=target.create_pr,
             parent_commit=found.sha,
@@ -115,34 +136,31 @@ def upload(folder: Path, target: Target, api: HfApi | None = None) -> str:
     return f"published {', '.join(changed + stale)}: {done.pr_url or address}"
 
 
-def _found(api: HfApi, target: Target) -> ModelInfo | None:
+def _found(api: HfApi, target: Target, kind: str) -> ModelInfo | SpaceInfo | None:
     """The repository as it is now: its branch's commit or, where there is no such branch yet, that of main."""
+    look = api.space_info if kind == "space" else api.model_info
     revision = None if target.create_pr else target.revision
     try:
-        return api.model_info(target.repo_id, revision=revision)
+        return look(target.repo_id, revision=revision)
     except GatedRepoError:
         raise
     except RevisionNotFoundError:
-        return api.model_info(target.repo_id)
+        return look(target.repo_id)
     except RepositoryNotFoundError:
         return None
 
 
-def _refuse_other(api: HfApi, target: Target, folder: Path, remote: dict[str, RepoFile], sha: str) -> None:
-    if CONFIG not in remote:
-        others = [name for name in remote if name.endswith((".safetensors", ".bin", ".pth"))]
-        if others:
-            raise UserError(f"{target.repo_id} holds {others[0]} without a config.json: publish to another repository")
-        return
-    with tempfile.TemporaryDirectory() as place:
-        file = api.hf_hub_download(target.repo_id, CONFIG, revision=sha, local_dir=place, force_download=True)
-        theirs = json.loads(Path(file).read_text(encoding="utf-8"))
-    mine = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    if theirs.get("architecture") != mine["architecture"]:
-        raise UserError(
-            f"{target.repo_id} holds a {theirs.get('architecture', 'model of no known architecture')}, "
-            f"not a {mine['architecture']}: publish to another repository"
-        )
+def _refuse_other(api: HfApi, repo_id: str, contents: Contents, remote: Collection[str], sha: str) -> None:
+    def read(name: str) -> str:
+        with tempfile.TemporaryDirectory() as place:
+            file = api.hf_hub_download(
+                repo_id, name, revision=sha, local_dir=place, force_download=True, repo_type=contents.repo_type
+            )
+            return Path(file).read_text(encoding="utf-8")
+
+    other = contents.other(remote, read)
+    if other:
+        raise UserError(f"{repo_id} holds {other}: publish to another repository")
 
 
 def _same(file: Path, remote: RepoFile | None) -> bool:
