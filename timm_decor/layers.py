@@ -23,7 +23,7 @@ from timm_decor.moments import MEAN, ConvShape
 from timm_decor.shape import LayerShape
 
 RECORDER_STATE = (  # attributes of a layer that records
-    "recording", "sample", "max_rows", "wanted", "moments", "rows", "unrecorded", "writes", "on_outside",
+    "recording", "sample", "max_rows", "wanted", "moments", "rows", "unrecorded", "writes", "stored", "on_outside",
 )  # fmt: skip
 
 
@@ -43,6 +43,7 @@ class DecorMixin:
     unrecorded: int = 0  # training forward passes whose input could not be recorded
     without_grad: bool = False  # record while gradients are off, too
     writes: tuple[int, int] = (0, 0)  # the weight's version when last seen, and how often it was another
+    stored: tuple[Tensor, ...] = ()  # the weight's share, where fully_shard makes the weight of shares for each forward
     on_outside: Outside | None = None
 
     unbatched_dim: int  # dimensions of an input without a batch axis
@@ -62,10 +63,6 @@ class DecorMixin:
     def grouped(self, tensor: Tensor) -> Tensor:
         """A tensor shaped like the weight as (g, O, C, S): a view, but for rare memory formats."""
         raise NotImplementedError
-
-    def is_grouped_view(self, tensor: Tensor) -> bool:
-        """Whether `grouped` of a tensor shares its memory, so that what is written there is written to the tensor."""
-        return self.grouped(tensor).data_ptr() == tensor.data_ptr()
 
     def ungrouped(self, rows: Tensor) -> Tensor:
         """(g, O, C, S) in the weight's shape, a view where that is possible."""
@@ -89,6 +86,7 @@ class DecorMixin:
         """
         self.moments, self.rows = {}, torch.zeros(1, device=self.weight.device)
         self.unrecorded, self.writes, self.on_outside = 0, (self.weight._version, 0), on_outside
+        self.stored = (self.weight,) if "_is_fsdp_managed_module" in vars(self) else ()
         self.wanted, self.sample, self.max_rows, self.recording = wanted, sample, max_rows, True
 
     def stop_recording(self) -> None:
@@ -136,14 +134,16 @@ class DecorMixin:
             finite = torch.stack([torch.isfinite(total).all() for total in totals.values() or (x,)]).all()
             for name, total in totals.items():
                 total = torch.where(finite, total, torch.zeros_like(total))
-                self.moments[name] = self.moments[name] + total if name in self.moments else total
-            self.rows = self.rows + finite * count
+                # an offloaded weight is on another device than its inputs, and what is restored is on the weight's
+                self.moments[name] = self.moments[name].to(total.device) + total if name in self.moments else total
+            self.rows = self.rows.to(x.device) + finite * count
 
     def _notice_writes(self) -> None:
         """Tell when the weight moves a second time: a step of the optimizer would have ended this recording."""
         version, count = self.writes
-        if self.weight._version != version:
-            self.writes = self.weight._version, count + 1
+        (stored,) = self.stored or (self.weight,)
+        if stored._version != version:
+            self.writes = stored._version, count + 1
             tell = self.on_outside() if count == 1 and self.on_outside is not None else None
             if tell is not None:
                 tell()
@@ -193,15 +193,6 @@ class DecorConv2d(DecorMixin, nn.Conv2d):
 
     def grouped(self, tensor: Tensor) -> Tensor:
         return tensor.reshape(self.groups, -1, tensor.shape[1], tensor.shape[2] * tensor.shape[3])
-
-    def _notice_writes(self) -> None:
-        """Tell when the weight moves a second time: a step of the optimizer would have ended this recording."""
-        version, count = self.writes
-        if self.weight._version != version:
-            self.writes = self.weight._version, count + 1
-            tell = self.on_outside() if count == 1 and self.on_outside is not None else None
-            if tell is not None:
-                tell()
 
     def _rows_seen(self, x: Tensor) -> Tensor:
         return self._padded(x)
@@ -302,3 +293,26 @@ DECOR_TYPES: dict[type[nn.Module], type[DecorConv2d] | type[DecorLinear]] = {
     TimmLinear: DecorTimmLinear,
 }
 PLAIN_TYPES: dict[type[nn.Module], type[nn.Module]] = {decor: plain for plain, decor in DECOR_TYPES.items()}
+
+_SHARDED = "FSDPModule"  # of torch.distributed.fsdp, which takes a while to import
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether fully_shard was called on this very module: it then has a class of its own."""
+    return any(kind.__name__ == _SHARDED for kind in type(module).__mro__)
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """A module's class, without what fully_shard put before it."""
+    kinds = type(module).__mro__
+    place = next((i + 1 for i, kind in enumerate(kinds) if kind.__name__ == _SHARDED), 0)
+    return kinds[place]
+
+
+def become(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Give a module another class; what fully_shard put before it stays."""
+    before, own = type(module), class_of(module)
+    if own is not before:
+        bases = tuple(kind if base is own else base for base in before.__bases__)
+        kind = type(before.__name__, bases, {"__deepcopy__": vars(before).get("__deepcopy__")})
+    module.__class__ = kind  # type: ignore[assignment]

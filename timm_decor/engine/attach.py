@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -24,9 +23,9 @@ from torch.optim import Optimizer
 from timm_decor.config import DecorConfig
 from timm_decor.convert import any_attached, decor_layers, reconverted
 from timm_decor.engine.handle import DecorHandle, attached_optimizers
-from timm_decor.engine.optimizers import innermost
+from timm_decor.engine import shards
+from timm_decor.engine.optimizers import check_held, innermost
 from timm_decor.engine.probe import refuse
-from timm_decor.layers import DecorLayer
 
 _logger = logging.getLogger(__name__)
 
@@ -60,6 +59,7 @@ def attach(model: nn.Module, optimizer: Optimizer, config: DecorConfig | None = 
     inner = innermost(optimizer)
     if any(isinstance(module, nn.DataParallel) for module in model.modules()):
         raise ValueError("nn.DataParallel runs on copies, whose inputs are not seen: use DistributedDataParallel")
+    shards.refuse_kinds(model)
     if inner in attached_optimizers or any_attached(layer for _, layer in decor_layers(model)):
         raise ValueError("already attached: call detach() on the first handle before attaching again")
     if torch.__version__ < (2, 5):  # type: ignore[operator]
@@ -67,22 +67,12 @@ def attach(model: nn.Module, optimizer: Optimizer, config: DecorConfig | None = 
         importlib.import_module("torch._dynamo").config.guard_nn_modules = True  # imported late: it takes seconds
     config = reconverted(model, config).config
     trained = [(name, layer) for name, layer in decor_layers(model) if layer.weight.requires_grad]
-    _check_held(inner, trained)
+    if not trained:
+        raise ValueError("every decorrelated layer is frozen: nothing to attach")
+    shards.put_back(model, trained)
+    check_held(inner, trained)
+    shards.check_cuts(trained)
     refuse(inner, (layer.weight for _, layer in trained))
     if "Muon" in type(inner).__name__:
         _logger.warning("decorrelated Muon ended below plain Muon in our measurements: compare it with plain training")
     return DecorHandle(model, inner, trained, config)
-
-
-def _check_held(optimizer: Optimizer, trained: Iterable[tuple[str, DecorLayer]]) -> None:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    trained = list(trained)
-    missing = [name for name, layer in trained if id(layer.weight) not in held]
-    if missing:
-        raise ValueError(
-            f"the optimizer does not hold the weight of {missing[0]}"
-            + (f" and {len(missing) - 1} more layers" if len(missing) > 1 else "")
-            + "; make the optimizer from this model's parameters, after decorrelate and before attach"
-        )
-    if not trained:
-        raise ValueError("every decorrelated layer is frozen: nothing to attach")

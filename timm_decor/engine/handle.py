@@ -19,12 +19,12 @@ from torch.optim import Optimizer
 
 from timm_decor.config import DecorConfig
 from timm_decor.convert import decor_layers, mark_attached, norms_behind, replan
-from timm_decor.engine import checkpoint
+from timm_decor.engine import checkpoint, shards
 from timm_decor.engine.coordinates import transformed, unbatched
 from timm_decor.engine.flight import StepInFlight
 from timm_decor.engine.group import LayerGroup, Refreshed, grouped
 from timm_decor.engine.hooks import StepHooks
-from timm_decor.engine.optimizers import UNKNOWN, is_linear, is_zero, rates
+from timm_decor.engine.optimizers import UNKNOWN, check_held, is_linear, is_zero, rates
 from timm_decor.engine.probe import power_of
 from timm_decor.engine.watch import Watch
 from timm_decor.layers import DecorLayer
@@ -193,13 +193,14 @@ class DecorHandle:
 
     @torch.no_grad()
     def _in_kernels(self, values: Mapping[str, Tensor], product: Any) -> dict[str, Tensor]:
+        self._recover()
         out = dict(values)
         for group in self._groups:
-            for i, (name, layer) in enumerate(zip(group.names, group.layers, strict=True)):
+            for i, (name, weight) in enumerate(zip(group.names, group.weights, strict=True)):
                 if (key := f"{name}.weight") in out:
-                    sides, value = group.sides_of([i]).unit, out[key]
-                    new = transformed([layer], functools.partial(product, sides), [value])
-                    (out[key],) = unbatched([layer], new, [value])
+                    sides, value = group.sides_here([i]).unit, weight.local(out[key])
+                    new = transformed([weight], functools.partial(product, sides), [value])
+                    out[key] = weight.whole(*unbatched([weight], new, [value]))
         return out
 
     def state(self) -> dict[str, Any]:
@@ -215,7 +216,7 @@ class DecorHandle:
 
     def _planned(self, config: DecorConfig, layer: DecorLayer) -> LayerPlan:
         linear, scales = is_linear(self._optimizer), self._power.exponent > 0
-        return plan(config, layer.decor_shape, layer.weight.dtype, linear, scales)
+        return plan(config, layer.decor_shape, layer.weight.dtype, linear, scales, shards.is_cut(layer.weight))
 
     @property
     def _weights(self) -> dict[str, Tensor]:
@@ -349,6 +350,7 @@ class DecorHandle:
     def _recover(self) -> None:
         """The same for a step that was not called through `optimizer.step`, so that its exception was not seen."""
         self._abort()
+        shards.put_back(self._model, self._layers)
 
     def _set_recording(self) -> None:
         for group in self._groups:
@@ -361,6 +363,9 @@ class DecorHandle:
         """Follow what happened to the model since the last step: layers that train now, weights that were moved."""
         new = self._watch.unfrozen()
         if new or any(group.is_misplaced for group in self._groups):
+            if any(shards.is_cut(layer.weight) for _, layer in (*self._layers, *new)):  # perhaps since the last step
+                check_held(self._optimizer, self._layers)
+                shards.check_cuts([*self._layers, *new])
             saved = self.state()["layers"]
             self._layers += new
             for _, layer in new:
@@ -387,6 +392,7 @@ class DecorHandle:
         return checkpoint.with_entries(optimizer, state_dict, self._weights)
 
     def _load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        self._recover()
         rest, saved = checkpoint.without_entries(optimizer, state_dict, self._weights)
         if saved is None:
             _logger.warning("the optimizer state has no decorrelation state: R starts from the identity")
@@ -398,6 +404,7 @@ class DecorHandle:
 
     def _continue(self, saved: Mapping[str, Mapping[str, Any]], step: int) -> None:
         """Go on from the state of every layer (or, where it is empty, from the identity)."""
+        self._recover()
         self._regroup(saved)
         self._counted, self._not_made = step, None
         self._set_recording()
