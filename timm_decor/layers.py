@@ -43,7 +43,7 @@ class DecorMixin:
     unrecorded: int = 0  # training forward passes whose input could not be recorded
     without_grad: bool = False  # record while gradients are off, too
     writes: tuple[int, int] = (0, 0)  # the weight's version when last seen, and how often it was another
-    stored: tuple[Tensor, ...] = ()  # the weight's share, where fully_shard makes the weight of shares for each forward
+    stored: tuple[Tensor, ...] = ()  # the share that the optimizer steps on, where that is not the weight
     on_outside: Outside | None = None
 
     unbatched_dim: int  # dimensions of an input without a batch axis
@@ -74,6 +74,7 @@ class DecorMixin:
         sample: float,
         max_rows: int = 2**63 - 1,
         on_outside: Outside | None = None,
+        stored: Tensor | None = None,
     ) -> None:
         """Forget earlier statistics and record from the next training forward on.
 
@@ -83,10 +84,12 @@ class DecorMixin:
             max_rows: whole images are recorded up to about this many rows, unless the share is 1.0.
             on_outside: a weak reference to what is called when the weight is moved by somebody again and again while
                 the recording waits for the optimizer's step.
+            stored: what the optimizer steps on, if that is not the weight: a share, of which fully_shard makes the
+                weight for each forward anew.
         """
         self.moments, self.rows = {}, torch.zeros(1, device=self.weight.device)
-        self.unrecorded, self.writes, self.on_outside = 0, (self.weight._version, 0), on_outside
-        self.stored = (self.weight,) if "_is_fsdp_managed_module" in vars(self) else ()
+        self.stored = () if stored is None else (stored,)
+        self.unrecorded, self.writes, self.on_outside = 0, ((self.weight if stored is None else stored)._version, 0), on_outside
         self.wanted, self.sample, self.max_rows, self.recording = wanted, sample, max_rows, True
 
     def stop_recording(self) -> None:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from timm_decor.config import DecorConfig
 from timm_decor.engine.coordinates import Move, StepOnW, moves, transformed, write
 from timm_decor.engine.optimizers import LINEAR
-from timm_decor.engine.shards import place, weight_of
+from timm_decor.engine.shards import weight_of
 from timm_decor.layers import DecorLayer, Outside
 from timm_decor.moments import OUTPUT_MOMENT, gradient_moment, looked_at, mean_correlation, moment_shape
 from timm_decor.plan import LayerPlan
@@ -89,7 +89,7 @@ class LayerGroup:
         self.weights = [weight_of(layer) for layer in self.layers]
         weight = self.layers[0].weight
         self._device = weight.device
-        self._place = place(self.layers[0])
+        self._place = self.weights[0].place
         one = plan.identity(weight.device)
         self.sides: Sides = one.with_tensors({name: _repeated(t, len(layers)) for name, t in one.tensors().items()})
         self._here: tuple[Sides, Sides] | None = None  # those, and what they are for the rows that are here
@@ -99,7 +99,7 @@ class LayerGroup:
     @property
     def is_misplaced(self) -> bool:
         """Whether a weight was moved to another device or precision, or cut, since this group was made."""
-        return any(place(layer) != self._place for layer in self.layers)
+        return any(weight.place != self._place for weight in self.weights)
 
     def active(self) -> list[int]:
         """Which layers take part in a step: those with a gradient."""
@@ -123,8 +123,9 @@ class LayerGroup:
 
     def start_recording(self, on_outside: Outside) -> None:
         """Record the statistics of the next training forward passes; see `DecorMixin.start_recording`."""
-        for layer in self.layers:
-            layer.start_recording(self._recorded, self._config.sample, self._config.max_rows, on_outside)
+        for layer, weight in zip(self.layers, self.weights, strict=True):
+            stored = None if weight.cut is None else weight.parameter
+            layer.start_recording(self._recorded, self._config.sample, self._config.max_rows, on_outside, stored)
 
     def stop_recording(self) -> None:
         """Record no more."""

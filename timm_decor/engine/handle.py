@@ -193,7 +193,6 @@ class DecorHandle:
 
     @torch.no_grad()
     def _in_kernels(self, values: Mapping[str, Tensor], product: Any) -> dict[str, Tensor]:
-        self._recover()
         out = dict(values)
         for group in self._groups:
             for i, (name, weight) in enumerate(zip(group.names, group.weights, strict=True)):
@@ -220,7 +219,8 @@ class DecorHandle:
 
     @property
     def _weights(self) -> dict[str, Tensor]:
-        return {name: layer.weight for name, layer in self._layers}
+        pairs = (pair for group in self._groups for pair in zip(group.names, group.weights, strict=True))
+        return {name: weight.parameter for name, weight in pairs}
 
     @property
     def _kind(self) -> str:
@@ -350,7 +350,6 @@ class DecorHandle:
     def _recover(self) -> None:
         """The same for a step that was not called through `optimizer.step`, so that its exception was not seen."""
         self._abort()
-        shards.put_back(self._model, self._layers)
 
     def _set_recording(self) -> None:
         for group in self._groups:
@@ -377,6 +376,7 @@ class DecorHandle:
 
     def _regroup(self, saved: Mapping[str, Mapping[str, Any]]) -> None:
         """Groups of the layers as they are now, which go on from a saved state; layers that it lacks start."""
+        shards.put_back(self._model, self._layers)
         plans = {}
         for name, layer in self._layers:
             now = self._planned(self.config, layer)
@@ -392,7 +392,6 @@ class DecorHandle:
         return checkpoint.with_entries(optimizer, state_dict, self._weights)
 
     def _load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        self._recover()
         rest, saved = checkpoint.without_entries(optimizer, state_dict, self._weights)
         if saved is None:
             _logger.warning("the optimizer state has no decorrelation state: R starts from the identity")
@@ -404,7 +403,6 @@ class DecorHandle:
 
     def _continue(self, saved: Mapping[str, Mapping[str, Any]], step: int) -> None:
         """Go on from the state of every layer (or, where it is empty, from the identity)."""
-        self._recover()
         self._regroup(saved)
         self._counted, self._not_made = step, None
         self._set_recording()

@@ -55,6 +55,12 @@ class Weight:
         return self.layer.weight
 
     @property
+    def place(self) -> tuple[Any, ...]:
+        """Where the parameter is, cut over which processes, and in which precision."""
+        parameter = self.parameter
+        return parameter.dtype, parameter.device, getattr(parameter, "device_mesh", None)
+
+    @property
     def value(self) -> Tensor:
         """The rows, in the parameter's memory; another tensor can take their place."""
         return self.parameter.data
@@ -117,6 +123,15 @@ class CutWeight(Weight):
             self._before = cut.start - first * shape.outputs if cut.stop > cut.start else 0
         self._all_outputs = shape.outputs
         self._is_grouped = shape.groups > 1
+        self._parameter = layer.weight
+
+    @property
+    def parameter(self) -> Tensor:
+        # From the outermost module's forward to the end of backward, and after an evaluation, the layer has the whole
+        # weight. To put the shares back would have to be done by all processes at once.
+        if is_cut(self.layer.weight):
+            self._parameter = self.layer.weight
+        return self._parameter
 
     @property
     def value(self) -> Tensor:
@@ -196,12 +211,6 @@ def is_cut(tensor: Tensor) -> bool:
     return hasattr(tensor, "_local_tensor")  # not isinstance: the class takes a while to import
 
 
-def place(layer: DecorLayer) -> tuple[Any, ...]:
-    """Where a layer's weight is, and in which precision: what a group of layers was made for."""
-    weight = layer.weight
-    return weight.dtype, weight.device, getattr(weight, "device_mesh", None)
-
-
 def shared_out(rows: Tensor, like: Any) -> Tensor:
     """The rows that are here as a DTensor like another one."""
     from torch.distributed.tensor import DTensor
@@ -220,10 +229,7 @@ def share(tensor: Tensor, like: Any) -> Tensor:
 
 
 def put_back(model: nn.Module, layers: Iterable[tuple[str, DecorLayer]]) -> None:
-    """Let every weight be the share that the optimizer holds again.
-
-    The outermost module's are whole from its forward to the end of the backward pass, and after an evaluation.
-    """
+    """Let every layer have the share again that the optimizer holds. By all processes at once, or forward passes hang."""
     if any("_is_fsdp_managed_module" in vars(layer) and not is_cut(layer.weight) for _, layer in layers):
         for module in model.modules():
             if is_sharded(module):
