@@ -211,6 +211,11 @@ def is_cut(tensor: Tensor) -> bool:
     return hasattr(tensor, "_local_tensor")  # not isinstance: the class takes a while to import
 
 
+def here(tensor: Tensor) -> Tensor:
+    """The rows of a tensor that are here."""
+    return tensor._local_tensor if is_cut(tensor) else tensor
+
+
 def shared_out(rows: Tensor, like: Any) -> Tensor:
     """The rows that are here as a DTensor like another one."""
     from torch.distributed.tensor import DTensor
