@@ -221,6 +221,28 @@ def keep_own_end(file: str) -> None:
     Keeper.save = saved  # type: ignore[method-assign]
 
 
+def as_launched(config: str, *overrides: str) -> None:
+    """Have the environment that `accelerate launch` makes of a config file, and let Accelerate shard on CPUs as well."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    arguments = launch_command_parser().parse_args(["--config_file", config, *overrides, "train.py"])
+    made = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
+    os.environ |= {key: value for key, value in made.items() if key.startswith(("ACCELERATE_", "FSDP_"))}
+    init = AcceleratorState.__init__
+
+    def sharding(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:  # what it does on a GPU
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+
+    AcceleratorState.__init__ = sharding  # type: ignore[method-assign]
+
+
 def one_of(rank: int, world_size: int, port: int, file: str, float64: bool) -> None:
     """The above in one."""
     if world_size > 1:

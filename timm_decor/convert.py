@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from timm_decor.config import DecorConfig
-from timm_decor.eligibility import Reasons, candidates, own_matrices
-from timm_decor.layers import DECOR_TYPES, PLAIN_TYPES, DecorConv2d, DecorLayer, DecorLinear
+from timm_decor.eligibility import Reasons, candidates, own_matrices, own_name
+from timm_decor.layers import DECOR_TYPES, PLAIN_TYPES, DecorConv2d, DecorLayer, DecorLinear, become, class_of
 from timm_decor.plan import LayerPlan, plan, unfit
 from timm_decor.reporting import ConversionReport, LayerRow
 
@@ -73,15 +73,16 @@ def convert(model: nn.Module, config: DecorConfig, leave_out: ReasonFn) -> nn.Mo
         if not reason and (reason := leave_out(name, module)):
             left_out[name] = reason
         if not reason:
-            module.__class__ = DECOR_TYPES.get(type(module), type(module))
+            kind = class_of(module)
+            become(module, DECOR_TYPES.get(kind, kind))
             reason = unfit(config, module.decor_shape)
         if reason:
-            if type(module) in PLAIN_TYPES:
+            if class_of(module) in PLAIN_TYPES:
                 _make_plain(module)
-            rows.append(LayerRow(name, type(module).__name__, None, weight_bytes, reason))
+            rows.append(LayerRow(name, class_of(module).__name__, None, weight_bytes, reason))
             continue
         done = plan(config, module.decor_shape, module.weight.dtype)
-        rows.append(LayerRow(name, type(module).__name__, done, weight_bytes))
+        rows.append(LayerRow(name, class_of(module).__name__, done, weight_bytes))
     report = ConversionReport(config, tuple(rows), left_out)
     if not report.decorrelated:
         most = Counter(row.plain_reason for row in rows).most_common(1)
@@ -102,7 +103,7 @@ def to_plain(model: nn.Module) -> nn.Module:
         ValueError: the model is wrapped, or still attached to an optimizer.
     """
     _refuse_wrapped(model)
-    layers = [module for module in model.modules() if type(module) in PLAIN_TYPES]
+    layers = [module for module in model.modules() if class_of(module) in PLAIN_TYPES]
     _refuse_attached(layers)
     for module in layers:
         _make_plain(module)
@@ -145,8 +146,8 @@ def decor_layers(model: nn.Module) -> Iterator[tuple[str, DecorLayer]]:
     """(name, layer) of every decorrelated layer, named as in the unwrapped model."""
     for name, module in model.named_modules():
         # The exact type: one whose weight became a computed one is a subclass by then.
-        if isinstance(module, DecorConv2d | DecorLinear) and type(module) in PLAIN_TYPES:
-            yield name.replace("_orig_mod.", "").removeprefix("module."), module
+        if isinstance(module, DecorConv2d | DecorLinear) and class_of(module) in PLAIN_TYPES:
+            yield own_name(name).removeprefix("module."), module
 
 
 def norms_behind(model: nn.Module) -> dict[nn.Module, BatchNorm]:
@@ -174,7 +175,7 @@ def replan(model: nn.Module, plans: Mapping[str, LayerPlan]) -> None:
     """Put the final plans of a model's layers, by name, into its report."""
     owner = _owner(model)
     report: ConversionReport = owner.decor_report  # type: ignore[assignment]
-    inside = {id(module): name for name, module in owner.named_modules()}
+    inside = {id(module): own_name(name) for name, module in owner.named_modules()}
     own = {inside[id(layer)]: plans[name] for name, layer in decor_layers(model) if name in plans}
     rows = tuple(dataclasses.replace(row, plan=own.get(row.name, row.plan)) for row in report.rows)
     owner.decor_report = dataclasses.replace(report, rows=rows)  # type: ignore[assignment]
@@ -182,12 +183,12 @@ def replan(model: nn.Module, plans: Mapping[str, LayerPlan]) -> None:
 
 def convertible(module: nn.Module) -> bool:
     """Whether a module's class is one that `decorrelate` takes."""
-    return type(module) in DECOR_TYPES
+    return class_of(module) in DECOR_TYPES
 
 
 def _make_plain(module: Any) -> None:
     module.stop_recording()
-    module.__class__ = PLAIN_TYPES[type(module)]
+    become(module, PLAIN_TYPES[class_of(module)])
 
 
 def _refuse_wrapped(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from timm_decor.layers import DECOR_TYPES, PLAIN_TYPES
+from timm_decor.layers import DECOR_TYPES, PLAIN_TYPES, class_of
 
 # Modules of timm (and torchvision) that scale channels by what they make of a globally pooled vector, by their class's
 # name: several of timm's models have their own.
@@ -30,9 +30,14 @@ _DEPTHWISE = "a depthwise convolution with a kernel below 7x7: decorrelated, it 
 _UNSEEN = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
 
 
+def own_name(name: str) -> str:
+    """A module's name without what wrappers inside of the model put into it (torch.compile, checkpoint_wrapper)."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules that a user would expect in the report: they multiply their input by a weight matrix of their own."""
-    for name, module in model.named_modules():
+    for name, module in ((own_name(name), module) for name, module in model.named_modules()):
         if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
             # Not the attribute: where it is computed (spectral_norm), reading it moves the model's state.
             if module._parameters.get("weight") is not None or own_matrices(module):
@@ -73,13 +78,13 @@ class Reasons:
 
     def unfit(self, module: Any) -> str:
         """Why a layer cannot be decorrelated; "" if it can, as far as its class and weight go."""
-        kind = type(module).__name__
+        kind = class_of(module).__name__
         if isinstance(module, _UNSEEN):
             return f"{kind}: what its weights multiply is never seen"
         if "weight" not in module._parameters:
             return f"{kind}: its weight is computed from other parameters (weight_norm, pruning, a parametrization)"
         # The exact type: a subclass may standardise its weight, or mix it with another; then A = W R does not hold.
-        if type(module) not in DECOR_TYPES and type(module) not in PLAIN_TYPES:
+        if class_of(module) not in DECOR_TYPES and class_of(module) not in PLAIN_TYPES:
             return f"{kind} may not multiply its input by its weight as it is"
         if module in self._read_past:
             return "the module above it reads its weight past its forward, so its input is not seen"
@@ -110,7 +115,7 @@ def _gates(model: nn.Module) -> set[nn.Module]:
     """Every module inside of a channel gate."""
     found: set[nn.Module] = set()
     for module in model.modules():
-        kind = type(module).__name__
+        kind = class_of(module).__name__
         if kind in _GATES:
             found |= set(module.modules())
         for name in _GATE_PARTS.get(kind, ()):

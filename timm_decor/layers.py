@@ -24,7 +24,7 @@ from timm_decor.shape import LayerShape
 
 RECORDER_STATE = (  # attributes of a layer that records
     "recording", "sample", "max_rows", "wanted", "moments", "rows", "unrecorded", "passes", "glimpse", "moves",
-    "on_outside",
+    "stored", "on_outside",
 )  # fmt: skip
 
 REPLICAS = "nn.DataParallel runs on copies, whose inputs are not seen: use DistributedDataParallel, or one GPU"
@@ -49,6 +49,7 @@ class DecorMixin:
     passes: int = 0  # training forward passes since the recording began
     glimpse: Tensor  # some elements of the weight, as they were when last looked at
     moves: int = 0  # how often they were others
+    stored: tuple[Tensor, ...] = ()  # the share that the optimizer steps on, where that is not the weight
     on_outside: Outside | None = None
 
     unbatched_dim: int  # dimensions of an input without a batch axis
@@ -69,10 +70,6 @@ class DecorMixin:
         """A tensor shaped like the weight as (g, O, C, S): a view, but for rare memory formats."""
         raise NotImplementedError
 
-    def is_grouped_view(self, tensor: Tensor) -> bool:
-        """Whether `grouped` of a tensor shares its memory, so that what is written there is written to the tensor."""
-        return self.grouped(tensor).data_ptr() == tensor.data_ptr()
-
     def ungrouped(self, rows: Tensor) -> Tensor:
         """(g, O, C, S) in the weight's shape, a view where that is possible."""
         return rows.reshape(self.weight.shape)
@@ -83,6 +80,7 @@ class DecorMixin:
         sample: float,
         max_rows: int = 2**63 - 1,
         on_outside: Outside | None = None,
+        stored: Tensor | None = None,
     ) -> None:
         """Forget earlier statistics and record from the next training forward on.
 
@@ -92,8 +90,11 @@ class DecorMixin:
             max_rows: whole images are recorded up to about this many rows, unless the share is 1.0.
             on_outside: a weak reference to what is called when the weight is moved by somebody again and again while
                 the recording waits for the optimizer's step.
+            stored: what the optimizer steps on, if that is not the weight: a share, of which fully_shard makes the
+                weight for each forward anew.
         """
         self.moments, self.rows = {}, torch.zeros(1, device=self.weight.device)
+        self.stored = () if stored is None else (stored,)
         self.unrecorded, self.passes, self.moves, self.on_outside = 0, 0, 0, on_outside
         self.wanted, self.sample, self.max_rows, self.recording = wanted, sample, max_rows, True
 
@@ -144,8 +145,9 @@ class DecorMixin:
             finite = torch.stack([torch.isfinite(total).all() for total in totals.values() or (x,)]).all()
             for name, total in totals.items():
                 total = torch.where(finite, total, torch.zeros_like(total))
-                self.moments[name] = self.moments[name] + total if name in self.moments else total
-            self.rows = self.rows + finite * count
+                # an offloaded weight is on another device than its inputs, and what is restored is on the weight's
+                self.moments[name] = self.moments[name].to(total.device) + total if name in self.moments else total
+            self.rows = self.rows.to(x.device) + finite * count
 
     def _notice_writes(self) -> None:
         """Tell when the weight moves a second time: a step of the optimizer would have ended this recording.
@@ -156,7 +158,8 @@ class DecorMixin:
         self.passes += 1
         if self.passes & (self.passes - 1):
             return
-        weight = self.weight.detach().flatten()
+        (stored,) = self.stored or (self.weight,)
+        weight = getattr(stored, "_local_tensor", stored).detach().flatten()
         now = weight[:: max(1, len(weight) // _LOOKED_AT)].clone()
         if self.passes > 1 and not torch.equal(now, self.glimpse):
             self.moves += 1
@@ -310,3 +313,26 @@ DECOR_TYPES: dict[type[nn.Module], type[DecorConv2d] | type[DecorLinear]] = {
     TimmLinear: DecorTimmLinear,
 }
 PLAIN_TYPES: dict[type[nn.Module], type[nn.Module]] = {decor: plain for plain, decor in DECOR_TYPES.items()}
+
+_SHARDED = "FSDPModule"  # of torch.distributed.fsdp, which takes a while to import
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether fully_shard was called on this very module: it then has a class of its own."""
+    return any(kind.__name__ == _SHARDED for kind in type(module).__mro__)
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """A module's class, without what fully_shard put before it."""
+    kinds = type(module).__mro__
+    place = next((i + 1 for i, kind in enumerate(kinds) if kind.__name__ == _SHARDED), 0)
+    return kinds[place]
+
+
+def become(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Give a module another class; what fully_shard put before it stays."""
+    before, own = type(module), class_of(module)
+    if own is not before:
+        bases = tuple(kind if base is own else base for base in before.__bases__)
+        kind = type(before.__name__, bases, {"__deepcopy__": vars(before).get("__deepcopy__")})
+    module.__class__ = kind  # type: ignore[assignment]

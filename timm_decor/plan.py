@@ -89,7 +89,12 @@ class LayerPlan:
 
 
 def plan(
-    config: DecorConfig, shape: LayerShape, dtype: torch.dtype, linear: bool = True, scales: bool = True
+    config: DecorConfig,
+    shape: LayerShape,
+    dtype: torch.dtype,
+    linear: bool = True,
+    scales: bool = True,
+    cut: bool = False,
 ) -> LayerPlan:
     """What the config comes to for one layer.
 
@@ -99,6 +104,7 @@ def plan(
         dtype: of its weight.
         linear: whether the optimizer is SGD; before `attach` knows it, the plan is SGD's.
         scales: whether the optimizer's step depends on R's scale.
+        cut: whether its rows are on several processes.
     """
     structure = config.structure
     if structure == "kronecker" and shape.channels == 1:
@@ -108,6 +114,8 @@ def plan(
     both = config.sides == "both" or (config.sides == "auto" and RULES[config.rule].both_sides and linear)
     at_least_float32 = torch.promote_types(dtype, torch.float32)
     outputs = both and has_outputs(shape, config.max_dim)
+    if cut and shape.groups > 1:
+        outputs = False  # what groups keep of their few outputs is as large as the weight, and would have to be sent
     return LayerPlan(shape, config.rule, structure, config.rank, outputs, config.graft and scales, at_least_float32)
 
 

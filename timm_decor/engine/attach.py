@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -23,12 +22,12 @@ from torch.optim import Optimizer
 
 from timm_decor.config import DecorConfig
 from timm_decor.convert import any_attached, decor_layers, reconverted
+from timm_decor.engine import shards
 from timm_decor.engine.checkpoint import STATE_KEY
 from timm_decor.engine.handle import DecorHandle, attached_optimizers
-from timm_decor.engine.optimizers import innermost
+from timm_decor.engine.optimizers import check_held, innermost
 from timm_decor.engine.probe import refuse
-from timm_decor.engine.watch import refuse_pieces
-from timm_decor.layers import REPLICAS, DecorLayer
+from timm_decor.layers import REPLICAS
 
 _logger = logging.getLogger(__name__)
 
@@ -62,7 +61,7 @@ def attach(model: nn.Module, optimizer: Optimizer, config: DecorConfig | None = 
     inner = innermost(optimizer)
     if any(isinstance(module, nn.DataParallel) for module in model.modules()):
         raise ValueError(REPLICAS)
-    refuse_pieces(decor_layers(model))
+    shards.refuse_kinds(model)
     if inner in attached_optimizers or any_attached(layer for _, layer in decor_layers(model)):
         raise ValueError("already attached: call detach() on the first handle before attaching again")
     if torch.__version__ < (2, 5):  # type: ignore[operator]
@@ -70,7 +69,11 @@ def attach(model: nn.Module, optimizer: Optimizer, config: DecorConfig | None = 
         importlib.import_module("torch._dynamo").config.guard_nn_modules = True  # imported late: it takes seconds
     config = reconverted(model, config).config
     trained = [(name, layer) for name, layer in decor_layers(model) if layer.weight.requires_grad]
-    _check_held(inner, trained)
+    if not trained:
+        raise ValueError("every decorrelated layer is frozen: nothing to attach")
+    shards.put_back(model, trained)
+    check_held(inner, trained)
+    shards.check_cuts(trained)
     if any(STATE_KEY in inner.state.get(layer.weight, {}) for _, layer in trained):
         raise ValueError(
             "the optimizer loaded a decorrelated run's state before attach, and R of it is lost: attach first"
@@ -79,17 +82,3 @@ def attach(model: nn.Module, optimizer: Optimizer, config: DecorConfig | None = 
     if "Muon" in type(inner).__name__:
         _logger.warning("decorrelated Muon ended below plain Muon in our measurements: compare it with plain training")
     return DecorHandle(model, inner, trained, config)
-
-
-def _check_held(optimizer: Optimizer, trained: Iterable[tuple[str, DecorLayer]]) -> None:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    trained = list(trained)
-    missing = [name for name, layer in trained if id(layer.weight) not in held]
-    if missing:
-        raise ValueError(
-            f"the optimizer does not hold the weight of {missing[0]}"
-            + (f" and {len(missing) - 1} more layers" if len(missing) > 1 else "")
-            + "; make the optimizer from this model's parameters, after decorrelate and before attach"
-        )
-    if not trained:
-        raise ValueError("every decorrelated layer is frozen: nothing to attach")

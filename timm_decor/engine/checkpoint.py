@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from timm_decor.config import DecorConfig
 from timm_decor.engine.group import LayerGroup
+from timm_decor.engine.shards import is_cut
 from timm_decor.layers import DecorLayer
 from timm_decor.plan import LayerPlan
 from timm_decor.shape import parts
@@ -33,6 +34,7 @@ STATE_KEY = "timm_decor"  # in optimizer.state_dict(), and in the entries of the
 STATE_FORMAT = 5
 _FILE_FORMAT = "1"
 _PARTS = ("r", "moments")  # of a layer's state that are tensors
+_BLOCK = 4096  # bytes
 _FACTS = ("shape", "structure", "rank", "refreshes", "skips")
 
 
@@ -103,8 +105,10 @@ def with_entries(optimizer: Optimizer, state_dict: dict[str, Any], weights: Mapp
         number, layer = position[id(weight)], saved["layers"][name]
         # A weight's first step fills an entry that is empty, and would take ours for the optimizer's.
         if state.get(number) or not any(state.values()):
-            tensors = {key: value for key, value in layer.items() if isinstance(value, dict)}
-            facts = {key: value for key, value in layer.items() if key not in tensors}
+            # Of sharded weights each process recorded its own sums, and entries are taken to be the same everywhere.
+            kept = _PARTS if is_cut(weight) else (*_PARTS, "recorded")
+            tensors = {key: value for key, value in layer.items() if key in kept}
+            facts = {key: value for key, value in layer.items() if not isinstance(value, dict)}
             entry = {"facts": _as_tensor({"common": common, "layer": facts}), **tensors}
             state[number] = {**state.get(number, {}), STATE_KEY: entry}
     return {**state_dict, "state": state}
@@ -146,8 +150,13 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 
 
 def _as_tensor(facts: dict[str, Any]) -> Tensor:
-    """Facts as bytes of JSON: torch.distributed.checkpoint flattens no text and no lists."""
-    return torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
+    """Facts as bytes of JSON: torch.distributed.checkpoint flattens no text and no lists.
+
+    Of one length however many digits a count has: it loads into tensors of the same size.
+    """
+    text = json.dumps(facts).encode()
+    text = text.ljust(-(-len(text) // _BLOCK) * _BLOCK)
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
 def _from_tensor(text: Tensor) -> dict[str, Any]:

@@ -22,63 +22,64 @@ from torch.optim import Optimizer
 
 from timm_decor.engine.length import Lengths
 from timm_decor.engine.optimizers import DECAYING, LINEAR, Power
-from timm_decor.layers import DecorLayer
+from timm_decor.engine.shards import Weight
 from timm_decor.moments import at_least_float32
 from timm_decor.shape import parts
 from timm_decor.structures import Sides
 
 Product = Callable[[Tensor], Tensor]
-Move = tuple[list[Tensor], Tensor]  # tensors shaped like the weights, and what they become: (n g, O, C, S)
+Move = tuple[list[Tensor], Tensor]  # tensors shaped like the weights' rows here, and what they become: (n g, O, C, S)
 
 
-def transformed(layers: Sequence[DecorLayer], product: Product, sources: Sequence[Tensor]) -> Tensor:
-    """product of tensors that are shaped like the layers' weights, as one batch: (n g, O, C, S).
+def transformed(weights: Sequence[Weight], product: Product, sources: Sequence[Tensor]) -> Tensor:
+    """product of tensors that are shaped like the weights' rows here, as one batch: (n g, O, C, S).
 
     It runs in R's precision, float32 or better, whatever the weights'.
     """
     with torch.autocast(sources[0].device.type, enabled=False):  # products with R lose too much in half precision
-        rows = [layer.grouped(source) for layer, source in zip(layers, sources, strict=True)]
+        rows = [weight.grouped(source) for weight, source in zip(weights, sources, strict=True)]
         return product(at_least_float32(rows[0] if len(rows) == 1 else torch.cat(rows)))
 
 
-def unbatched(layers: Sequence[DecorLayer], values: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+def unbatched(weights: Sequence[Weight], values: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """A batch, (n g, O, C, S), as tensors in shape, precision and memory format of others.
 
     Without a copy where the product has that format already: that of channels_last weights is the one it works in.
     """
     out = []
-    for layer, target, value in zip(layers, like, values.chunk(len(layers)), strict=True):
-        value = layer.ungrouped(value)
+    for weight, target, value in zip(weights, like, values.chunk(len(weights)), strict=True):
+        value = weight.ungrouped(value)
         if value.dtype != target.dtype or value.stride() != target.stride():
             value = torch.empty_like(target).copy_(value)
         out.append(value)
     return out
 
 
-def write(layers: Sequence[DecorLayer], values: Tensor, out: Sequence[Tensor]) -> None:
-    """Put a batch, (n g, O, C, S), into tensors that are shaped like the layers' weights."""
-    for layer, target, value in zip(layers, out, values.chunk(len(layers)), strict=True):
-        target.copy_(layer.ungrouped(value))
+def write(weights: Sequence[Weight], values: Tensor, out: Sequence[Tensor]) -> None:
+    """Put a batch, (n g, O, C, S), into tensors that are shaped like the weights' rows here."""
+    for weight, target, value in zip(weights, out, values.chunk(len(weights)), strict=True):
+        target.copy_(weight.ungrouped(value))
 
 
 class StepOnW:
     """What all have: during the step each weight holds another gradient, and afterwards its own again.
 
     Args:
-        layers: those of a batch that have a gradient.
-        sides: their L and R, and the scale.
+        weights: of the layers of a batch that have a gradient.
+        sides: their L and R, and the scale, as they act on the rows that are here.
         optimizer: that steps.
         power: the optimizer's.
         measures: whether `lengths` will be asked how long the step was.
     """
 
     def __init__(
-        self, layers: Sequence[DecorLayer], sides: Sides, optimizer: Optimizer, power: Power, measures: bool = False
+        self, weights: Sequence[Weight], sides: Sides, optimizer: Optimizer, power: Power, measures: bool = False
     ) -> None:
-        self.layers, self.sides, self._optimizer, self._power = layers, sides, optimizer, power
+        self.weights, self.sides, self._optimizer, self._power = weights, sides, optimizer, power
         self._measures = measures
-        self.kernels = [layer.weight.data for layer in layers]  # A
-        self.gradients: list[Tensor] = [layer.weight.grad for layer in layers]  # type: ignore[misc]
+        self.kernels = [weight.value for weight in weights]  # A
+        self._own: list[Tensor] = [weight.parameter.grad for weight in weights]  # type: ignore[misc]
+        self.gradients = [weight.local(own) for weight, own in zip(weights, self._own, strict=True)]
 
     def enter(self) -> None:
         """Before the optimizer's step."""
@@ -106,14 +107,14 @@ class StepOnW:
     def lengths(self, sides: Sides | None = None) -> Lengths:
         """Squared lengths of each layer's step, between `leave` and `land`: the plain optimizer's, and ours at scale 1.
 
-        Decay is no part of them. They are weighted by the layers' learning rates.
+        Of the rows that are here. Decay is no part of them. They are weighted by the layers' learning rates.
 
         Args:
             sides: L and R that the step might be made with; None for those that it was made with.
         """
         # Where a step grows with the gradient it is, momentum aside, the gradient.
-        own = transformed(self.layers, (sides or self.sides).unit.apply_gram, self.gradients)
-        return self._weighted(squared(self.gradients), squared_parts(own, len(self.layers)))
+        own = transformed(self.weights, (sides or self.sides).unit.apply_gram, self.gradients)
+        return self._weighted(squared(self.gradients), squared_parts(own, len(self.weights)))
 
     def _weighted(self, plain: Tensor, own: Tensor) -> Lengths:
         rates = [group.get("lr") or 0.0 for group in self._options]
@@ -123,22 +124,22 @@ class StepOnW:
     def _at_unit_scale(self, lengths: Tensor, power: int) -> Tensor:
         """Squared lengths of what has the scale to a power in it without that."""
         assert self.sides.scale is not None  # nobody measures without one
-        return lengths / parts(self.sides.scale, len(self.layers)).flatten(1)[:, 0] ** (2 * power)
+        return lengths / parts(self.sides.scale, len(self.weights)).flatten(1)[:, 0] ** (2 * power)
 
     @cached_property
     def _options(self) -> list[dict[str, Any]]:
         """Of each layer the optimizer's group that holds its weight."""
         groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
-        return [groups[id(layer.weight)] for layer in self.layers]
+        return [groups[id(weight.parameter)] for weight in self.weights]
 
     def _swap_gradients(self, product: Product) -> None:
-        new = unbatched(self.layers, transformed(self.layers, product, self.gradients), self.gradients)
-        for layer, gradient in zip(self.layers, new, strict=True):
-            layer.weight.grad = gradient
+        new = unbatched(self.weights, transformed(self.weights, product, self.gradients), self.gradients)
+        for weight, gradient in zip(self.weights, new, strict=True):
+            weight.parameter.grad = weight.whole(gradient)
 
     def _restore(self) -> None:
-        for layer, kernel, gradient in zip(self.layers, self.kernels, self.gradients, strict=True):
-            layer.weight.data, layer.weight.grad = kernel, gradient
+        for weight, kernel, own in zip(self.weights, self.kernels, self._own, strict=True):
+            weight.value, weight.parameter.grad = kernel, own
 
 
 class _FromStart(StepOnW):
@@ -148,15 +149,15 @@ class _FromStart(StepOnW):
         # An optimizer that does not care for the gradient's size does not see the scale, nor does what it averages.
         sides = self.sides if self._power.gradient else self.sides.unit
         self._swap_gradients(sides.apply_transposed)
-        for layer, start in zip(self.layers, self._starts(), strict=True):
-            layer.weight.data = start
+        for weight, start in zip(self.weights, self._starts(), strict=True):
+            weight.value = start
 
     def _starts(self) -> list[Tensor]:
         raise NotImplementedError
 
     def _factors(self) -> list[Any]:
         """What the step made of the part of A that the weight did not hold."""
-        return [1] * len(self.layers)
+        return [1] * len(self.weights)
 
     def lengths(self, sides: Sides | None = None) -> Lengths:
         if self._power.gradient:
@@ -167,14 +168,14 @@ class _FromStart(StepOnW):
             ends = self._increments or self._product()  # not kept: it is as large as all weights
             ends = [e if a is None else e - a * k for e, k, (a, _) in zip(ends, self.kernels, shares, strict=True)]
             return squared(moved), self._at_unit_scale(squared(ends), 1)
-        return squared(moved), squared_parts(transformed(self.layers, sides.unit.apply, moved), len(self.layers))
+        return squared(moved), squared_parts(transformed(self.weights, sides.unit.apply, moved), len(self.weights))
 
     def _decay_shares(self) -> list[tuple[Any, Any]]:
         """How much of each layer's W the step took, and W: (a, W) for a step with a W in it; (None, None) for none."""
-        return [(None, None)] * len(self.layers)
+        return [(None, None)] * len(self.weights)
 
     def leave(self) -> None:
-        self._moved = self._differences([layer.weight.data for layer in self.layers])
+        self._moved = self._differences([weight.value for weight in self.weights])
         self._restore()
         self._decays = self._factors()
         # What can fail for want of memory is done before a single weight moves.
@@ -187,9 +188,9 @@ class _FromStart(StepOnW):
         # A fused optimizer leaves a weight alone where it finds that it must not step.
         factors = self._decays if skipped is None else [_unless(skipped, d, k) for d, k in self._pairs()]
         if self._increments is None:
-            (layer,), (kernel,), (moved,), (factor,) = self.layers, self.kernels, self._moved, factors
+            (weight,), (kernel,), (moved,), (factor,) = self.weights, self.kernels, self._moved, factors
             with torch.autocast(kernel.device.type, enabled=False):
-                self.sides.add_product(layer.grouped(kernel), layer.grouped(moved), factor)
+                self.sides.add_product(weight.grouped(kernel), weight.grouped(moved), factor)
             return
         for kernel, increment, factor in zip(self.kernels, self._increments, factors, strict=True):
             kernel.mul_(factor).add_(increment)
@@ -203,12 +204,12 @@ class _FromStart(StepOnW):
 
     def _is_in_place(self) -> bool:
         """Whether A can take the product up as it is made: fewer passes over memory, which is what a step costs."""
-        layer, kernel = self.layers[0], self.kernels[0]
-        is_one = len(self.layers) == 1 and kernel.device.type == "cpu"
-        return is_one and at_least_float32(kernel) is kernel and layer.is_grouped_view(kernel)
+        weight, kernel = self.weights[0], self.kernels[0]
+        is_one = len(self.weights) == 1 and kernel.device.type == "cpu"
+        return is_one and at_least_float32(kernel) is kernel and weight.is_grouped_view(kernel)
 
     def _product(self) -> list[Tensor]:
-        return unbatched(self.layers, transformed(self.layers, self.sides.apply, self._moved), self.kernels)
+        return unbatched(self.weights, transformed(self.weights, self.sides.apply, self._moved), self.kernels)
 
     def abort(self) -> None:
         self._restore()
@@ -218,8 +219,8 @@ class General(_FromStart):
     """From W itself."""
 
     def _starts(self) -> list[Tensor]:
-        values = transformed(self.layers, self.sides.apply_inverse, self.kernels)
-        self._start = unbatched(self.layers, values, self.kernels)
+        values = transformed(self.weights, self.sides.apply_inverse, self.kernels)
+        self._start = unbatched(self.weights, values, self.kernels)
         return [start.clone() for start in self._start]
 
     def _differences(self, ends: list[Tensor]) -> list[Tensor]:
@@ -227,9 +228,12 @@ class General(_FromStart):
 
     def _decay_shares(self) -> list[tuple[Any, Any]]:
         # However it is made, decay is along the weight: that part is left out.
-        values = transformed(self.layers, self.sides.apply_inverse, self.kernels)
-        starts = unbatched(self.layers, values, self.kernels)
-        return [((m * w).sum() / (w * w).sum(), w) for m, w in zip(self._moved, starts, strict=True)]
+        values = transformed(self.weights, self.sides.apply_inverse, self.kernels)
+        starts = unbatched(self.weights, values, self.kernels)
+        sums = torch.stack(
+            [torch.stack([(m * w).sum(), (w * w).sum()]) for m, w in zip(self._moved, starts, strict=True)]
+        )
+        return [(along / size, w) for (along, size), w in zip(self.weights[0].total(sums), starts, strict=True)]
 
 
 class Decaying(_FromStart):
@@ -240,7 +244,7 @@ class Decaying(_FromStart):
 
     def _factors(self) -> list[Any]:
         decay = DECAYING[type(self._optimizer)]
-        states = [self._optimizer.state.get(layer.weight, {}) for layer in self.layers]
+        states = [self._optimizer.state.get(weight.parameter, {}) for weight in self.weights]
         return [decay(group, state) for group, state in zip(self._options, states, strict=True)]
 
 
@@ -253,16 +257,17 @@ class Linear(StepOnW):
         self._before = [kernel.clone() for kernel in self.kernels]
         self._swap_gradients(self.sides.apply_gram)
         if self._measures:  # now: Nesterov's step writes to the gradients
-            self._plain, self._own = squared(self.gradients), squared([layer.weight.grad for layer in self.layers])
+            stepped = [weight.local(weight.parameter.grad) for weight in self.weights]  # type: ignore[arg-type]
+            self._plain, self._ours = squared(self.gradients), squared(stepped)
 
     def lengths(self, sides: Sides | None = None) -> Lengths:
         if sides is not None:
             return super().lengths(sides)
-        return self._weighted(self._plain, self._at_unit_scale(self._own, 2))
+        return self._weighted(self._plain, self._at_unit_scale(self._ours, 2))
 
     def leave(self) -> None:
-        for layer, gradient in zip(self.layers, self.gradients, strict=True):
-            layer.weight.grad = gradient
+        for weight, own in zip(self.weights, self._own, strict=True):
+            weight.parameter.grad = own
 
     def abort(self) -> None:
         self._restore()
@@ -277,9 +282,9 @@ def _unless(skipped: Tensor, factor: Any, like: Tensor) -> Tensor:
     return torch.where(skipped.to(like.device), torch.ones_like(factor), factor)
 
 
-def squared(tensors: Sequence[Tensor | None]) -> Tensor:
+def squared(tensors: Sequence[Tensor]) -> Tensor:
     """Squared length of each, (n,), in float32 or better."""
-    found = [torch.linalg.vector_norm(t, dtype=at_least_float32(t[:0]).dtype) for t in tensors if t is not None]
+    found = [torch.linalg.vector_norm(t, dtype=at_least_float32(t[:0]).dtype) for t in tensors]
     return torch.stack(found).square()
 
 
@@ -301,18 +306,21 @@ def moves(step: StepOnW, new: Sides, optimizer: Optimizer, preserve_function: bo
     A stays, unless the function is not to be preserved. State that is kept in A's coordinates (SGD's momentum) stays
     what it is in W's: m <- L' L^-1 m R^-1 R'.
     """
-    layers = step.layers
+    weights = step.weights
     old, new = step.sides.unit, new.unit  # the scale is the same before and after
 
     def turned(sources: Sequence[Tensor]) -> Tensor:
-        return transformed(layers, lambda rows: new.apply(old.apply_inverse(rows)), sources)
+        return transformed(weights, lambda rows: new.apply(old.apply_inverse(rows)), sources)
 
-    states: list[dict[str, Any]] = [optimizer.state.get(layer.weight, {}) for layer in layers]
+    states: list[dict[str, Any]] = [optimizer.state.get(weight.parameter, {}) for weight in weights]
     found: list[Move] = []
     for name in LINEAR.get(type(optimizer), ()):
         kept = [state.get(name) for state in states]
         if any(value is not None for value in kept):  # one that has none yet, because it was frozen, moves a zero
-            momenta = [torch.zeros_like(a) if m is None else m for m, a in zip(kept, step.kernels, strict=True)]
+            momenta = [
+                torch.zeros_like(a) if m is None else weight.local(m)
+                for weight, m, a in zip(weights, kept, step.kernels, strict=True)
+            ]
             found.append((momenta, turned(momenta)))
     if not preserve_function:
         found.append((step.kernels, turned(step.result())))

@@ -18,7 +18,7 @@ from timm_decor.engine.coordinates import StepOnW, step_type
 from timm_decor.engine.group import LayerGroup, Refreshed
 from timm_decor.engine.length import Lengths, scale
 from timm_decor.engine.optimizers import Power
-from timm_decor.engine.sharing import averaged, averaged_moments, refreshed
+from timm_decor.engine.sharing import agreed, averaged, averaged_moments, refreshed
 from timm_decor.moments import OUTPUT_MOMENT
 
 
@@ -61,7 +61,7 @@ class StepInFlight:
                     continue
                 if look and OUTPUT_MOMENT in group.moments:
                     self._looked[number] = group.look_at_outputs(index)
-                step = kind([group.layers[i] for i in index], group.sides_of(index), optimizer, power, measures)
+                step = kind([group.weights[i] for i in index], group.sides_here(index), optimizer, power, measures)
                 self._steps[number] = step
                 step.enter()
         except BaseException:
@@ -89,16 +89,19 @@ class StepInFlight:
             moments = [group.running(f, self._moments(i)) for i, (group, f) in enumerate(pairs)]
             sides = refreshed(self.groups, moments)
             if first:
-                new = {i: self.groups[i].sides_of(self.active[i], sides[i]) for i in self._steps}
+                new = {i: self.groups[i].sides_here(self.active[i], sides[i]) for i in self._steps}
                 self.scale = self._found([step.lengths(new[i]) for i, step in self._steps.items()])
-            return [
-                group.proposal(f, m, s, self.active[i], self._steps.get(i))
-                for i, (group, f, m, s) in enumerate(zip(self.groups, fresh, moments, sides, strict=True))
-            ]
+            return agreed(
+                self.groups,
+                [
+                    group.proposal(f, m, s, self.active[i], self._steps.get(i))
+                    for i, (group, f, m, s) in enumerate(zip(self.groups, fresh, moments, sides, strict=True))
+                ],
+            )
 
     def _found(self, lengths: list[Lengths]) -> Tensor:
         none = torch.full((), float("nan"), device=self.groups[0].layers[0].weight.device)
-        return averaged(scale(lengths, self._power) if lengths else none)
+        return averaged(scale(lengths, self._power, self.groups[0].weights[0].total) if lengths else none)
 
     def land(self) -> None:
         """The weights move, and what was seen of the output errors stays."""

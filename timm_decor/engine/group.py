@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from timm_decor.config import DecorConfig
 from timm_decor.engine.coordinates import Move, StepOnW, moves, transformed, write
 from timm_decor.engine.optimizers import LINEAR
+from timm_decor.engine.shards import weight_of
 from timm_decor.layers import DecorLayer, Outside
 from timm_decor.moments import OUTPUT_MOMENT, gradient_moment, looked_at, mean_correlation, moment_shape
 from timm_decor.plan import LayerPlan
@@ -50,11 +51,6 @@ class Refreshed(NamedTuple):
     flags: Tensor
 
 
-def _form(weight: Tensor) -> tuple[torch.dtype, torch.device, int, type[Tensor]]:
-    """What FSDP and `.to()` change of a weight."""
-    return weight.dtype, weight.device, weight.numel(), type(weight)
-
-
 class LayerGroup:
     """n layers of equal shape and plan on one optimizer, with their R.
 
@@ -69,6 +65,7 @@ class LayerGroup:
         plan: of each layer.
         names: of the layers in the model.
         layers: whose weights are A = L W R.
+        weights: theirs, as far as they are on this process.
         sides: L and R of all of them; the identity before the first refresh.
         moments: the averaged statistics that they were last refreshed with, by name; those of the outputs, which are
             looked at between refreshes, as they are now.
@@ -89,21 +86,24 @@ class LayerGroup:
         self._optimizer, self._config, self._rule = optimizer, config, RULES[plan.rule](config)
         self._norms = [norms.get(layer) for layer in self.layers]
         self._recorded = self._rule.recorded(plan.structure_type, plan.shape, any(self._norms))
+        self.weights = [weight_of(layer) for layer in self.layers]
         weight = self.layers[0].weight
-        self._made_for = _form(weight)
+        self._device = weight.device
+        self._place = self.weights[0].place
         one = plan.identity(weight.device)
         self.sides: Sides = one.with_tensors({name: _repeated(t, len(layers)) for name, t in one.tensors().items()})
+        self._here: tuple[Sides, Sides] | None = None  # those, and what they are for the rows that are here
         self.moments = {name: _repeated(t, len(layers)) for name, t in plan.first_moments(weight.device).items()}
         self.refreshes, self.skips = [0] * len(layers), [0] * len(layers)
 
     @property
     def is_misplaced(self) -> bool:
-        """Whether a weight was moved to another device or precision, or cut into pieces, since this group was made."""
-        return any(_form(layer.weight) != self._made_for for layer in self.layers)
+        """Whether a weight was moved to another device or precision, or cut, since this group was made."""
+        return any(weight.place != self._place for weight in self.weights)
 
     def active(self) -> list[int]:
         """Which layers take part in a step: those with a gradient."""
-        return [i for i, layer in enumerate(self.layers) if layer.weight.grad is not None]
+        return [i for i, weight in enumerate(self.weights) if weight.parameter.grad is not None]
 
     def sides_of(self, index: Sequence[int], sides: dict[str, Tensor] | None = None) -> Sides:
         """L and R of some layers: the present ones if none are given."""
@@ -112,10 +112,20 @@ class LayerGroup:
         tensors = self.sides.tensors() if sides is None else sides
         return self.sides.with_tensors(selected(tensors, len(self.layers), index))
 
+    def sides_here(self, index: Sequence[int], sides: dict[str, Tensor] | None = None) -> Sides:
+        """The same, as they act on the rows that are on this process."""
+        whole, weight = self.sides_of(index, sides), self.weights[0]
+        if whole is not self.sides:
+            return weight.sides(whole, len(index))
+        if self._here is None or self._here[0] is not whole:
+            self._here = whole, weight.sides(whole, len(index))  # kept: they know their powers
+        return self._here[1]
+
     def start_recording(self, on_outside: Outside) -> None:
         """Record the statistics of the next training forward passes; see `DecorMixin.start_recording`."""
-        for layer in self.layers:
-            layer.start_recording(self._recorded, self._config.sample, self._config.max_rows, on_outside)
+        for layer, weight in zip(self.layers, self.weights, strict=True):
+            stored = None if weight.cut is None else weight.parameter
+            layer.start_recording(self._recorded, self._config.sample, self._config.max_rows, on_outside, stored)
 
     def stop_recording(self) -> None:
         """Record no more."""
@@ -128,10 +138,10 @@ class LayerGroup:
         Args:
             index: of the layers that have a gradient.
         """
-        layers, r, shape = [self.layers[i] for i in index], self.sides_of(index).inputs, self.plan.shape
-        gradients: list[Tensor] = [layer.weight.grad for layer in layers]  # type: ignore[misc]
+        weights, r, shape = [self.weights[i] for i in index], self.sides_here(index).inputs, self.plan.shape
+        gradients = [weight.local(weight.parameter.grad) for weight in weights]  # type: ignore[arg-type]
         channels = looked_at(shape)
-        rows = transformed(layers, lambda grad: r.errors(grad, channels), gradients)
+        rows = weights[0].gathered(transformed(weights, lambda grad: r.errors(grad, channels), gradients))
         with torch.autocast(rows.device.type, enabled=False):
             fresh = parts(gradient_moment(rows), len(index))
         of_layers = parts(self.moments[OUTPUT_MOMENT], len(self.layers))
@@ -145,7 +155,7 @@ class LayerGroup:
 
     def recorded(self) -> dict[str, Tensor]:
         """Sums over this process's rows: each wanted moment, and "rows", (n, 1)."""
-        dtype, device = self.plan.dtype, self._made_for[1]
+        dtype, device = self.plan.dtype, self._device
 
         def of(layer: DecorLayer, name: str) -> Tensor:
             if layer.recording and name in layer.moments:
@@ -171,7 +181,7 @@ class LayerGroup:
             fresh: of the inputs, from `averaged`.
             moments: the present ones, with this step's look at the outputs.
         """
-        started = torch.tensor([count > 0 for count in self.refreshes]).to(self._made_for[1])
+        started = torch.tensor([count > 0 for count in self.refreshes]).to(self._device)
         return {**moments, **self._rule.running(moments, fresh, started)}
 
     def refreshed(self, moments: dict[str, Tensor], index: Sequence[int] | None = None) -> dict[str, Tensor]:
@@ -205,9 +215,8 @@ class LayerGroup:
         can = seen & self._finite(sides)
         changes: list[Move] = []
         if step is not None:
-            new = self.sides_of(index, sides)
-            changes = moves(step, new, self._optimizer, self._config.preserve_function)
-            good = [parts(new.inputs.is_invertible(), len(index)).all(1)]
+            changes = moves(step, self.sides_here(index, sides), self._optimizer, self._config.preserve_function)
+            good = [parts(self.sides_of(index, sides).inputs.is_invertible(), len(index)).all(1)]
             good += [torch.isfinite(parts(values, len(index))).flatten(1).all(1) for _, values in changes]
             can = can & self._scattered(torch.stack(good).all(0), index)
         else:
@@ -218,10 +227,10 @@ class LayerGroup:
         """Take a refresh over, in those layers that can."""
         can = refreshed.flags[0]
         some = can if len(index) == len(self.layers) else can[list(index)]
-        layers = [self.layers[i] for i in index]
+        weights = [self.weights[i] for i in index]
         for targets, values in refreshed.moves:
-            before = torch.cat([layer.grouped(t) for layer, t in zip(layers, targets, strict=True)])
-            write(layers, _where(some, values.to(before), before), targets)
+            before = torch.cat([weight.grouped(t) for weight, t in zip(weights, targets, strict=True)])
+            write(weights, _where(some, values.to(before), before), targets)
         old = self.sides.tensors()
         self.sides = self.sides.with_tensors({n: _where(can, value, old[n]) for n, value in refreshed.sides.items()})
         self.moments = {name: _where(can, value, self.moments[name]) for name, value in refreshed.moments.items()}
@@ -243,11 +252,11 @@ class LayerGroup:
         assert old is not None
         started = torch.tensor([count > 0 for count in self.refreshes], device=old.device)
         new = torch.where(of_layers(started, old) & torch.isfinite(scale), scale.to(old), old)
-        for layer, factor in zip(self.layers, parts(new / old, len(self.layers)).flatten(1)[:, 0], strict=True):
-            state = self._optimizer.state.get(layer.weight, {})
+        for weight, factor in zip(self.weights, parts(new / old, len(self.layers)).flatten(1)[:, 0], strict=True):
+            state = self._optimizer.state.get(weight.parameter, {})
             for name in LINEAR.get(type(self._optimizer), ()):
                 if state.get(name) is not None:
-                    state[name].mul_(factor)
+                    weight.local(state[name]).mul_(factor)
         self.sides = Sides(self.sides.inputs, self.sides.outputs, new)
 
     def count(self, moved: list[bool], index: Sequence[int]) -> list[int]:
@@ -317,7 +326,7 @@ def grouped(
     members: dict[Any, list[list[tuple[str, DecorLayer]]]] = {}
     for name, layer in layers:
         weight = layer.weight
-        key = (plans[name], weight.shape, weight.dtype, weight.device, momentum.get(id(weight)))
+        key = (plans[name], weight.shape, weight.dtype, weight.device, momentum.get(id(weight)), weight_of(layer).cut)
         batches = members.setdefault(key, [[]])
         limit = _STACKED_ELEMENTS.get(weight.device.type, _STACKED_ELEMENTS_ELSEWHERE)
         if batches[-1] and (len(batches[-1]) + 1) * weight.numel() > limit:

@@ -19,14 +19,14 @@ from torch.optim import Optimizer
 
 from timm_decor.config import DecorConfig
 from timm_decor.convert import decor_layers, mark_attached, norms_behind, replan
-from timm_decor.engine import checkpoint
+from timm_decor.engine import checkpoint, shards
 from timm_decor.engine.coordinates import transformed, unbatched
 from timm_decor.engine.flight import StepInFlight
 from timm_decor.engine.group import LayerGroup, Refreshed, grouped
 from timm_decor.engine.hooks import StepHooks
-from timm_decor.engine.optimizers import UNKNOWN, is_linear, is_zero, rates
+from timm_decor.engine.optimizers import UNKNOWN, check_held, is_linear, is_zero, rates
 from timm_decor.engine.probe import power_of
-from timm_decor.engine.watch import Watch, refuse_pieces
+from timm_decor.engine.watch import Watch
 from timm_decor.layers import DecorLayer
 from timm_decor.plan import LayerPlan, plan
 from timm_decor.reporting import AttachReport
@@ -195,11 +195,11 @@ class DecorHandle:
     def _in_kernels(self, values: Mapping[str, Tensor], product: Any) -> dict[str, Tensor]:
         out = dict(values)
         for group in self._groups:
-            for i, (name, layer) in enumerate(zip(group.names, group.layers, strict=True)):
+            for i, (name, weight) in enumerate(zip(group.names, group.weights, strict=True)):
                 if (key := f"{name}.weight") in out:
-                    sides, value = group.sides_of([i]).unit, out[key]
-                    new = transformed([layer], functools.partial(product, sides), [value])
-                    (out[key],) = unbatched([layer], new, [value])
+                    sides, value = group.sides_here([i]).unit, weight.local(out[key])
+                    new = transformed([weight], functools.partial(product, sides), [value])
+                    out[key] = weight.whole(*unbatched([weight], new, [value]))
         return out
 
     def state(self) -> dict[str, Any]:
@@ -215,11 +215,12 @@ class DecorHandle:
 
     def _planned(self, config: DecorConfig, layer: DecorLayer) -> LayerPlan:
         linear, scales = is_linear(self._optimizer), self._power.exponent > 0
-        return plan(config, layer.decor_shape, layer.weight.dtype, linear, scales)
+        return plan(config, layer.decor_shape, layer.weight.dtype, linear, scales, shards.is_cut(layer.weight))
 
     @property
     def _weights(self) -> dict[str, Tensor]:
-        return {name: layer.weight for name, layer in self._layers}
+        pairs = (pair for group in self._groups for pair in zip(group.names, group.weights, strict=True))
+        return {name: weight.parameter for name, weight in pairs}
 
     @property
     def _kind(self) -> str:
@@ -361,7 +362,9 @@ class DecorHandle:
         """Follow what happened to the model since the last step: layers that train now, weights that were moved."""
         new = self._watch.unfrozen()
         if new or any(group.is_misplaced for group in self._groups):
-            refuse_pieces([*self._layers, *new])
+            if any(shards.is_cut(layer.weight) for _, layer in (*self._layers, *new)):  # perhaps since the last step
+                check_held(self._optimizer, self._layers)
+            shards.check_cuts([*self._layers, *new])
             saved = self.state()["layers"]
             self._layers += new
             for _, layer in new:
@@ -373,6 +376,7 @@ class DecorHandle:
 
     def _regroup(self, saved: Mapping[str, Mapping[str, Any]]) -> None:
         """Groups of the layers as they are now, which go on from a saved state; layers that it lacks start."""
+        shards.put_back(self._model, self._layers)
         plans = {}
         for name, layer in self._layers:
             now = self._planned(self.config, layer)

@@ -14,7 +14,7 @@ grafting (arXiv 2002.11803) as Distributed Shampoo has it (2309.06497), with one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,15 +24,16 @@ from timm_decor.engine.optimizers import Power
 Lengths = tuple[Tensor, Tensor]  # squared lengths of each layer's step, (n,): the plain one's, the decorrelated one's
 
 
-def scale(lengths: Sequence[Lengths], power: Power) -> Tensor:
+def scale(lengths: Sequence[Lengths], power: Power, total: Callable[[Tensor], Tensor]) -> Tensor:
     """c, a scalar; NaN where nothing can be said: no step, or none that is finite.
 
     Args:
         lengths: of all layers' steps, at c = 1.
         power: of the optimizer.
+        total: makes sums over all rows of the weights of those over the rows that are here.
     """
     device = lengths[0][0].device
-    plain, ours = (torch.cat([each[side].to(device) for each in lengths]) for side in (0, 1))
+    plain, ours = total(torch.stack([torch.cat([each[side].to(device) for each in lengths]) for side in (0, 1)]))
     usable = torch.isfinite(plain) & torch.isfinite(ours) & (plain > 0) & (ours > 0)
     ratio = torch.where(usable, plain, 0).sum() / torch.where(usable, ours, 0).sum()
     found = ratio ** (0.5 / power.exponent)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import timm.optim
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from timm_decor.layers import DecorLayer
 
 # Where wrappers keep the optimizer whose `step` is torch's: Accelerate's and Lightning's, timm's Lookahead, torch's
 # PostLocalSGDOptimizer, the sharpness-aware ones.
@@ -88,6 +90,22 @@ def innermost(optimizer: Any) -> Optimizer:
             f"attach the optimizer that it wraps"
         )
     return optimizer
+
+
+def check_held(optimizer: Optimizer, layers: Sequence[tuple[str, DecorLayer]]) -> None:
+    """Refuse an optimizer that does not hold all of the layers' weights.
+
+    Raises:
+        ValueError: names one of them.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for name, layer in layers if id(layer.weight) not in held]
+    if missing:
+        raise ValueError(
+            f"the optimizer does not hold the weight of {missing[0]}"
+            + (f" and {len(missing) - 1} more layers" if len(missing) > 1 else "")
+            + "; make the optimizer from this model's parameters, after decorrelate (and fully_shard) and before attach"
+        )
 
 
 def rates(optimizer: Optimizer, weights: Iterable[Tensor]) -> Iterator[Any]:

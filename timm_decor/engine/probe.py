@@ -96,7 +96,7 @@ def _power(optimizer: Optimizer, number: int, dim: int) -> Power | None:
             (parameter,) = twin.param_groups[0]["params"]
             many = [gradient * gradients[i % len(gradients)] for i in range(_SETTLED)]
             _state_after(twin, many[:-1])
-            before = parameter.detach().double()
+            before = parameter.detach().double().clone()
             _state_after(twin, many[-1:])
             lengths.append(float((parameter.detach().double() - before).norm()))
     base, *others = lengths

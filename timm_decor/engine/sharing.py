@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from timm_decor.engine.group import LayerGroup
+from timm_decor.engine.group import LayerGroup, Refreshed
 from timm_decor.shape import parts
 
 
@@ -41,6 +41,16 @@ def refreshed(groups: Sequence[LayerGroup], moments: Sequence[dict[str, Tensor]]
         results.append(tensors)
     _sum_over_processes([tensor for tensors in results for tensor in tensors.values()])  # all but one of them are zeros
     return results
+
+
+def agreed(groups: Sequence[LayerGroup], proposed: Sequence[Refreshed]) -> list[Refreshed]:
+    """Each group's refresh, for the layers that every process found fit; they differ where each looks at other rows."""
+    if all(group.weights[0].cut is None for group in groups):
+        return list(proposed)
+    flags = torch.cat([each.flags for each in proposed], 1).to(torch.int32)
+    dist.all_reduce(flags, dist.ReduceOp.MIN)
+    of_groups = flags.bool().split([each.flags.shape[1] for each in proposed], 1)
+    return [each._replace(flags=own) for each, own in zip(proposed, of_groups, strict=True)]
 
 
 def averaged(value: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 from torch.optim import Optimizer
@@ -65,18 +65,3 @@ class Watch:
         if name not in self._told:
             self._told.add(name)
             _logger.warning("%s%s", f"layer {name} is plain: " if name else "", why)
-
-
-def refuse_pieces(layers: Iterable[tuple[str, DecorLayer]]) -> None:
-    """Refuse weights of which this process holds a piece.
-
-    Raises:
-        ValueError: see above.
-    """
-    for name, layer in layers:
-        # FSDP2 and tensor parallelism keep DTensors, FSDP1 and DeepSpeed flat pieces, or nothing
-        if hasattr(layer.weight, "device_mesh") or layer.weight.numel() != layer.decor_shape.size:
-            raise ValueError(
-                f"the weight of {name} is here in pieces (FSDP, DeepSpeed or tensor parallelism), and R needs it "
-                f"whole: use DistributedDataParallel"
-            )

@@ -7,6 +7,7 @@ so that y = (W R) x = W (R x). Every tensor of R has the layers on its first axi
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
@@ -143,6 +144,12 @@ class Structure(ABC):
         """Condition number of R, the largest over groups."""
         return float(torch.linalg.cond(self.dense()).max())
 
+    def of_groups(self, count: int, groups: slice) -> Self:
+        """Of `count` layers' R that of some groups; what all groups of a layer share stays."""
+        all_groups = self.shape.groups
+        shape = dataclasses.replace(self.shape, groups=len(range(*groups.indices(all_groups))))
+        return type(self)(shape, {n: of_groups(t, count, all_groups, groups) for n, t in self._tensors.items()})
+
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds of R; `with_tensors` reads it back."""
         return dict(self._tensors)
@@ -155,6 +162,12 @@ class Structure(ABC):
 def selected(tensors: Mapping[str, Tensor], count: int, index: Sequence[int]) -> dict[str, Tensor]:
     """Of tensors of `count` layers those of some, in the order of `index`."""
     return {name: parts(value, count)[list(index)].flatten(0, 1) for name, value in tensors.items()}
+
+
+def of_groups(tensor: Tensor, count: int, all_groups: int, groups: slice) -> Tensor:
+    """Of a tensor of `count` layers, (n g, ...), some groups of each; one that has no groups stays as it is."""
+    of_layers = parts(tensor, count)
+    return of_layers[:, groups].flatten(0, 1) if of_layers.shape[1] == all_groups else tensor
 
 
 def times(out: Tensor, scale: Tensor | None) -> Tensor:

@@ -113,7 +113,7 @@ class SpaceR(FullR):
         return torch.stack([torch.kron(eye, matrix) for matrix in self.matrix]).repeat_interleave(self.shape.groups, 0)
 
     def _rows(self, w: Tensor) -> Tensor:
-        return w.reshape(len(self.matrix), -1, w.shape[-1])
+        return w.reshape(len(self.matrix), w[..., 0].numel() // len(self.matrix), w.shape[-1])  # w may have no rows
 
 
 def cholesky_whitening(sigma: Tensor, damping: float) -> tuple[Tensor, Tensor]:

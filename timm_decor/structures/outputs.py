@@ -15,7 +15,7 @@ from torch import Tensor
 
 from timm_decor.moments import OUTPUT_MOMENT, normalized
 from timm_decor.shape import LayerShape
-from timm_decor.structures.base import LowRank, Structure, times
+from timm_decor.structures.base import LowRank, Structure, of_groups, times
 from timm_decor.structures.eigen import leading_eigenpairs
 from timm_decor.structures.kronecker import mean_rest
 
@@ -89,7 +89,7 @@ class OutputL(NoOutputs):
         tail, core = self.scales(power)
         # R's products leave the channels last in memory: that order of D is then free, and L does not care for it.
         rows = w.transpose(2, 3).flatten(2)  # (n g, O, S C)
-        thin = core * (self.basis.mT @ rows)
+        thin = core * self.projected(rows)
         out = (rows * tail).baddbmm_(self.basis, thin)
         return out.unflatten(2, (w.shape[3], w.shape[2])).transpose(2, 3)
 
@@ -98,13 +98,17 @@ class OutputL(NoOutputs):
         if scale is not None:
             tail, core = tail * scale, core * scale
         rows = grad.transpose(2, 3)  # the order of D that products with R work in
-        thin = (core * (self.basis.mT @ rows.flatten(2))).unflatten(2, rows.shape[2:]).transpose(2, 3)
+        thin = (core * self.projected(rows.flatten(2))).unflatten(2, rows.shape[2:]).transpose(2, 3)
         return r.apply_gram(grad, tail, LowRank(self.basis, r.apply_gram(thin)))
 
     def add_product(
         self, r: Structure, target: Tensor, w: Tensor, beta: float | Tensor, scale: Tensor | None = None
     ) -> None:
         r.add_product(target, self.apply(w), beta, scale)
+
+    def projected(self, rows: Tensor) -> Tensor:
+        """U^T rows, (n g, r, D): all that L needs of other rows than the one it makes."""
+        return self.basis.mT @ rows
 
     def scales(self, power: int) -> tuple[Tensor, Tensor]:
         """tail^power, (n g, 1, 1), and gain^power - tail^power, (n g, r, 1): made once a refresh."""
@@ -185,6 +189,14 @@ class Sides:
     @property
     def _inverse_scale(self) -> Tensor | None:
         return None if self.scale is None else 1 / self.scale
+
+    def of_groups(self, count: int, groups: slice) -> Sides:
+        """Those of some groups of each of `count` layers, which have no L."""
+        assert not isinstance(self.outputs, OutputL)
+        scale = self.scale
+        if scale is not None:
+            scale = of_groups(scale, count, self.inputs.shape.groups, groups)
+        return Sides(self.inputs.of_groups(count, groups), self.outputs, scale)
 
     def tensors(self) -> dict[str, Tensor]:
         """R's, L's with a prefix, and the scale."""

@@ -20,14 +20,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import timm_decor
-from timm_decor.errors import UserError
+from timm_decor.errors import UserError, first_line
 from timm_decor.training.build import class_count, place
 from timm_decor.training.data.loaders import told
 from timm_decor.training.evaluate import Metrics, evaluate
 from timm_decor.training.keeping.progress import Progress
 from timm_decor.training.optim import make_loss, make_optimizer, settings
 from timm_decor.training.options import TrainOptions
-from timm_decor.training.runtime import mixed_seed, seed_everything, set_random_state
+from timm_decor.training.runtime import is_sharded, mixed_seed, seed_everything, set_random_state, shard
 from timm_decor.training.schedule import Schedule
 from timm_decor.training.seeing.losswatch import LossWatch
 from timm_decor.training.seeing.observe import Observer
@@ -88,16 +88,24 @@ class Arm:
         self.pause: Callable[[], None] = lambda: None
         self.time_left = TimeLeft([self])
         self._train_loader, self._eval_loader = train_loader, eval_loader
-        device, update = options.device, options.update
-        self.model = place(model, accelerator.device, device.channels_last)
+        device, update, sharded = options.device, options.update, is_sharded(accelerator)
+        # fully_shard takes weights in their ordinary layout only; the images have the other all the same
+        self.model = place(model, accelerator.device, device.channels_last and not sharded)
         # the average is a copy: made before anything wraps or attaches to the model
         self.ema = (
-            ModelEmaV3(self.model, decay=update.model_ema_decay, use_warmup=update.model_ema_warmup)
+            ModelEmaV3(
+                self.model, decay=update.model_ema_decay, use_warmup=update.model_ema_warmup, foreach=not sharded
+            )
             if update.model_ema
             else None
         )
         optimizer = make_optimizer(options.optimizer, self.model, lr)
-        self._wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
+        try:
+            self._wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
+            if sharded and self.ema:
+                shard(self.ema.module, accelerator)  # its shares lie beside those that they follow
+        except ValueError as error:  # a class of layers to wrap that the model has not
+            raise UserError(f"{name}: {first_line(error)}") from error
         if isinstance(self._wrapped, DistributedDataParallel):
             # Each process keeps the running statistics of its own images, and they are averaged at the epoch's end:
             # DDP would throw away all but the first process's, and send them at every step. Its argument of this name

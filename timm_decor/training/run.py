@@ -40,6 +40,8 @@ from timm_decor.training.options import TrainOptions
 from timm_decor.training.runtime import (
     decided_by_one,
     follow_launcher,
+    is_sharded,
+    launched_for_fsdp,
     machine,
     make_accelerator,
     seed_everything,
@@ -97,6 +99,11 @@ def main(argv: Sequence[str], prog: str = "train.py") -> None:
         decided_by_one(accelerator, lambda: stack.enter_context(folder.held()))
         if not accelerator.is_main_process:
             folder = RunFolder(folder.path, writes=False)
+        if launched_for_fsdp() and not is_sharded(accelerator):
+            kind = f"{accelerator.num_processes} x {accelerator.device.type}"
+            told.append(
+                f"accelerate's FSDP is not followed, it is for several GPUs: on {kind} each has the whole model"
+            )
         for line in told:
             accelerator.print(line)
         _run(options, record, accelerator, folder, decorrelated)
@@ -304,6 +311,8 @@ def _conversion_lines(report: ConversionReport) -> list[str]:
 
 def _warm_up(arms: list[Arm], input_size: tuple[int, int, int], batch_size: int) -> None:
     """One forward and backward pass on a copy: the first arm must not pay for what the device does only once."""
+    if is_sharded(arms[0].accelerator):
+        return  # no copy of a sharded model can be made
     model = build.plain_twin(arms[-1].model)
     model.__dict__.pop("forward", None)  # Accelerate's, which would run the model that was copied
     images = torch.zeros(batch_size, *input_size, device=next(model.parameters()).device)

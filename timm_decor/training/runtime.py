@@ -21,6 +21,7 @@ from accelerate.utils import (
     broadcast_object_list,
     parse_flag_from_env,
 )
+from torch import nn
 
 from timm_decor.errors import UserError, first_line
 from timm_decor.version import __version__
@@ -42,16 +43,17 @@ def make_accelerator(device: str | None, amp: bool | None, amp_dtype: str, grad_
         grad_accum_steps: batches an optimizer step.
 
     Raises:
-        UserError: the device is not there, or cannot do that precision, or Accelerate is set up to share a model out.
+        UserError: the device is not there, or cannot do that precision, or Accelerate is set up to cut a model up in
+            another way than FSDP2's.
     """
-    _refuse_sharing_out()
+    _refuse_pieces()
     _check_device(device)
     precision = {"float16": "fp16", "bfloat16": "bf16"}[amp_dtype] if amp else "no"
     on_cpu = device == "cpu" or (device is None and not _has_accelerator())
     if amp and amp_dtype == "float16" and on_cpu:
         raise UserError("--amp in float16 needs a GPU; on the CPU use --amp-dtype bfloat16")
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             cpu=device == "cpu",
             mixed_precision=precision,
             # as a plugin, because a plain number gives way to a variable of the environment
@@ -60,6 +62,22 @@ def make_accelerator(device: str | None, amp: bool | None, amp_dtype: str, grad_
         )
     except ValueError as error:
         raise UserError(f"--device {device or 'default'}: {first_line(error)}") from error
+    if is_sharded(accelerator):
+        # Every process has made the same model already; and Accelerate's way of sending it knows no buffers.
+        accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
+    return accelerator
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether the model that it prepares is cut over the processes, by FSDP2."""
+    return bool(getattr(accelerator, "is_fsdp2", False))
+
+
+def shard(model: nn.Module, accelerator: Accelerator) -> None:
+    """Cut a model up as the accelerator does with the one that is trained."""
+    from accelerate.utils import fsdp2_prepare_model  # only an accelerate that knows FSDP2 has it
+
+    fsdp2_prepare_model(accelerator, model)
 
 
 def follow_launcher(args: argparse.Namespace) -> list[str]:
@@ -108,12 +126,26 @@ def decided_by_one(accelerator: Accelerator, decide: Callable[[], T]) -> T:
     return answer  # type: ignore[no-any-return]
 
 
-def _refuse_sharing_out() -> None:
+def launched_for_fsdp() -> bool:
+    """Whether the launcher was told to shard."""
+    return bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))
+
+
+def _refuse_pieces() -> None:
+    """Refuse what cuts weights otherwise than by rows."""
     for name in ("FSDP", "DeepSpeed", "Megatron_LM"):
-        if parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}"):
+        if not parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}"):
+            continue
+        if name != "FSDP" or os.environ.get("FSDP_VERSION", "1") != "2":
+            kind = "FSDP1" if name == "FSDP" else name
             raise UserError(
-                f"accelerate is set up for {name}, which cuts weights into pieces; decorrelation needs them whole on "
-                f"every process: launch with --multi_gpu, or take {name} out of `accelerate config`"
+                f"accelerate is set up for {kind}, which cuts weights into pieces that are no rows; decorrelation knows "
+                f"FSDP2: fsdp_version: 2 in accelerate's config, or --use_fsdp --fsdp_version 2 (or --multi_gpu)"
+            )
+        if torch.__version__ < (2, 6) or not hasattr(Accelerator, "is_fsdp2"):  # type: ignore[operator]
+            raise UserError(
+                f"FSDP2 needs torch 2.6 and accelerate 1.6 or newer; here are torch {torch.__version__} and "
+                f"accelerate {accelerate.__version__}"
             )
 
 

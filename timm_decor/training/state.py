@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from timm_decor.engine import shards
 from timm_decor.errors import UserError
 from timm_decor.training.build import check_fit
 from timm_decor.training.keeping.progress import Progress
+from timm_decor.training.keeping.whole import load_optimizer, load_weights, whole_optimizer, whole_weights
 from timm_decor.training.optim import rates
 from timm_decor.training.seeing.losswatch import NonFiniteLoss
 
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
 
 def state_of(arm: Arm) -> dict[str, Any]:
     """The state, in tensors and plain Python types. Collective."""
-    scaler = arm.accelerator.scaler
+    scaler, writes = arm.accelerator.scaler, arm.accelerator.is_main_process
+    weights = whole_weights(arm.model, writes)  # first: it puts the shares back that an evaluation has left whole
     return {
         "arch": arm.options.model,
         "decorrelated": arm.handle is not None,
@@ -29,9 +32,9 @@ def state_of(arm: Arm) -> dict[str, Any]:
         "peak_lr": arm.schedule.peak_lr,
         "epoch": arm.epoch,
         "history": arm.history,
-        "state_dict": arm.model.state_dict(),
-        "state_dict_ema": arm.ema.module.state_dict() if arm.ema else None,
-        "optimizer": arm.optimizer.state_dict(),
+        "state_dict": weights,
+        "state_dict_ema": whole_weights(arm.ema.module, writes) if arm.ema else None,
+        "optimizer": whole_optimizer(arm.optimizer, writes),
         "scaler": scaler.state_dict() if scaler is not None else None,
         "observed": arm.observer.state(),
         "progress": arm.progress and arm.progress.state(arm.accelerator, arm.models, _plan(arm)),
@@ -55,9 +58,9 @@ def load_into(arm: Arm, state: dict[str, Any], path: str) -> None:
     if state.get("parameters", names) != names:
         raise UserError(f"{path} trained other parameters, or grouped them otherwise: --freeze and --layer-decay "
                         f"cannot change on the way")  # fmt: skip
-    arm.model.load_state_dict(state["state_dict"])
+    load_weights(arm.model, state["state_dict"])
     if arm.ema:
-        arm.ema.module.load_state_dict(state["state_dict_ema"] or state["state_dict"])
+        load_weights(arm.ema.module, state["state_dict_ema"] or state["state_dict"])
     arm.history = list(state["history"])
     arm.schedule.peak_lr = state.get("peak_lr", 0.0)
     arm.observer.load(state.get("observed"))
@@ -90,7 +93,8 @@ def refuse_non_finite(arm: Arm, row: dict[str, Any]) -> None:
         arm.progress.losses.check(arm.name, arm.epoch + 1)
     found = [f"{kind} loss" for kind in ("eval", "ema") if not math.isfinite(row.get(f"{kind}_loss", 0.0))]
     for model in arm.models:
-        named = [(name, value) for name, value in model.state_dict().items() if value.is_floating_point()]
+        state = model.state_dict().items()
+        named = [(name, shards.here(value)) for name, value in state if value.is_floating_point()]
         if named and not bool(torch.stack([value.isfinite().all() for _, value in named]).all()):
             found.append(next(f"weight {name}" for name, value in named if not value.isfinite().all()))
     anywhere = arm.accelerator.gather(torch.tensor([bool(found)], device=arm.accelerator.device))
@@ -101,7 +105,7 @@ def refuse_non_finite(arm: Arm, row: dict[str, Any]) -> None:
 def _load_optimizer(arm: Arm, state: dict[str, Any], path: str) -> None:
     scheduled = [rates(group) for group in arm.optimizer.param_groups]
     try:
-        arm.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(arm.optimizer, state["optimizer"])
     except (ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{path}: its optimizer state does not fit this run: {error}") from error
     # a state has the values of its own run, and what an optimizer counts in its groups: only what was changed on the

@@ -15,6 +15,7 @@ from timm_decor.errors import Stopped, UserError
 from timm_decor.text import listed
 from timm_decor.training.keeping.folder import EMA_SUFFIX, RESUME_FILE, RunFolder, find_resume, read_resume
 from timm_decor.training.keeping.stopping import StopRequest
+from timm_decor.training.keeping.whole import whole_weights
 from timm_decor.training.options import KeepOptions
 from timm_decor.training.runtime import decided_by_one
 
@@ -105,9 +106,10 @@ class Keeper:
         arm, folder = self.arm, self.folder
         row, best, column = arm.history[-1], arm.best, arm.metric_column
         metadata = self._metadata | {"epoch": str(row["epoch"]), "metric": column, "value": str(row.get(column))}
-        folder.write_weights("last", arm.model.state_dict(), metadata)
+        writes = arm.accelerator.is_main_process
+        folder.write_weights("last", whole_weights(arm.model, writes), metadata)
         if arm.ema:
-            folder.write_weights(f"last{EMA_SUFFIX}", arm.ema.module.state_dict(), metadata)
+            folder.write_weights(f"last{EMA_SUFFIX}", whole_weights(arm.ema.module, writes), metadata)
         if best is row:
             folder.link_weights("last", "best")
         folder.link_weights("last", f"checkpoint-{row['epoch']}")

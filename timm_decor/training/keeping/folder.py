@@ -124,6 +124,8 @@ class RunFolder:
 
     def write_weights(self, name: str, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """`<name>.safetensors`: weights under the keys of the plain timm model, as contiguous CPU tensors."""
+        if not self._writes:
+            return
         # a fresh copy of each, because safetensors refuses other memory formats and tensors that share memory
         tensors = {key: value.detach().to("cpu").clone(memory_format=torch.contiguous_format) for key, value in
                    weights.items()}  # fmt: skip
