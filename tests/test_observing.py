@@ -238,8 +238,8 @@ class TestReport:
         assert Page(text).tags.count("svg") == 4
 
     def test_spikes_do_not_flatten_the_loss(self):
-        bold = charts.Line("a", [1, 2], [2.0, 1.0], 0)
-        thin = charts.Line("a", list(range(1000)), [1.5] * 500 + [1e6] + [1.5] * 499, 0, faint=True)
+        bold = charts.Line([1, 2], [2.0, 1.0], 0)
+        thin = charts.Line(list(range(1000)), [1.5] * 500 + [1e6] + [1.5] * 499, 0, faint=True)
         assert charts._limits([bold], [thin])[1] < 3
 
 
