@@ -99,12 +99,12 @@ def ratio_ticks(values: Any) -> list[float]:
         values: numbers; those that are not above 0, and below a thousandth of the largest, are left to the first tick.
     """
     values = values[np.isfinite(values) & (values > 0)]
-    high = float(values.max()) if len(values) else 1.0
+    high = max(float(values.max()), 1e-6) if len(values) else 1.0
     low = max(float(values.min()), high / 1000) if len(values) else high / 10
     for digits in ((1, 2, 5), (1, 3)):
-        series = [float(f"{digit}e{power}") for power in range(-9, 4) for digit in digits]
+        series = [float(f"{digit}e{power}") for power in range(-10, 4) for digit in digits]
         last = next(i for i, tick in enumerate(series) if tick >= high)
-        first = min(last - 1, max(i for i, tick in enumerate(series) if tick <= max(low, series[0])))
+        first = min(last - 1, max(i for i, tick in enumerate(series) if tick <= low))
         ticks = series[first : last + 1]
         if len(ticks) <= _MOST_TICKS:
             break
