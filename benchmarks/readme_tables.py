@@ -27,6 +27,8 @@ from study.training import PLAIN
 from study.verdict import DEFAULT_ARM, Measured
 from timm_decor.errors import UserError, exit_code
 from timm_decor.text import markdown_table
+from timm_decor.training.seeing.compare import Side
+from timm_decor.training.seeing.plot import save_picture
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -162,9 +164,13 @@ def _ms(seconds: float) -> str:
 
 
 def compare(path: Path, draw: bool) -> str:
-    """The table of a `train.py --compare`; its picture is that command's."""
+    """The table of a `train.py --compare`, and its picture as that command draws it."""
     record = json.loads(path.read_text(encoding="utf-8"))
     sides = record["sides"]
+    if draw:
+        drawn = [Side(s["name"], s["model"], s["optimizer"], s["lr"], s["epochs"], s["history"]) for s in sides]
+        names, config = " and ".join(side.name for side in drawn), record["config"]
+        save_picture(drawn, path.with_name("compare.png"), f"{names} on {config['dataset']}, {config['opt']}")
     rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("learning rate", lambda s: f"{s['lr']:g}"),
         ("epochs, steps", lambda s: f"{s['epochs']}, {s['steps']}"),

@@ -66,6 +66,44 @@ def test_decorrelation_lowers_the_correlation_of_layer_inputs():
     assert "after 10 steps" in text and all(row.name in text for row in handle.report().rows)
 
 
+class NoOperation(TorchDispatchMode):
+    """Nothing is asked of a device in here."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        raise AssertionError(f"{func} was called")
+
+
+def test_a_handle_tells_of_itself_without_asking_the_device():
+    model, optimizer, handle = attached(DecorConfig(every=3))
+
+    def told():
+        with NoOperation():
+            return str(handle).splitlines()
+
+    head, how, done, more = told()
+    assert head == "DecorHandle of SGD" and "report()" in more
+    assert how == "  3 layers, inputs and outputs decorrelated: rule whiten, structure rank 32 kronecker"
+    assert done == "  0 steps; no refresh of R yet (every 3); 0 of 0 refreshes skipped"
+    for seed, last in enumerate((1, 1, 1, 4, 4)):
+        step(model, optimizer, seed)
+        assert f"R last refreshed in step {last} (every 3)" in told()[2]
+    assert told()[2].startswith("  5 steps; ") and told()[2].endswith("; 0 of 6 refreshes skipped")
+    x, y = batch(0)
+    for _ in range(3):  # inputs that are all zero: the third of these steps is one with a refresh
+        optimizer.zero_grad()
+        F.cross_entropy(model(0 * x), y).backward()
+        optimizer.step()
+    skips = sum(row.skips for row in handle.report().rows)
+    assert skips and told()[2].endswith(f"; {skips} of 9 refreshes skipped")
+    handle.detach()
+    assert told()[0] == "DecorHandle of SGD (detached)"
+    _, _, other = attached(DecorConfig(rule="dbp", structure="full", every=1), opt="adamw")
+    assert str(other).splitlines()[:2] == [
+        "DecorHandle of AdamW", "  3 layers, inputs decorrelated: rule dbp, structure full",
+    ]  # fmt: skip
+    assert "(each step)" in str(other)
+
+
 def dense_moment(moments):
     """<x x^T> of the whole patch, (g, D, D)."""
     if "channel" not in moments:

@@ -16,13 +16,16 @@ import pytest
 import readme_tables
 import step_cost
 import torch
+from legends import legends
 from PIL import Image
 from torch import nn
 
 import timm_decor
-from study import pictures
+from study import pictures, sensitivity
 from study.arm import Arm, Case, Options
 from study.memory import PeakMemory, alive, storage_bytes
+from study.results import Results
+from study.stages import read_table
 from study.verdict import Measured
 from timm_decor import DecorConfig
 from timm_decor.errors import UserError
@@ -97,6 +100,21 @@ def test_readme_is_what_the_results_say(tmp_path: Path) -> None:
     page.write_text("<!-- results: time_to_accuracy/never.json -->\nx\n<!-- end of results -->", encoding="utf-8")
     readme_tables.main([str(page)])
     assert "Not measured yet" in page.read_text(encoding="utf-8")
+
+
+def test_legends_of_pictures_cover_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = ROOT / "benchmarks" / "results" / "time_to_accuracy" / "cpu_cifar10.json"
+    tune = Results.read(study.with_name("cpu_cifar10_tune.json"))
+    curves = sensitivity.curves(tune.records, tune.settings["steps"])
+    cost = json.loads((study.parents[1] / "step_cost" / "cpu.json").read_text(encoding="utf-8"))
+    targets = {row.against for row in read_table(study) if not row.is_target}
+    tuned = {opt for opt, arm in curves if arm != "plain"}
+    for panels, draw in (
+        (targets, lambda: pictures.time_to_accuracy_picture(read_table(study), tmp_path / "t.png", "a title")),
+        (tuned, lambda: pictures.lr_sensitivity_picture(curves, tmp_path / "l.png")),
+        ([""], lambda: pictures.step_cost_picture(cost, tmp_path / "s.png")),
+    ):
+        assert legends(monkeypatch, draw) == len(panels) > 0
 
 
 def test_zoo_study(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from training_runs import ROOT
 
 from timm_decor import cli
+from timm_decor.errors import exit_code
 
 COMMAND = "import sys, timm_decor_door; sys.argv[0] = 'timm-decor'; sys.exit(timm_decor_door.main())"
 
@@ -81,6 +82,46 @@ def test_errors_behind_the_door_name_the_command():
     assert done.returncode == 2
     error = done.stderr.splitlines()[-1]
     assert error.startswith("timm-decor list: error: 'resnet81' is no model that has a twin; near:")
+
+
+class TestUnreadOutput:
+    """As behind `| head`: nobody reads on."""
+
+    LIGHT = "import timm_decor_door; timm_decor_door._deferred(); from timm_decor.errors import exit_code"  # no torch
+    MANY = "exit_code('x', lambda _: [print(n) for n in range(100_000)], [])"
+
+    def ended(self, code: str, *words: str, both: bool = False) -> tuple[int, str]:
+        """Exit code and stderr of a program whose first line alone is read, or with `both` nothing of either stream."""
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *words], env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, cwd=ROOT,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT if both else subprocess.PIPE,
+        )  # fmt: skip
+        if not both:
+            process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read() if process.stderr else ""
+        return process.wait(timeout=120), said
+
+    @pytest.mark.parametrize("both", [False, True])
+    def test_it_ends_as_sigpipe_would_end_it(self, both: bool):
+        assert self.ended(f"{self.LIGHT}; import sys; sys.exit({self.MANY})", both=both) == (141, "")
+
+    def test_what_is_still_held_back(self):
+        """Printed, but in Python's own buffer until the end."""
+        text = "import time; print('one', flush=True); time.sleep(0.3); print('two')"
+        code = f"{self.LIGHT}; import sys; sys.stdout.reconfigure(line_buffering=False); text = {text!r}"
+        assert self.ended(f"{code}; sys.exit(exit_code('x', lambda _: exec(text), []))") == (141, "")
+
+    def test_help(self):
+        code, said = self.ended(COMMAND, "train", "--help")
+        assert said == "" and code in (0, 141)
+
+    def test_a_pipe_of_something_else_is_an_error_like_others(self):
+        def main(_: list[str]) -> None:
+            raise BrokenPipeError("the Hub hung up")
+
+        with pytest.raises(BrokenPipeError, match="the Hub hung up"):
+            exit_code("x", main, [])
 
 
 @pytest.fixture(scope="module")

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import base64
 import html.parser
+import io
+import itertools
 import json
+import math
 import re
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from safetensors.torch import load_file
+from legends import legends
+from matplotlib.figure import Figure
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_kill_and_resume import stop_at
 from training_runs import DECOR, TINY, history, options, train
 
-from timm_decor.errors import UserError
+from timm_decor.errors import Stopped, UserError
+from timm_decor.training import find_lr, results
 from timm_decor.training.run import parse
-from timm_decor.training.seeing import charts, report, trackers
+from timm_decor.training.seeing import charts, plot, report, trackers
 from timm_decor.training.seeing.clock import PHASES, StepClock
 from timm_decor.training.seeing.compare import Side
-from timm_decor.training.seeing.losswatch import LossWatch
+from timm_decor.training.seeing.drawing import whole_ticks
+from timm_decor.training.seeing.losswatch import LossWatch, NonFiniteLoss
+from timm_decor.training.seeing.mistakes import Mistakes
 from timm_decor.training.seeing.observe import Series, phase_times
 
 
@@ -215,12 +228,15 @@ class TestReport:
             "--decor-every",
         ):
             assert expected in words
+        assert "peak memory" not in words, "that of one process tells nothing of two models"
         assert not re.search(r"""(?:src|href)=["'](?!#|data:)""", text), "nothing to fetch: it opens offline"
         assert "url(http" not in text and "#0a0" not in text and "var(--side1)" in text, "colours are the page's"
 
     def test_of_one_short_plain_run(self, tmp_path: Path):
-        page = Page((train(tmp_path / "run", "--epochs", 1) / "report.html").read_text())
+        page = Page((train(tmp_path / "run", "--epochs", 1, "--no-report-mistakes") / "report.html").read_text())
         assert page.tags.count("svg") == 5 and "Correlation of the layers' inputs" not in page.words
+        assert "peak memory of the process, MiB" in page.words
+        assert "img" not in page.tags and "What the best checkpoint gets wrong" not in page.words
         top1 = history(tmp_path / "run")[0]["eval_top1"]
         assert page.words.count(f"{top1:.4g}") >= 2, "a single point is told as a number"
 
@@ -238,9 +254,202 @@ class TestReport:
         assert Page(text).tags.count("svg") == 4
 
     def test_spikes_do_not_flatten_the_loss(self):
-        bold = charts.Line("a", [1, 2], [2.0, 1.0], 0)
-        thin = charts.Line("a", list(range(1000)), [1.5] * 500 + [1e6] + [1.5] * 499, 0, faint=True)
+        bold = charts.Line([1, 2], [2.0, 1.0], 0)
+        thin = charts.Line(list(range(1000)), [1.5] * 500 + [1e6] + [1.5] * 499, 0, faint=True)
         assert charts._limits([bold], [thin])[1] < 3
+
+
+class TestChart:
+    def test_both_of_two_equal_lines_are_seen(self):
+        line = [0.1, 0.2, 0.1]
+        svg = charts.lines("lr", "steps", [charts.Line([1, 2, 3], line, side) for side in (0, 1)])
+        strokes = re.findall(r'<path d="M[^"]*"[^>]*style="([^"]*stroke: var\(--side\d\)[^"]*)"', svg)
+        assert ["side0" in stroke for stroke in strokes] == [True, False], "the second is drawn over the first"
+        widths = [float(re.search(r"stroke-width: ([\d.]+)", stroke)[1]) for stroke in strokes]
+        assert widths[0] > 1.5 * widths[1] and ["dasharray" in stroke for stroke in strokes] == [False, True]
+
+    def test_an_axis_begins_and_ends_at_a_tick(self):
+        axes = Figure().add_subplot()
+        for low, high, integer in ((0, 66, True), (15.5, 94.9, False), (0, 2, True), (3.0, 3.0, False)):
+            whole_ticks(axes.xaxis, low, high, 5, integer)
+            ticks = axes.get_xticks()
+            assert axes.get_xlim() == (ticks[0], ticks[-1]) and ticks[0] <= low <= high <= ticks[-1]
+            assert 3 <= len(ticks) <= 7 and (not integer or all(tick == int(tick) for tick in ticks))
+
+    def test_rows_of_a_heat_map_can_be_told_apart(self):
+        """One layer sees pixels, and all others' correlations are small beside its own."""
+        values = np.array([[0.7], [0.01], [0.02], [0.05], [math.nan]])
+        names = ["a", "b", "c", "d", "_e"]
+        svg = charts.heat_map("x", names, [1], values, charts.ratio_ticks(values))
+        data = [base64.b64decode(found) for found in re.findall(r"base64,([^\"]+)", svg.replace("\n", ""))]
+        picture = np.asarray(
+            max((Image.open(io.BytesIO(each)).convert("RGBA") for each in data), key=lambda i: i.height)
+        )
+        shown = [picture[int((row + 0.5) * len(picture) / 5), 0].astype(int) for row in range(5)]
+        for first, second in itertools.combinations(shown, 2):
+            assert abs(first - second).sum() > 60
+        assert [colour[3] for colour in shown].count(0) == 1, "what is not known has no colour"
+        assert all(f">{name}<" in svg for name in names[:4])
+
+    def test_a_scale_of_ratios(self):
+        assert charts.ratio_ticks(np.array([0.034, 0.6])) == [0.02, 0.05, 0.1, 0.2, 0.5, 1]
+        assert charts.ratio_ticks(np.array([0.0, math.nan, 1e-9, 0.9])) == [
+            0.0003,
+            0.001,
+            0.003,
+            0.01,
+            0.03,
+            0.1,
+            0.3,
+            1,
+        ]
+        for odd in ([math.nan], [0.0], [0.5], [1.0], [1e-12]):
+            ticks = charts.ratio_ticks(np.array(odd))
+            assert len(ticks) >= 2 and ticks == sorted(ticks)
+
+    def test_of_very_many_layers_some_are_named(self):
+        rows = [f"layers.{number}.of.a.very.deep.network.conv" for number in range(130)]
+        svg = charts.heat_map("x", rows, [1, 2], np.full((130, 2), 0.1), [0.1, 0.2])
+        assert (
+            svg.count(".of.a.very.deep.network.conv<") == 44 and charts.named_rows(rows) == "Every 3. layer is named."
+        )
+        assert charts.named_rows(rows[:64]) == ""
+
+    def test_a_legend_covers_no_line(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+        rows = [
+            {"epoch": n, "steps": 9 * n, "seconds": n, "train_loss": 2 / n, "eval_top1": 30.0 * n} for n in (1, 2, 3)
+        ]
+        sides = [Side(name, name, "sgd", 0.1, 3, rows) for name in ("decor_resnet18", "resnet18")]
+        trials = [find_lr.Trial(lr, [2.0, 1.0 + lr], 2) for lr in (0.1, 0.2)]
+        assert legends(monkeypatch, lambda: plot.save_picture(sides, tmp_path / "c.png", "both")) == 1
+        searches = [find_lr.Search(side.name, trials) for side in sides]
+        assert legends(monkeypatch, lambda: find_lr.save_picture(searches, tmp_path / "f.png", "both")) == 1
+
+
+class TestMistakes:
+    def test_they_are_the_best_checkpoints(self, tmp_path: Path, capsys: pytest.CaptureFixture):
+        """Of averaged weights where those were judged, read from their file when the run ends, also after a resume."""
+        run = train(tmp_path / "run", "--epochs", 2, "--model-ema", "--model-ema-decay", 0.5)
+        best = run / "best-ema.safetensors"
+        counts, epoch = matrix(run), json.loads((run / "results.json").read_text())["best"]["epoch"]
+        assert counts.sum() == 70 and counts.sum(1).tolist() == [7] * 10, "rows are classes"
+        top1 = max(row["ema_top1"] for row in history(run))
+        assert 100 * np.trace(counts) / 70 == pytest.approx(top1)
+        text = (run / "report.html").read_text()
+        assert f"best-ema.safetensors, after epoch {epoch}: {np.trace(counts)} of 70 images right" in text
+        with safe_open(best, "pt") as file:
+            weights, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+        weights["fc.weight"].zero_()
+        weights["fc.bias"].copy_(torch.arange(10) == 3)
+        save_file(weights, best, metadata)
+        (run / "results.json").unlink()
+        train(run, "--resume", run, base=[])
+        assert matrix(run)[:, 3].tolist() == [7] * 10 and matrix(run).sum() == 70
+        best.unlink()
+        (run / "results.json").unlink()
+        capsys.readouterr()
+        train(run, "--resume", run, base=[])
+        assert "the report does without mistakes: no checkpoint file" in capsys.readouterr().err
+        assert (run / "results.json").exists() and "gets wrong" not in (run / "report.html").read_text()
+
+    def test_of_both_sides_with_their_worst_images(self, run: Path):
+        page = Page((run / "report.html").read_text())
+        assert page.tags.count("img") == 2 * 12 and page.tags.count("figure") == 2 * 12
+        losses = [float(word.split("loss ")[1]) for word in page.words if re.search(r"\d+\xa0%, loss [\d.]+$", word)]
+        assert len(losses) == 24
+        for side in (losses[:12], losses[12:]):
+            assert side == sorted(side, reverse=True)
+        assert [matrix(run, side).sum() for side in (0, 1)] == [70, 70]
+
+    def test_of_many_classes_the_pairs(self):
+        counts = np.diag(np.full(200, 8))
+        counts[3, 7], counts[9, 1], counts[9, 2] = 5, 2, 0
+        names = [f"class <{number}>" for number in range(200)]
+        text = page_of(Mistakes("best.safetensors", 2, names, counts, []))
+        rows = re.findall(r"<tr><td>class &lt;(\d+)&gt;</td><td class=\"text\">class &lt;(\d+)&gt;</td>(.*)</tr>", text)
+        assert [row[:2] for row in rows] == [("3", "7"), ("9", "1")]
+        assert rows[0][2] == "<td>5</td><td>38 % of 13</td>" and 'matrix">' not in text
+
+    def test_an_image_is_shown_with_what_it_was_taken_for(self):
+        class Images:
+            class_names, labels, notes, num_classes = ["cat", "<dog>"], None, [], 2
+
+            def image(self, index: int) -> Image.Image:
+                return Image.new("RGB", (500, 250), (0, 0, 50 * index))
+
+            def label(self, index: int) -> int:
+                return index % 2
+
+        seen = np.array([[0, 0, 0.1, 0.9], [1, 0, 4.0, 0.98], [0, 0, 0.6, 0.55]])
+        mistakes = Mistakes.of("best.safetensors", None, Images(), seen, 2)
+        assert [wrong.index for wrong, _ in mistakes.worst] == [1, 2, 0]
+        pictures = [Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))) for _, url in mistakes.worst]
+        assert {picture.size for picture in pictures} == {(128, 64)} and pictures[0].getpixel((9, 9))[2] > 40
+        words = " ".join(Page(page_of(mistakes)).words)
+        assert re.search(r"<dog> +taken for +cat +98\xa0%, loss 4.00", words) and re.search(
+            r"cat +right +55\xa0%", words
+        )
+
+
+class TestStopped:
+    """A run that does not come to its end has its report all the same."""
+
+    def test_a_comparison_and_its_resume(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        stop_at(monkeypatch, 18)  # both have an epoch, one is in its second
+        words = (*DECOR, "--epochs", 2, "--compare")
+        with pytest.raises(Stopped):
+            train(tmp_path / "run", *words)
+        monkeypatch.undo()
+        text = (tmp_path / "run" / "report.html").read_text()
+        page = Page(text)
+        assert "Not finished: decorrelated test_resnet 1 of 2 epochs and test_resnet 1 of 2 epochs." in page.words
+        assert page.tags.count("svg") >= 6 and "points above" not in text and str(tmp_path) not in text
+        assert "What the best checkpoint gets wrong is looked at when the run ends." in page.words
+        assert not list((tmp_path / "run").rglob("results.json")) and not (tmp_path / "run" / "compare.md").exists()
+        train(tmp_path / "run", *words, "--resume", "auto")
+        text = (tmp_path / "run" / "report.html").read_text()
+        assert "Not finished" not in text and matrix(tmp_path / "run", 1).sum() == 70
+
+    def test_one_that_diverges(self, tmp_path: Path):
+        with pytest.raises(NonFiniteLoss):
+            train(tmp_path / "run", "--epochs", 2, "--lr", 1e30)
+        text = (tmp_path / "run" / "report.html").read_text()
+        assert "Not finished: test_resnet 0 of 2 epochs." in text and "loss is not finite in epoch 1" in text
+
+    def test_before_the_first_step_there_is_none(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        stop_at(monkeypatch, 1)
+        with pytest.raises(Stopped):
+            train(tmp_path / "run", "--epochs", 1)
+        assert not (tmp_path / "run" / "report.html").exists()
+
+    def test_in_its_last_look_it_is_not_finished(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        def stopped(*_: object) -> None:
+            raise Stopped(15, "")
+
+        monkeypatch.setattr(results, "find_mistakes", stopped)
+        with pytest.raises(Stopped):
+            train(tmp_path / "run", "--epochs", 1)
+        assert "Not finished: test_resnet 1 of 1 epochs." in (tmp_path / "run" / "report.html").read_text()
+        monkeypatch.undo()
+        train(tmp_path / "run", "--epochs", 1, "--resume", "auto")
+        assert matrix(tmp_path / "run").sum() == 70 and (tmp_path / "run" / "results.json").exists()
+
+
+def matrix(run: Path, side: int = 0) -> np.ndarray:
+    """The confusion matrix on a run's page."""
+    table = re.findall(r'<table class="matrix">(.*?)</table>', (run / "report.html").read_text(), re.DOTALL)[side]
+    rows = table.split("<tr>")[1:]
+    return np.array([[int(n or 0) for n in re.findall(r"<td[^>]*>(\d*)</td>", row)] for row in rows if "<td" in row])
+
+
+def page_of(mistakes: Mistakes) -> str:
+    """A page about one evaluated epoch and these mistakes."""
+    row = {"epoch": 1, "steps": 4, "epoch_seconds": 1.0, "seconds": 1.0, "lr": 0.1, "train_loss": 2.0}
+    row |= {"eval_top1": 50.0, "eval_loss": 1.5}
+    nothing = {"curve": [], "correlations": [], "ms_per_update": None, "peak_memory_bytes": None}
+    seen = report.Seen(Side("one", "one", "sgd", 0.1, 1, [row]), nothing, (), mistakes)
+    context = {"config": {}, "versions": {}, "machine": {"gpu": None, "cpu": "a CPU", "processes": 1}}
+    return report.render([seen], "one", "train.py", context)
 
 
 def test_the_extras_name_every_tracker():

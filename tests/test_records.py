@@ -113,7 +113,8 @@ def test_results_of_a_finished_run_go_when_it_goes_on(two: Path, tmp_path: Path,
     monkeypatch.setattr(arm_module, "evaluate", fails)
     with pytest.raises(UserError, match="the disk is gone"):
         gone_on(two, tmp_path / "run", "--epochs", 3)
-    assert not (tmp_path / "run" / "results.json").exists() and not (tmp_path / "run" / "report.html").exists()
+    assert not (tmp_path / "run" / "results.json").exists()
+    assert "Not finished: decorrelated test_resnet 2 of 3 epochs." in (tmp_path / "run" / "report.html").read_text()
     state = read_resume(tmp_path / "run" / "resume.pt")
     assert state["progress"]["steps"] == 12, "the trained epoch is saved before evaluation meets anything"
     monkeypatch.undo()

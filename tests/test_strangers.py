@@ -286,8 +286,8 @@ class TestNames:
                 plot.save_picture([Side(name, name, "sgd", 0.1, 1, [row])], tmp_path / "p.png", name)
                 find_lr.save_picture([find_lr.Search(name, [trial])], tmp_path / "f.png", name)
                 svg = [
-                    charts.lines(name, "x", [charts.Line(name, [1.0], [1.0], 0)], legend=True),
-                    charts.heat_map(name, [name], [1], np.ones((1, 1)), 1.0),
+                    charts.lines(name, "x", [charts.Line([1.0], [1.0], 0)]),
+                    charts.heat_map(name, [name], [1], np.ones((1, 1)), charts.ratio_ticks(np.ones(1))),
                     charts.stacked_bars(name, [name], [{"a": 1.0}], {"a": charts.PHASES[0]}),
                 ]
                 for text in svg:

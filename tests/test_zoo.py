@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import re
 from pathlib import Path
@@ -16,6 +17,7 @@ import timm_decor
 from timm_decor import list as zoo
 from timm_decor.errors import UserError
 from timm_decor.models import FAMILIES, PREFIX, Family, plain_name
+from timm_decor.scripts import zoo as zoo_module
 
 IDS = [family.module for family in FAMILIES]
 
@@ -81,13 +83,15 @@ def test_twins_have_the_function_of_timms_model(family: Family) -> None:
 
 def test_list_has_a_row_for_each_family(capsys: pytest.CaptureFixture[str]) -> None:
     zoo.main([])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + len(FAMILIES)
-    for family, line in zip(FAMILIES, lines[2:], strict=True):
-        cells = re.split(r"  +", line.strip())
-        assert cells[:3] == [
-            PREFIX + family.module, str(len(timm.list_models(module=PREFIX + family.module))), PREFIX + family.example,
-        ]  # fmt: skip
+    table, _, notes = capsys.readouterr().out.partition("\n\n")
+    rows = [re.split(r"  +", line.strip()) for line in table.splitlines()[2:]]
+    for family, cells in zip(FAMILIES, rows, strict=True):
+        assert cells[0] == f"{PREFIX}{family.module}: {family.example}"
+        assert cells[1] == str(len(timm.list_models(module=PREFIX + family.module)))
+    plain = {cells[0].split(":")[0]: cells[5] for cells in rows}
+    assert plain["decor_resnet"] == "-" and re.fullmatch(r"\d+ a, \d+ b", plain["decor_mobilenetv3"])
+    letters = {word[-1] for cell in plain.values() for word in cell.split(", ")} - {"-"}
+    assert [line[:4] for line in notes.splitlines()] == [f"({letter}) " for letter in sorted(letters)]
 
 
 def test_list_of_models(capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,6 +101,13 @@ def test_list_of_models(capsys: pytest.CaptureFixture[str]) -> None:
     report = timm.create_model("decor_resnet18").decor_report
     assert rows[3][1:3] == ["11.7", "21"]
     assert float(rows[3][3]) == pytest.approx((report.bytes + report.moment_bytes) / 2**20, abs=0.05)
+
+
+def test_reasons_have_letters_that_no_table_takes_for_its_own():
+    notes, row = zoo_module.Notes(), argparse.Namespace
+    marks = [notes.marked(row(plain=[row(plain_reason=f"reason {n}")] * 2)) for n in (*range(28), 1)]
+    assert marks[0] == "2 a" and marks[25:] == ["2 z", "2 aa", "2 bb", "2 b"]
+    assert notes.lines()[26] == "(aa) reason 26"
 
 
 def test_page_of_a_family(tmp_path: Path) -> None:

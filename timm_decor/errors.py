@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import select
 import sys
 from collections.abc import Callable
 
 from timm_decor.redact import without_secrets
 from timm_decor.text import printable
+
+_SIGPIPE = 13  # by number: Windows has no such signal
 
 
 class UserError(Exception):
@@ -57,7 +61,21 @@ def message(error: UserError) -> str:
 
 
 def exit_code(prog: str, main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
-    """Run a command line: 0 when it returned, 2 and one line on stderr for a `UserError`, 128 + n for signal n."""
+    """Run a command line: 0 when it returned, 2 and one line on stderr for a `UserError`, 128 + n for signal n.
+
+    Where nobody reads its output any more, as behind `| head`, it ends without a word, like a program that SIGPIPE ends.
+    """
+    try:
+        code = _exit_code(prog, main, argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not (hasattr(select, "poll") and _unread()):  # a socket's, or another file's
+            raise
+        return 128 + _SIGPIPE
+
+
+def _exit_code(prog: str, main: Callable[[list[str]], None], argv: list[str] | None) -> int:
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
@@ -71,3 +89,19 @@ def exit_code(prog: str, main: Callable[[list[str]], None], argv: list[str] | No
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _unread() -> bool:
+    """Whether stdout or stderr goes to a pipe that nobody reads. From then on it goes nowhere, and fails no more."""
+    found = False
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            descriptor = stream.fileno()
+        except (OSError, ValueError):  # one that is no file
+            continue
+        poll = select.poll()
+        poll.register(descriptor, select.POLLOUT)
+        if any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0)):
+            found = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)  # what is left is written when Python ends
+    return found

@@ -14,6 +14,7 @@ from study.presets import OPTIMIZERS
 from study.protocol import Row
 from study.sensitivity import Curves, plain_best
 from study.training import PLAIN
+from timm_decor.training.seeing.drawing import whole_ticks
 
 INK = "#1f2328"
 # told apart in print and by the colour-blind, by mark as well as colour
@@ -56,15 +57,18 @@ def time_to_accuracy_picture(rows: Sequence[Row], path: Path, title: str) -> Non
                 for row, style in zip(mine, _styles(mine), strict=True):
                     cost = 1.0 if row.is_target or unit == "steps" else statistics.median(row.cost or [float("nan")])
                     budgets = sorted(row.tried)
+                    style["clip_on"] = False  # a mark at the end of an axis is a whole one
                     label = f"{row.opt}, {row.arm}"
                     axis.plot([b * cost for b in budgets], [row.tried[b] for b in budgets], label=label, **style)
                     axis.plot([cost] * len(row.top1), row.top1, ".", color=style["color"], markersize=4, alpha=0.6)
                 axis.axhline(mine[0].target, color=STYLES["plain"]["color"], linestyle="--", linewidth=1)
-                axis.set_xlim(left=0)
+                whole_ticks(axis.xaxis, 0, axis.dataLim.x1, 6)
                 if line == 0:
                     axis.set_title(f"target: tuned {against}")
-                    axis.legend(frameon=False, loc="lower right", fontsize=9)
                 axis.set_xlabel(f"training {unit}, in units of plain {against}'s")
+                axis.tick_params(labelleft=True)  # of a shared axis as well
+            _legend_below(axes[1, column])
+        whole_ticks(axes[0, 0].yaxis, *_span([value for row in rows for value in (*row.tried.values(), *row.top1)]), 8)
         for axis in axes[:, 0]:
             axis.set_ylabel("test top-1 (%)")
         _save(figure, path, time_to_accuracy_data(rows))
@@ -98,7 +102,11 @@ def lr_sensitivity_picture(curves: Curves, path: Path) -> None:
             axis.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
             axis.set_title(f"{opt}; 1x is {plain_best(curves, opt):g}")
             axis.set_xlabel("learning rate")
-            axis.legend(frameon=False, loc="lower left", fontsize=9)
+            axis.tick_params(labelleft=True)
+            _legend_below(axis)
+        whole_ticks(
+            axes[0, 0].yaxis, *_span([v for points in curves.values() for each in points.values() for v in each]), 8
+        )
         axes[0, 0].set_ylabel("held-out top-1 (%)")
         _save(figure, path, lr_sensitivity_data(curves))
 
@@ -132,10 +140,20 @@ def budget_curve_picture(curves: Sequence[Curve], costs: Mapping[tuple[str, str]
                 axis.set_xlabel("epochs" if unit == "epochs" else f"seconds, in those of an epoch of plain {opt}")
                 if line == 0:
                     axis.set_title(opt)
-                    axis.legend(frameon=False, loc="lower right", fontsize=9)
+                else:
+                    _legend_below(axis)
         for axis in axes[:, 0]:
             axis.set_ylabel("test top-1 (%)")
         _save(figure, path, budget_curve_data(curves, costs))
+
+
+def _legend_below(axis: Any) -> None:
+    """A panel's legend under its label, where no line is."""
+    axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=9)
+
+
+def _span(values: Sequence[float]) -> tuple[float, float]:
+    return min(values), max(values)
 
 
 def _styles(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -198,7 +216,7 @@ def _draw_times(axis: Any, results: Sequence[dict[str, Any]]) -> None:
             offset = (0, -14) if kind == "baseline" else (0, 7)  # its mark is often beside ours
             axis.annotate(
                 f"{result['ratio'][kind]:.2f}x", (result["ratio"][kind], i), offset, ha="center", fontsize=9,
-                textcoords="offset points", color=INK,
+                textcoords="offset points", color=INK, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
             )  # fmt: skip
         xs = [result["ratio"][kind] for _, result in rows]
         axis.plot(xs, [i for i, _ in rows], linestyle="", label=label, markersize=7, **style)

@@ -102,6 +102,27 @@ class DecorHandle:
             return f"{sides}, without a scale for this optimizer: the learning rate may need tuning"
         return f"{sides}; the length of its steps comes from the weights, as in plain training"
 
+    def __repr__(self) -> str:
+        """What is bound, how, and how far it is: from numbers on the host, so that no device is waited for."""
+        config, steps, last = self.config, self._counted, self._last_refresh
+        sides = "inputs and outputs" if config.sides == "both" else "inputs"
+        kind = f"rank {config.rank} {config.structure}" if config.structure == "kronecker" else config.structure
+        made = f"{steps} step{'s' * (steps != 1)}" if self._not_made is None else f"at most {steps} steps"
+        refreshed = "no refresh of R yet" if last is None else f"R last refreshed in step {last}"
+        skips, done = (sum(sum(getattr(group, of)) for group in self._groups) for of in ("skips", "refreshes"))
+        every = f"every {config.every}" if config.every > 1 else "each step"
+        return (
+            f"DecorHandle of {type(self._optimizer).__name__}{'' if self._hooks else ' (detached)'}\n"
+            f"  {len(self._layers)} layers, {sides} decorrelated: rule {config.rule}, structure {kind}\n"
+            f"  {made}; {refreshed} ({every}); {skips} of {skips + done} refreshes skipped\n"
+            f"  report() tells of each layer"
+        )
+
+    @property
+    def _last_refresh(self) -> int | None:
+        """The step, from 1, at whose end R was refreshed last, or was to be; None for none."""
+        return (self._counted - 1) // self.config.every * self.config.every + 1 if self._counted else None
+
     @property
     def refresh_due(self) -> bool:
         """Whether the next optimizer step ends with a refresh of R."""

@@ -14,7 +14,7 @@ class Family:
         module: timm's module; the twins are filed under `decor_<module>`.
         example: the member that tables show and tests train: small, and known.
         plain: why layers are left plain, by a wildcard over their names; beside what `decorrelate` leaves so itself.
-        measured: accuracy against the plain model, at its learning rate (benchmarks/zoo_study.py).
+        measured: the example's accuracy against the plain model, at its learning rate (benchmarks/zoo_study.py).
     """
 
     module: str
@@ -29,7 +29,7 @@ FAMILIES = (
     Family("regnet", "regnety_002"),
     Family("densenet", "densenet121"),
     Family("convnext", "convnext_atto"),
-    Family("mobilenetv3", "mobilenetv3_small_100", measured="level: -1.4 points (mobilenetv3_small_100, adamw)"),
+    Family("mobilenetv3", "mobilenetv3_small_100", measured="level: -1.4 points (adamw)"),
     Family("efficientnet", "efficientnet_b0"),
     Family("vision_transformer", "vit_tiny_patch16_224"),
     Family("deit", "deit_tiny_patch16_224"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from string import ascii_lowercase
 
 import timm
 import torch
@@ -25,16 +26,35 @@ from timm_decor.text import markdown_table, near, text_table
 
 # The default first.
 LISTED = sorted(structures(), key=lambda name: name != DecorConfig().structure)
-HEADER = (
-    "params, M",
-    "decorrelated layers",
-    *(f"{structure}, MiB" for structure in LISTED),
-    "left plain",
-)
-FAMILY_HEADER = ("family", "members", "for example", *HEADER, "accuracy")
+HEADER = ("params, M", "layers", *(f"{structure}, MiB" for structure in LISTED), "left plain")
+FAMILY_HEADER = ("family: example", "members", "params, M", "layers", "MiB", "left plain", "accuracy")
 
 
-def model_row(name: str) -> tuple[str, ...]:
+class Notes:
+    """Why layers stay plain: each reason once, under a letter that stands in the tables."""
+
+    def __init__(self) -> None:
+        self._letters: dict[str, str] = {}
+
+    def marked(self, report: ConversionReport) -> str:
+        """How many layers stay plain for which reason, as in `26 a, 3 b`; "-" for none."""
+        counts = Counter(self._letter(row.plain_reason) for row in report.plain)
+        return ", ".join(f"{count} {letter}" for letter, count in sorted(counts.items())) or "-"
+
+    def _letter(self, reason: str) -> str:
+        number = len(self._letters)
+        return self._letters.setdefault(reason, ascii_lowercase[number % 26] * (number // 26 + 1))
+
+    def lines(self) -> list[str]:
+        """A line a letter."""
+        return [f"({letter}) {reason}" for reason, letter in self._letters.items()]
+
+    def sentence(self) -> str:
+        """The same in one, for a page."""
+        return f"Left plain: {'; '.join(self.lines()) or 'none'}."
+
+
+def model_row(name: str, notes: Notes) -> tuple[str, ...]:
     """What `HEADER` names, for one model; no weights are allocated.
 
     Memory is that of R and of the statistics it is refreshed from. A structure that leaves more layers plain than the
@@ -49,27 +69,32 @@ def model_row(name: str) -> tuple[str, ...]:
             memory.append("-")
             continue
         more = len(other.plain) - len(report.plain)
-        memory.append(f"{(other.bytes + other.moment_bytes) / 2**20:.1f}" + (f" ({more} plain)" if more > 0 else ""))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return (f"{parameters / 1e6:.1f}", str(len(report.decorrelated)), *memory, plain_reasons(report))
+        memory.append(_mebibytes(other) + (f" ({more} plain)" if more > 0 else ""))
+    return (_parameters(model), str(len(report.decorrelated)), *memory, notes.marked(report))
 
 
-def plain_reasons(report: ConversionReport) -> str:
-    """Why layers were left plain, and how many; "-" for none."""
-    counts = Counter(row.plain_reason for row in report.plain)
-    return "; ".join(f"{count}: {reason}" for reason, count in counts.items()) or "-"
-
-
-def family_rows(families: Sequence[Family]) -> Iterator[tuple[str, ...]]:
-    """One row a family: its module in timm's registry, how many members, its example's row, what was measured."""
+def family_rows(families: Sequence[Family], notes: Notes) -> Iterator[tuple[str, ...]]:
+    """What `FAMILY_HEADER` names: a row a family, of its example and of the default structure."""
     for family in families:
+        model = _without_weights(PREFIX + family.example)
+        report = reconverted(model)
         yield (
-            PREFIX + family.module,
+            f"{PREFIX}{family.module}: {family.example}",
             str(len(_members(family))),
-            PREFIX + family.example,
-            *model_row(PREFIX + family.example),
+            _parameters(model),
+            str(len(report.decorrelated)),
+            _mebibytes(report),
+            notes.marked(report),
             family.measured,
         )
+
+
+def _parameters(model: nn.Module) -> str:
+    return f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f}"
+
+
+def _mebibytes(report: ConversionReport) -> str:
+    return f"{(report.bytes + report.moment_bytes) / 2**20:.1f}"
 
 
 def _members(family: Family) -> list[str]:
@@ -78,20 +103,20 @@ def _members(family: Family) -> list[str]:
 
 def page(families: Sequence[Family]) -> str:
     """Families and all their members, as a page of markdown."""
-    config = DecorConfig()
-    parts = [
-        "# The zoo\n",
-        f"Made by `make zoo` with timm {timm.__version__}. Memory is that of R, of SGD's L on the output side "
-        f"and of their statistics, in MiB of float32, by structure (the default is {config.structure}, rank "
-        f"{config.rank}); in brackets, how many layers more than with the default stay plain. "
-        "Accuracy is a small member's against its plain model's, at plain training's learning rate "
-        "([families.md](families.md)).\n",
-        markdown_table(FAMILY_HEADER, list(family_rows(families))),
-    ]
+    config, notes = DecorConfig(), Notes()
+    table = markdown_table(FAMILY_HEADER, list(family_rows(families, notes)))
+    members = []
     for family in families:
-        rows = [(f"`{name}`", *model_row(name)) for name in _members(family)]
-        parts += [f"\n## {PREFIX}{family.module}\n", markdown_table(("model", *HEADER), rows)]
-    return "\n".join(parts) + "\n"
+        rows = [(f"`{name}`", *model_row(name, notes)) for name in _members(family)]
+        members += [f"\n## {PREFIX}{family.module}\n", markdown_table(("model", *HEADER), rows)]
+    head = (
+        f"Made by `make zoo` with timm {timm.__version__}. Memory is that of R, of SGD's L on the output side "
+        f"and of their statistics, in MiB of float32: in the first table with the default structure ({config.structure}, "
+        f"rank {config.rank}), in the others by structure; in brackets, how many layers more than with the default stay "
+        f"plain. {notes.sentence()} Accuracy is the example's against its plain model's, at plain training's learning "
+        f"rate ([families.md](families.md))."
+    )
+    return "\n".join(["# The zoo\n", head, "", table, *members]) + "\n"
 
 
 def _without_weights(name: str) -> nn.Module:
@@ -131,11 +156,13 @@ def main(argv: Sequence[str], prog: str = "timm_decor.list") -> None:
         for name in names or [PREFIX + family.example for family in FAMILIES]:
             print(f"{name}\n{_without_weights(name).decor_report}\n")
     else:
-        table = markdown_table if args.markdown else text_table
+        notes, table = Notes(), markdown_table if args.markdown else text_table
         if names:
-            print(table(("model", *HEADER), [(name, *model_row(name)) for name in names]))
+            print(table(("model", *HEADER), [(name, *model_row(name, notes)) for name in names]))
         else:
-            print(table(FAMILY_HEADER, list(family_rows(FAMILIES))))
+            print(table(FAMILY_HEADER, list(family_rows(FAMILIES, notes))))
+        if lines := notes.lines():
+            print("\n" + (notes.sentence() if args.markdown else "\n".join(lines)))
 
 
 def _twins(wanted: Sequence[str]) -> list[str]:

@@ -318,6 +318,12 @@ def _add_run_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=seed, default=42, help="random seed")
     group.add_argument("--log-interval", type=count, default=50, metavar="N", help="batches between progress figures")
+    group.add_argument(
+        "--report-mistakes",
+        action=_SWITCH,
+        default=True,
+        help="show in report.html what the best checkpoint gets wrong, by one more evaluation at the end",
+    )
     group.add_argument("--val-interval", type=count, default=1, metavar="N", help="epochs between evaluations")
     group.add_argument("--checkpoint-hist", type=index, default=10, metavar="N", help="best checkpoints to keep")
     group.add_argument(

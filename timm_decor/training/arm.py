@@ -23,6 +23,7 @@ import timm_decor
 from timm_decor.errors import UserError, first_line
 from timm_decor.training.build import class_count, place
 from timm_decor.training.data.loaders import told
+from timm_decor.training.data.sources import Source
 from timm_decor.training.evaluate import Metrics, evaluate
 from timm_decor.training.keeping.progress import Progress
 from timm_decor.training.optim import make_loss, make_optimizer, settings
@@ -145,15 +146,15 @@ class Arm:
     @property
     def chance(self) -> float:
         """Top-1 accuracy, %, of guessing the same class always: that of the most frequent one."""
-        labels = self._eval_loader.dataset.source.labels  # type: ignore[attr-defined]
+        labels = self.evaluation_source.labels
         if labels is None:
             return 100 / class_count(self.model)
         return float(100 * np.bincount(labels).max() / len(labels))
 
     @property
-    def evaluation_images(self) -> int:
-        """Images of an evaluation."""
-        return len(self._eval_loader.dataset)  # type: ignore[arg-type]
+    def evaluation_source(self) -> Source:
+        """The images of an evaluation."""
+        return self._eval_loader.dataset.source  # type: ignore[attr-defined, no-any-return]
 
     @property
     def steps(self) -> int:
@@ -314,9 +315,10 @@ class Arm:
         self.schedule.begin(epoch + 1, self.metric(epoch + 1))
         return row
 
-    def evaluate(self, model: nn.Module) -> Metrics:
-        """Evaluate the model, or its average, on the evaluation split."""
-        return evaluate(model, self._pausing(self._eval_loader), self.accelerator, self.options.device.channels_last)
+    def evaluate(self, model: nn.Module, seen: list[Tensor] | None = None) -> Metrics:
+        """Evaluate the model, or its average, on the evaluation split; `seen` as in `evaluate`."""
+        batches, channels_last = self._pausing(self._eval_loader), self.options.device.channels_last
+        return evaluate(model, batches, self.accelerator, channels_last, seen)
 
     def _pausing(self, loader: DataLoader[Any]) -> Iterator[Any]:
         for batch in told(loader):

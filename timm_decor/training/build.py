@@ -321,6 +321,13 @@ def plain_twin(model: nn.Module) -> nn.Module:
     return timm_decor.to_plain(copy.deepcopy(model))
 
 
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A plain twin of a model in training, to be run by itself."""
+    twin = plain_twin(model)
+    twin.__dict__.pop("forward", None)  # Accelerate's, which would run the model that was copied
+    return twin
+
+
 def twin_name(name: str) -> str:
     """The plain architecture's name: `decor_resnet18` gives `resnet18`."""
     return plain_name(name)

@@ -30,8 +30,8 @@ from timm_decor.training.keeping.progress import Progress
 from timm_decor.training.options import FolderOptions, TrainOptions
 from timm_decor.training.runtime import make_accelerator
 from timm_decor.training.seeing.compare import SIDES
-from timm_decor.training.seeing.drawing import label, plain_text
-from timm_decor.training.seeing.plot import COLOURS, MARKERS
+from timm_decor.training.seeing.drawing import MARKERS, label, plain_text
+from timm_decor.training.seeing.plot import COLOURS
 
 _FACTOR = 2.0  # between neighbours of the grid, at most
 _LAST = 0.2  # of the updates, whose loss counts
@@ -171,7 +171,7 @@ def save_picture(searches: Sequence[Search], path: Path, title: str) -> None:
     axis.set_ylabel("training loss of the last updates")
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(searches), frameon=False)
     figure.savefig(path, dpi=150, format="png")
     pyplot.close(figure)
 

@@ -278,9 +278,10 @@ class KeepOptions(Options):
 
 @dataclass(frozen=True)
 class WatchOptions(Options):
-    """What a person sees of a run on the way."""
+    """What a person sees of a run, on the way and at its end."""
 
     log_interval: int
+    report_mistakes: bool
     log_with: list[str]
     project_name: str
 

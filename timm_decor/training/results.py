@@ -9,15 +9,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from timm_decor.errors import first_line
+import torch
+from accelerate.utils import broadcast
+from torch import Tensor
+
+from timm_decor.errors import UserError, first_line, message
 from timm_decor.reporting import AttachReport
 from timm_decor.text import markdown_text, wrapped
+from timm_decor.training import build
 from timm_decor.training.arm import Arm
-from timm_decor.training.keeping.folder import REPORT_FILE, RESULTS_FILE, RunFolder
+from timm_decor.training.keeping.folder import EMA_SUFFIX, REPORT_FILE, RESULTS_FILE, RunFolder
+from timm_decor.training.keeping.metadata import CheckpointMetadata
 from timm_decor.training.keeping.privacy import without_paths
 from timm_decor.training.optim import group_options
 from timm_decor.training.options import TrainOptions
+from timm_decor.training.runtime import decided_by_one
 from timm_decor.training.seeing import compare, ending, report
+from timm_decor.training.seeing.losswatch import NonFiniteLoss
+from timm_decor.training.seeing.mistakes import Mistakes
 from timm_decor.training.seeing.plot import save_picture
 
 
@@ -26,6 +35,7 @@ def finish(
     arms: Sequence[Arm],
     folder: RunFolder,
     folders: Sequence[RunFolder],
+    mistakes: Sequence[Mistakes | None],
     base: str | None,
     command: str,
     context: dict[str, Any],
@@ -37,23 +47,23 @@ def finish(
         arms: trained.
         folder: of the run.
         folders: of the arms.
+        mistakes: of the arms' best checkpoints, as far as they are known.
         base: the Hub's name of the weights that training began with.
         command: the command line, to show to others.
         context: what every result has: arguments, versions, machine.
     """
     seen = []
-    for arm, arm_folder in zip(arms, folders, strict=True):
+    for arm, arm_folder, wrong in zip(arms, folders, mistakes, strict=True):
         final = _report(arm)
         arm_folder.write_json(RESULTS_FILE, _results(arm, base, final, context) | {"sha256": arm_folder.digests()})
         if not arm.failure:
             arm_folder.forget_previous()
         arm.accelerator.print(wrapped(_last_words(arm, final)))
         layers = tuple(row.name for row in final.rows) if final else ()
-        seen.append(report.Seen(_side(arm), arm.observer.record(final), layers))
+        seen.append(report.Seen(_side(arm), arm.observer.record(final), layers, wrong))
     if not arms[0].accelerator.is_main_process:
         return
-    data = options.data.dataset or Path(options.data.data_dir or "digits").name
-    title = f"{' and '.join(arm.name for arm in arms)} on {data}"
+    title = _title(options, arms)
     if options.compare.compare:
         _write_comparison(arms, folder, context, f"{title}, {options.optimizer.opt}")
     folder.write_text(REPORT_FILE, report.render(seen, title, command, context))
@@ -63,10 +73,86 @@ def finish(
     print(f"\n{where}")
 
 
+def finish_early(
+    options: TrainOptions, arms: Sequence[Arm], folder: RunFolder, command: str, context: dict[str, Any], why: Exception
+) -> None:
+    """Write the report of a run that was stopped, or came to grief, as far as it had come. `--resume` takes it away.
+
+    Args:
+        options: of the run.
+        arms: as they are.
+        folder: of the run.
+        command: the command line, to show to others.
+        context: what every result has.
+        why: what ended it.
+    """
+    records = [arm.observer.record() for arm in arms]
+    if not arms[0].accelerator.is_main_process or not any(record["curve"] for record in records):
+        return
+    seen = [
+        report.Seen(_side(arm), record, tuple(arm.handle.names) if arm.handle else ())
+        for arm, record in zip(arms, records, strict=True)
+    ]
+    done = " and ".join(f"{arm.name} {arm.epoch} of {arm.epochs} epochs" for arm in arms)
+    words = f"Not finished: {done}."
+    if isinstance(why, NonFiniteLoss):  # others may name a place on this machine
+        words += f" {why}"
+    try:
+        folder.write_text(REPORT_FILE, report.render(seen, _title(options, arms), command, context, words))
+    except UserError as error:  # a full disk, which is why it ended
+        print(f"no report: {message(error)}", file=sys.stderr)
+    else:
+        print(ending.whereabouts_of_report(folder.path))
+
+
+def find_mistakes(arm: Arm, folder: RunFolder) -> Mistakes | None:
+    """What an arm's best checkpoint gets wrong on the evaluation images, by one more evaluation. Collective.
+
+    Args:
+        arm: trained; its own weights stay what they are.
+        folder: of its checkpoints.
+
+    Returns:
+        None where there is no such checkpoint, where it cannot be evaluated, which must not cost the results, and on all
+        processes but the main one.
+    """
+    if arm.failure or arm.best is None:
+        return None
+    try:
+        return _mistakes_of_best(arm, folder)
+    except (UserError, RuntimeError) as error:
+        if arm.accelerator.is_main_process:
+            print(f"{arm.name}: the report does without mistakes: {first_line(error)}", file=sys.stderr)
+        return None
+
+
+def _mistakes_of_best(arm: Arm, folder: RunFolder) -> Mistakes | None:
+    accelerator, file = arm.accelerator, folder.path / f"best{EMA_SUFFIX if arm.ema else ''}.safetensors"
+    model = build.plain_copy(arm.model)
+
+    def load() -> int | None:
+        build.load_weights(model, str(file))
+        metadata = CheckpointMetadata.read(file)
+        return metadata.epoch if metadata else None
+
+    epoch = decided_by_one(accelerator, load)
+    broadcast(model.state_dict())  # only the main process's disk is sure to have the file
+    seen: list[Tensor] = []
+    arm.evaluate(model, seen)
+    if not accelerator.is_main_process:
+        return None
+    return Mistakes.of(file.name, epoch, arm.evaluation_source, torch.cat(seen).numpy(), build.class_count(model))
+
+
+def _title(options: TrainOptions, arms: Sequence[Arm]) -> str:
+    data = options.data.dataset or Path(options.data.data_dir or "digits").name
+    return f"{' and '.join(arm.name for arm in arms)} on {data}"
+
+
 def _side(arm: Arm) -> compare.Side:
     return compare.Side(
         arm.name, without_paths(arm.options.model), arm.options.optimizer.opt, arm.schedule.peak_lr, arm.epochs,
-        arm.history, arm.failure, arm.chance, arm.evaluation_images,
+        arm.history, arm.failure, arm.chance, len(arm.evaluation_source),
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
-from timm_decor.errors import UserError
+from timm_decor.errors import Stopped, UserError
 from timm_decor.knobs import changed_flags
 from timm_decor.reporting import ConversionReport
 from timm_decor.text import wrapped
@@ -153,8 +153,16 @@ def _run(
         arm.log, arm.distillation = partial(trackers.log, accelerator, side), made.distillation
     with StopRequest(accelerator.num_processes, tells=accelerator.is_main_process) as stop:
         keepers = [Keeper(arm, at, metadata, options.keep, stop) for arm, at in zip(arms, folders, strict=True)]
-        _take_turns(list(zip(arms, keepers, strict=True)))
-    results.finish(options, arms, folder, folders, made.base, record.command, context)
+        try:
+            _take_turns(list(zip(arms, keepers, strict=True)))
+            wanted = options.watch.report_mistakes  # before results.json: with it a run is finished
+            mistakes = [
+                results.find_mistakes(arm, at) if wanted else None for arm, at in zip(arms, folders, strict=True)
+            ]
+        except (Stopped, UserError) as error:
+            results.finish_early(options, arms, folder, record.command, context, error)
+            raise
+    results.finish(options, arms, folder, folders, mistakes, made.base, record.command, context)
     accelerator.end_training()
     failures = [arm.failure for arm in arms if arm.failure]
     if failures:
@@ -313,8 +321,7 @@ def _warm_up(arms: list[Arm], input_size: tuple[int, int, int], batch_size: int)
     """One forward and backward pass on a copy: the first arm must not pay for what the device does only once."""
     if is_sharded(arms[0].accelerator):
         return  # no copy of a sharded model can be made
-    model = build.plain_twin(arms[-1].model)
-    model.__dict__.pop("forward", None)  # Accelerate's, which would run the model that was copied
+    model = build.plain_copy(arms[-1].model)
     images = torch.zeros(batch_size, *input_size, device=next(model.parameters()).device)
     with arms[0].accelerator.autocast():
         loss = model.train()(images).sum()

@@ -29,7 +29,7 @@ from timm_decor.training.keeping.folder import EMA_SUFFIX, RESUME_FILES, RunFold
 from timm_decor.training.keeping.metadata import CheckpointMetadata
 from timm_decor.training.options import CreateOptions, ImageOptions, ResultOptions, ValidateOptions
 from timm_decor.training.runtime import make_accelerator, seed_everything
-from timm_decor.training.seeing.mistakes import confusion, write_confusion, write_worst
+from timm_decor.training.seeing.mistakes import class_names, confusion, write_confusion, write_worst
 
 Row = dict[str, Any]
 _NARROW = ("checkpoint", "top1", "top5", "loss")  # columns of the table on a terminal; others where there is room
@@ -247,8 +247,7 @@ def _numbered_as_the_model(
 
 
 def _write_mistakes(result: ResultOptions, source: Source, seen: Any, classes: int) -> None:
-    names = list(source.class_names)[:classes]
-    names += [str(label) for label in range(len(names), classes)]
+    names = class_names(source, classes)
     if result.confusion_matrix:
         write_confusion(confusion(seen, classes), names, Path(result.confusion_matrix))
     if result.worst_images:

@@ -1,12 +1,21 @@
-"""Names in pictures: what matplotlib draws is what they say, whatever they say."""
+"""What all pictures share: names that are what they say, how two sides are told apart, ticks from end to end."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from timm_decor.text import printable
+
+# The decorrelated side and the plain one. The second is dashed and thinner, and drawn over the first: where both go the
+# same way, both are seen.
+MARKERS = ("o", "s")
+STROKES: tuple[dict[str, Any], ...] = (
+    {"linewidth": 3.0, "zorder": 2.1},
+    {"linewidth": 1.7, "linestyle": (0, (4, 4)), "zorder": 2.2},
+)
 
 
 @contextmanager
@@ -26,3 +35,23 @@ def label(name: str, most: int = 48) -> str:
     if name.startswith("_"):  # which matplotlib leaves out of legends
         name = f" {name}"
     return name if len(name) <= most else name[: most - 1] + "…"
+
+
+def whole_ticks(axis: Any, low: float, high: float, most: int, integer: bool = False) -> None:
+    """Let an axis begin and end at a tick, so that what lies at its ends can be read as well.
+
+    Args:
+        axis: `axes.xaxis` or `axes.yaxis`.
+        low: the smallest value.
+        high: the largest one.
+        most: intervals between ticks.
+        integer: at whole numbers alone.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    if high <= low:  # a flat line, in the middle
+        room = 0.05 * abs(high) or 1.0
+        low, high = low - room, high + room
+    ticks = MaxNLocator(most, integer=integer, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    axis.set_ticks(ticks)
+    axis.axes.set(**{f"{axis.axis_name}lim": (ticks[0], ticks[-1])})

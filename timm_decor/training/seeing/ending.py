@@ -43,6 +43,11 @@ def whereabouts(folder: Path, sides: Mapping[str, Path], data: DataOptions, spli
     return "\n".join(text)
 
 
+def whereabouts_of_report(folder: Path) -> str:
+    """The first of those lines, for a run that has nothing else yet."""
+    return "\n".join(_lines({"report": folder / REPORT_FILE}))
+
+
 def _lines(places: Mapping[str, Path]) -> list[str]:
     return [f"{name:<{_WIDTH}}{here(path)}" for name, path in places.items() if path.is_file()]
 

@@ -1,20 +1,84 @@
-"""What a model gets wrong: the confusion matrix, and the images with the highest loss as one picture."""
+"""What a model gets wrong: the confusion matrix, and the images with the highest loss, in files and for the report."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from timm_decor.text import csv_text
-from timm_decor.training.data.sources import Source
+from timm_decor.training.data.sources import Source, read
 from timm_decor.training.seeing.drawing import label, plain_text
 
 MOST_PICTURES = 36
-_MOST_NUMBERS = 20  # classes up to which each cell of the matrix shows its count
+MOST_NUMBERS = 20  # classes up to which each cell of the matrix shows its count
 _MOST_NAMES = 50  # classes up to which the axes name them
+_IN_REPORT = 12  # images with the highest loss
+_THUMBNAIL = 128  # pixels of their longer side
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """An image with a high loss; it may be right all the same.
+
+    Attributes:
+        index: in the split, from 0.
+        label: its class.
+        predicted: what it was taken for.
+        loss: its cross-entropy.
+        confidence: the prediction's probability.
+    """
+
+    index: int
+    label: int
+    predicted: int
+    loss: float
+    confidence: float
+
+
+@dataclass(frozen=True)
+class Mistakes:
+    """What the report shows of a checkpoint's mistakes.
+
+    Attributes:
+        weights: the checkpoint's file.
+        epoch: after which it was written; None where it does not say so.
+        names: of the classes.
+        counts: `confusion`.
+        worst: the images with the highest loss, the highest first, and each as a small picture's data: URL.
+    """
+
+    weights: str
+    epoch: int | None
+    names: list[str]
+    counts: Any
+    worst: list[tuple[Wrong, str]]
+
+    @classmethod
+    def of(cls, weights: str, epoch: int | None, source: Source, seen: Any, classes: int) -> Mistakes:
+        """What there is to show.
+
+        Args:
+            weights: the checkpoint's file.
+            epoch: after which it was written.
+            source: the images.
+            seen: (N, 4), as `evaluate` collects it.
+            classes: of the model.
+        """
+        worst = [(wrong, _url(read(source, wrong.index)[0])) for wrong in worst_of(seen, _IN_REPORT)]
+        return cls(weights, epoch, class_names(source, classes), confusion(seen, classes), worst)
+
+
+def class_names(source: Source, classes: int) -> list[str]:
+    """A name for each class of the model: the data's, or its number."""
+    names = list(source.class_names)[:classes]
+    return names + [str(number) for number in range(len(names), classes)]
 
 
 def confusion(seen: Any, classes: int) -> Any:
@@ -27,6 +91,28 @@ def confusion(seen: Any, classes: int) -> Any:
     counts = np.zeros((classes, classes), dtype=np.int64)
     np.add.at(counts, (seen[:, 0].astype(int), seen[:, 1].astype(int)), 1)
     return counts
+
+
+def right_of(counts: Any) -> str:
+    """How many images are right, in words."""
+    right, total = int(np.trace(counts)), int(counts.sum())
+    return f"{right} of {total} images right ({100 * right / total:.2f} %)"
+
+
+def confused_pairs(counts: Any, most: int) -> Iterator[tuple[int, int, int]]:
+    """The pairs of classes that are confused most often: label, what was predicted, how often."""
+    wrong = counts * (1 - np.eye(len(counts), dtype=counts.dtype))
+    for place in np.argsort(-wrong, axis=None, kind="stable")[:most]:
+        row, column = divmod(int(place), len(counts))
+        if not wrong[row, column]:
+            return
+        yield row, column, int(wrong[row, column])
+
+
+def worst_of(seen: Any, most: int) -> list[Wrong]:
+    """The images with the highest loss, the highest first."""
+    order = np.argsort(-seen[:, 2], kind="stable")[:most]
+    return [Wrong(int(i), int(seen[i, 0]), int(seen[i, 1]), float(seen[i, 2]), float(seen[i, 3])) for i in order]
 
 
 @plain_text()
@@ -48,23 +134,21 @@ def write_confusion(counts: Any, names: Sequence[str], path: Path) -> None:
     if len(names) <= _MOST_NAMES:
         axes.set_xticks(range(len(names)), shown, rotation=90, fontsize=8)
         axes.set_yticks(range(len(names)), shown, fontsize=8)
-    if len(names) <= _MOST_NUMBERS:
+    if len(names) <= MOST_NUMBERS:
         for row, column in zip(*np.nonzero(counts), strict=True):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=7, color=colour)
-    right, total = int(np.trace(counts)), int(counts.sum())
-    axes.set_title(f"{right} of {total} images right ({100 * right / total:.2f} %)", fontsize=10)
+    axes.set_title(right_of(counts), fontsize=10)
     figure.savefig(path.with_suffix(".png"), dpi=130, format="png")
 
 
 def write_worst(source: Source, seen: Any, names: Sequence[str], path: Path) -> None:
     """The images with the highest loss, as the data set has them, each with its label and what was predicted."""
     shown = []
-    for index in np.argsort(-seen[:, 2], kind="stable")[:MOST_PICTURES]:
-        right, predicted, loss, confidence = seen[index]
-        first, second = (label(names[int(number)], 18) for number in (right, predicted))
-        text = f"{first}\n{second} {100 * confidence:.0f} %, loss {loss:.1f}"
-        shown.append((int(index), text, "#b02a3c" if int(right) != int(predicted) else "black"))
+    for wrong in worst_of(seen, MOST_PICTURES):
+        first, second = (label(names[number], 18) for number in (wrong.label, wrong.predicted))
+        text = f"{first}\n{second} {100 * wrong.confidence:.0f} %, loss {wrong.loss:.1f}"
+        shown.append((wrong.index, text, "#b02a3c" if wrong.label != wrong.predicted else "black"))
     write_sheet(source, shown, "highest loss first: label, then what was predicted", path)
 
 
@@ -94,3 +178,14 @@ def _figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def _url(image: Image.Image) -> str:
+    """A small picture as a data: URL, without what else the file says of it."""
+    small = max(image.size) <= _THUMBNAIL // 2  # every pixel counts
+    image = image.copy()
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    kind = "png" if small else "jpeg"
+    data = io.BytesIO()
+    Image.fromarray(np.asarray(image)).save(data, kind, **({} if small else {"quality": 80}))
+    return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"

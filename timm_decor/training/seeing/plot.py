@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from timm_decor.training.seeing.compare import Side
-from timm_decor.training.seeing.drawing import label, plain_text
+from timm_decor.training.seeing.drawing import MARKERS, STROKES, label, plain_text, whole_ticks
 
 COLOURS = ("#d1495b", "#30638e")  # decorrelated, plain: told apart in print and by the colour-blind
-MARKERS = ("o", "s")
 
 
 @plain_text()
@@ -25,26 +25,25 @@ def save_picture(sides: Sequence[Side], path: Path, title: str) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import MaxNLocator
 
-    figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), sharex="col", sharey="row", layout="constrained")
+    figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
     figure.suptitle(label(title, 110), fontsize=13)
-    for column, (key, unit) in enumerate((("steps", "optimizer steps"), ("seconds", "training time (s)"))):
-        accuracy, loss = axes[0][column], axes[1][column]
-        for side, colour, marker in zip(sides, COLOURS, MARKERS, strict=False):
-            style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.8, "label": label(side.name)}
-            rows = side.evaluated
-            accuracy.plot([r[key] for r in rows], [r["eval_top1"] for r in rows], **style)
-            loss.plot([r[key] for r in side.history], [r["train_loss"] for r in side.history], **style)
-        accuracy.set_title(f"against {unit.split(' (')[0]}", fontsize=11)
-        loss.set_xlabel(unit)
-        for axis in (accuracy, loss):
+    rows = ("eval_top1", "evaluation top-1 accuracy (%)"), ("train_loss", "training loss")
+    columns = ("steps", "optimizer steps"), ("seconds", "training time (s)")
+    for line, (what, its_label) in zip(axes, rows, strict=True):
+        for axis, (key, unit) in zip(line, columns, strict=True):
+            drawn = [[row for row in side.history if row.get(what) is not None] for side in sides]
+            for side, found, colour, marker, stroke in zip(sides, drawn, COLOURS, MARKERS, STROKES, strict=False):
+                style = {"color": colour, "marker": marker, "markersize": 5, "label": label(side.name), **stroke}
+                axis.plot([row[key] for row in found], [row[what] for row in found], clip_on=False, **style)
+            values = [row[what] for found in drawn for row in found if math.isfinite(row[what])]
+            if values:
+                whole_ticks(axis.yaxis, min(values), max(values), 6)
+                whole_ticks(axis.xaxis, 0, max(row[key] for found in drawn for row in found), 6, key == "steps")
+            axis.set(xlabel=unit, ylabel=its_label)
             axis.grid(alpha=0.3)
-            axis.set_xlim(left=0)
-            axis.xaxis.set_major_locator(MaxNLocator(6, integer=key == "steps"))
             axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("evaluation top-1 accuracy (%)")
-    axes[1][0].set_ylabel("training loss")
-    axes[0][0].legend(frameon=False, loc="lower right")
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(sides), frameon=False)
     figure.savefig(path, dpi=150, format="png")
     pyplot.close(figure)

@@ -14,8 +14,10 @@ from timm_decor.training.args import train_parser
 from timm_decor.training.seeing import charts
 from timm_decor.training.seeing.clock import PHASES
 from timm_decor.training.seeing.compare import Side, figures, verdict
+from timm_decor.training.seeing.mistakes import MOST_NUMBERS, Mistakes, confused_pairs, right_of
 
 _PARTS = (*PHASES, "refresh", "other")
+_MOST_PAIRS = 20  # of classes that are confused
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,27 @@ class Seen:
         side: its history and names.
         observed: what `Observer.record` returned.
         layers: names of the decorrelated layers; empty without.
+        mistakes: of its best checkpoint, or None.
     """
 
     side: Side
     observed: dict[str, Any]
     layers: tuple[str, ...]
+    mistakes: Mistakes | None = None
 
 
-def render(arms: Sequence[Seen], title: str, command: str, context: dict[str, Any]) -> str:
+@dataclass(frozen=True)
+class _Chart:
+    """Attributes:
+    title: says what is drawn, with its unit.
+    svg: the chart.
+    """
+
+    title: str
+    svg: str
+
+
+def render(arms: Sequence[Seen], title: str, command: str, context: dict[str, Any], unfinished: str = "") -> str:
     """The page.
 
     Args:
@@ -41,25 +56,27 @@ def render(arms: Sequence[Seen], title: str, command: str, context: dict[str, An
         title: the page's.
         command: the command line, fit to be published.
         context: `config`, `versions` and `machine`, as in results.json.
+        unfinished: of a run that ended early, how far it came, in place of who won.
     """
     from jinja2 import Environment, PackageLoader
 
     loader = PackageLoader("timm_decor.training.seeing", ".")
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     sides = [arm.side for arm in arms]
-    drawn = [arm for arm in arms if arm.side.history]
     machine = context["machine"]
     device = machine["gpu"] or machine["cpu"]
     return environment.get_template("report.html.jinja").render(
         title=title,
         subtitle=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {machine['processes']} x {device}",
         failures=[side.failure for side in sides if side.failure],
-        words=_words(sides),
+        words=unfinished or _words(sides),
         names=[side.name for side in sides],
-        figures=[*_figures(sides), ("peak memory, MiB", [_mebibytes(arm.observed) for arm in arms])],
-        curves=_curves(drawn),
-        thin=any(arm.observed["curve"] for arm in drawn),
-        heat_maps=_heat_maps(arms),
+        figures=[*_figures(sides), *_memory(arms, on_gpu=bool(machine["gpu"]))],
+        curves=_curves(arms),
+        thin=any(arm.observed["curve"] for arm in arms),
+        **_correlations(arms),
+        mistakes=[_of_mistakes(arm.side.name, arm.mistakes) for arm in arms if arm.mistakes],
+        mistakes_later=bool(unfinished),
         **_time(arms),
         epochs=[_epochs(side) for side in sides],
         command=command,
@@ -86,51 +103,98 @@ def _figures(sides: Sequence[Side]) -> list[tuple[str, list[str]]]:
     return figures(sides) if all(side.evaluated for side in sides) else []
 
 
-def _curves(arms: Sequence[Seen]) -> list[str]:
-    two = len(arms) == 2
+def _memory(arms: Sequence[Seen], on_gpu: bool) -> list[tuple[str, list[str]]]:
+    """A row of the table, where it says something: the peak of a process that trained both tells nothing of either."""
+    peaks = [arm.observed["peak_memory_bytes"] for arm in arms]
+    if None in peaks or (len(arms) == 2 and not on_gpu):
+        return []
+    whose = "GPU memory" if on_gpu else "memory of the process"
+    held = ", the other model held beside" if len(arms) == 2 else ""
+    return [(f"peak {whose}{held}, MiB", [f"{peak / 2**20:.0f}" for peak in peaks])]
 
+
+def _curves(arms: Sequence[Seen]) -> list[_Chart]:
     def of_history(key: str, column: str) -> list[charts.Line]:
         made = []
         for number, arm in enumerate(arms):
             rows = [row for row in arm.side.history if math.isfinite(row.get(column, math.nan))]
-            made.append(charts.Line(arm.side.name, [r[key] for r in rows], [r[column] for r in rows], number))
+            made.append(charts.Line([r[key] for r in rows], [r[column] for r in rows], number))
         return [line for line in made if line.x]
 
     def of_batches(index: int, faint: bool) -> list[charts.Line]:
         made = []
         for number, arm in enumerate(arms):
             rows = [row for row in arm.observed["curve"] if math.isfinite(row[1])]
-            made.append(charts.Line(arm.side.name, [r[0] for r in rows], [r[index] for r in rows], number, faint))
+            made.append(charts.Line([r[0] for r in rows], [r[index] for r in rows], number, faint))
         return [line for line in made if line.x]
 
-    result = []
-    for key, label in (("steps", "optimizer steps"), ("seconds", "seconds of training")):
-        shown = of_history(key, "eval_top1")
-        if shown:
-            result.append(charts.lines(f"evaluation top-1 accuracy (%) against {label}", label, shown, legend=two))
-    shown = [*of_batches(1, faint=True), *of_history("steps", "train_loss")]
-    if shown:
-        result.append(charts.lines("training loss", "optimizer steps", shown, legend=two))
-    shown = of_batches(2, faint=False) or of_history("steps", "lr")
-    if shown:
-        result.append(charts.lines("learning rate", "optimizer steps", shown, legend=two))
-    return result
+    steps, seconds = "optimizer steps", "seconds of training"
+    found = [
+        ("Evaluation top-1 (%) against steps", steps, of_history("steps", "eval_top1")),
+        ("Evaluation top-1 (%) against time", seconds, of_history("seconds", "eval_top1")),
+        ("Training loss", steps, [*of_batches(1, faint=True), *of_history("steps", "train_loss")]),
+        ("Learning rate", steps, of_batches(2, faint=False) or of_history("steps", "lr")),
+    ]
+    return [
+        _Chart(title, charts.lines(title, label, shown, whole_x=label == steps))
+        for title, label, shown in found
+        if shown
+    ]
 
 
-def _heat_maps(arms: Sequence[Seen]) -> list[str]:
-    for arm in arms:
-        looks = arm.observed["correlations"]
-        if not looks:
-            continue
-        values = {
-            name: np.array([[math.nan if v is None else v for v in look[name]] for look in looks], dtype=float).T
-            for name in ("before", "after")
-        }
-        top = float(np.nanmax(values["before"])) if np.isfinite(values["before"]).any() else 1.0
-        steps = [look["step"] for look in looks]
-        titles = {"before": "before R: x", "after": "after R: z = R x"}
-        return [charts.heat_map(titles[name], arm.layers, steps, values[name], top or 1.0) for name in titles]
-    return []
+def _correlations(arms: Sequence[Seen]) -> dict[str, Any]:
+    """Heat maps of the decorrelated arm, both by one scale, and the last look as numbers."""
+    arm = next((arm for arm in arms if arm.observed["correlations"]), None)
+    if arm is None:
+        return {"heat_maps": []}
+    looks = arm.observed["correlations"]
+    before, after = (
+        np.array([[math.nan if v is None else v for v in look[name]] for look in looks], dtype=float).T
+        for name in ("before", "after")
+    )
+    steps, ticks = [look["step"] for look in looks], charts.ratio_ticks(np.concatenate([before, after]))
+    maps = [
+        _Chart(title, charts.heat_map(title, arm.layers, steps, values, ticks))
+        for title, values in (("Before R: x", before), ("After R: z = R x", after))
+    ]
+    rows = [(name, *(f"{v:.4f}" for v in pair)) for name, *pair in zip(arm.layers, before[:, -1], after[:, -1])]
+    return {
+        "heat_maps": maps,
+        "named_rows": charts.named_rows(arm.layers),
+        "correlation_step": steps[-1],
+        "correlation_rows": rows,
+    }
+
+
+def _of_mistakes(name: str, mistakes: Mistakes) -> dict[str, Any]:
+    """What the page says of one arm's mistakes: the matrix, or of many classes the pairs that it would be read for."""
+    counts, names = mistakes.counts, mistakes.names
+    totals = np.maximum(counts.sum(1), 1)
+    shares = counts / totals[:, None]
+    small = len(names) <= MOST_NUMBERS
+    strengths = np.where(np.eye(len(names)) > 0, 60 * shares, np.ceil(shares) * (10 + 60 * np.sqrt(shares)))
+    matrix = [
+        (names[i], list(zip(counts[i].tolist(), strengths[i].round().astype(int).tolist(), strict=True)))
+        for i in range(len(names) if small else 0)
+    ]
+    pairs = [
+        (names[i], names[j], str(often), f"{100 * shares[i, j]:.0f} % of {totals[i]}")
+        for i, j, often in confused_pairs(counts, _MOST_PAIRS)
+    ]
+    worst = [
+        (url, names[wrong.label], names[wrong.predicted], wrong.label == wrong.predicted, wrong) for wrong, url in
+        mistakes.worst
+    ]  # fmt: skip
+    epoch = f", after epoch {mistakes.epoch}" if mistakes.epoch else ""
+    return {
+        "name": name,
+        "words": f"{mistakes.weights}{epoch}: {right_of(counts)}",
+        "names": names,
+        "long_names": max(map(len, names)) > 3,
+        "matrix": matrix,
+        "pairs": [] if small else pairs,
+        "worst": worst,
+    }
 
 
 def _time(arms: Sequence[Seen]) -> dict[str, Any]:
@@ -150,7 +214,7 @@ def _time(arms: Sequence[Seen]) -> dict[str, Any]:
     rows = [(part, ["-" if part not in bar else f"{bar[part]:.2f}" for bar in bars]) for part in used]
     rows.append(("an update took, on average", average))
     return {
-        "time_chart": charts.stacked_bars("milliseconds an update", names, bars, colours),
+        "time_chart": charts.stacked_bars("Milliseconds an update", names, bars, colours),
         "time_key": [(part, f"var(--phase{_PARTS.index(part)})") for part in used],
         "time_names": names,
         "time_rows": rows,
@@ -176,8 +240,3 @@ def _settings(config: dict[str, Any]) -> list[tuple[str, str]]:
     defaults = vars(train_parser().parse([]))
     changed = {key: value for key, value in config.items() if value != defaults.get(key)}
     return [("--" + key.replace("_", "-"), str(value)) for key, value in changed.items()]
-
-
-def _mebibytes(observed: dict[str, Any]) -> str:
-    peak = observed["peak_memory_bytes"]
-    return "-" if peak is None else f"{peak / 2**20:.0f}"
