@@ -222,7 +222,7 @@ def keep_own_end(file: str) -> None:
 
 
 def as_launched(config: str, *overrides: str) -> None:
-    """Have the environment that `accelerate launch` makes of a config file, and let Accelerate shard on CPUs as well."""
+    """Have the environment that `accelerate launch` makes of a config file, and let Accelerate shard on CPUs too."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from timm_decor.layers import DecorLayer, is_sharded
-from timm_decor.structures import NoOutputs, OutputL, Sides
+from timm_decor.structures import OutputL, Sides
 
 _logger = logging.getLogger(__name__)
 
@@ -198,7 +198,7 @@ class _CutL(OutputL):
     def projected(self, rows: Tensor) -> Tensor:
         return self._weight.total(super().projected(rows))
 
-    def with_tensors(self, tensors: Any) -> NoOutputs:
+    def with_tensors(self, tensors: Any) -> OutputL:
         raise NotImplementedError("made anew from the whole L")
 
 
@@ -215,7 +215,7 @@ def is_cut(tensor: Tensor) -> bool:
 
 def here(tensor: Tensor) -> Tensor:
     """The rows of a tensor that are here."""
-    return tensor._local_tensor if is_cut(tensor) else tensor
+    return tensor._local_tensor if is_cut(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def shared_out(rows: Tensor, like: Any) -> Tensor:

@@ -157,7 +157,9 @@ def _correlations(arms: Sequence[Seen]) -> dict[str, Any]:
         _Chart(title, charts.heat_map(title, arm.layers, steps, values, ticks))
         for title, values in (("Before R: x", before), ("After R: z = R x", after))
     ]
-    rows = [(name, *(f"{v:.4f}" for v in pair)) for name, *pair in zip(arm.layers, before[:, -1], after[:, -1])]
+    rows = [
+        (name, *(f"{v:.4f}" for v in pair)) for name, *pair in zip(arm.layers, before[:, -1], after[:, -1], strict=True)
+    ]
     return {
         "heat_maps": maps,
         "named_rows": charts.named_rows(arm.layers),
