@@ -1,0 +1,50 @@
+"""The demo: a picture, one of timm_decor's weights, its five likeliest classes. See README.md."""
+
+import gradio as gr
+
+from timm_decor.inference import demo
+
+# Names for people, and whatever `timm-decor predict` takes: add ("my flowers", "hf-hub:me/resnet18-flowers").
+WEIGHTS = demo.choices()
+
+INTRODUCTION = """# timm_decor
+Image classifiers that were trained with *decorrelated backpropagation*
+([arXiv 2405.02385](https://arxiv.org/abs/2405.02385)) and are ordinary [timm](https://huggingface.co/docs/timm) models
+since. See what they know, and what they make of a picture of something else."""
+
+CREDIT = "Flower by vultilion, temple by danielbuechele: CC BY 2.0, from scikit-learn."
+
+from gradio.events import Dependency
+
+class Picture(gr.Image):
+    """A picture whose file goes to timm_decor as it is: that says in one line what is wrong with it."""
+
+    is_template = True  # to the page it is a gr.Image
+
+    def preprocess(self, payload: gr.components.image.ImageData | None) -> str | None:
+        return payload.path if payload else None
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from gradio.blocks import Block
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
+
+
+with gr.Blocks(title="timm_decor") as app:
+    gr.Markdown(INTRODUCTION)
+    with gr.Row():
+        with gr.Column():
+            picture = Picture(label="Picture", type="filepath", sources=["upload", "clipboard"], height=280)
+            weights = gr.Dropdown(WEIGHTS, value=WEIGHTS[0][1], label="Weights")
+        with gr.Column():
+            shares = gr.Label(label="What it says", num_top_classes=demo.TOP)
+            problem = gr.Markdown()
+            classes = gr.Markdown(demo.about(WEIGHTS[0][1]))
+    gr.Examples(demo.examples(), picture)
+    gr.Markdown(CREDIT)
+    for changed in (picture, weights):
+        changed.change(demo.answer, [picture, weights], [shares, problem])
+    weights.change(demo.about, weights, classes)
+
+if __name__ == "__main__":
+    app.launch(show_error=True, max_file_size="20mb")
