@@ -18,6 +18,8 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
+import readme_commands
+
 ROOT = Path(__file__).resolve().parents[1]
 DIST, LOG = ROOT / "dist", ROOT / "output" / "check_dist.log"
 UV = (sys.executable, "-m", "uv")
@@ -201,6 +203,22 @@ def check_installed(wheel: Path, unpacked: Path, work: Path) -> tuple[str, Path]
     return f"decor_resnet18 trains, torch {seen['torch']}, timm {seen['timm']}, {len(staged)} staged weights", python
 
 
+def check_readme(python: Path, work: Path) -> str:
+    """README's ten lines and its block of subcommands, as they stand there but for words that make them quick."""
+    folder = work / "readme"
+    readme_commands.make_places(folder)
+    (code,) = readme_commands.python_blocks()
+    loader = "import torch; loader = [(torch.randn(4, 3, 64, 64), torch.arange(4))] * 2"
+    said = run("README's ten lines", python, "-c", f"{loader}\n{code}", cwd=folder)
+    require("DecorHandle of SGD" in said, "README's print(handle) said nothing")
+    commands = readme_commands.of_the_door()
+    for command in commands:
+        run(command, python.with_name("timm-decor"), *readme_commands.shortened(command), cwd=folder)
+    for made in ("resnet18.pth", "output/RUN/report.html", "staged/model.safetensors"):
+        require((folder / made).is_file(), f"README's lines left no {made}")
+    return f"README's ten lines train, and its {len(commands)} subcommands run"
+
+
 def check(work: Path) -> list[Path]:
     """Every check, a line each; returns the checked files."""
     built = work / "dist"
@@ -216,6 +234,7 @@ def check(work: Path) -> list[Path]:
     installed, python = check_installed(wheel, unpacked, work)
     say("installed", installed)
     say("commands", check_commands(unpacked, python, work))
+    say("readme", check_readme(python, work))
     for file in (sdist, wheel):
         size = file.stat().st_size
         require(size <= PYPI_LIMIT, f"{file.name} has {size / 10**6:.0f} MB, PyPI takes {PYPI_LIMIT // 10**6}")
