@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
+import readme_commands
 import tutorial
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -224,6 +225,22 @@ def check_tutorial(python: Path, work: Path) -> str:
     return f"{', '.join(done)}: as docs/tutorial.md says"
 
 
+def check_readme(python: Path, work: Path) -> str:
+    """README's ten lines and its block of subcommands, as they stand there but for words that make them quick."""
+    folder = work / "readme"
+    readme_commands.make_places(folder)
+    (code,) = readme_commands.python_blocks()
+    loader = "import torch; loader = [(torch.randn(4, 3, 64, 64), torch.arange(4))] * 2"
+    said = run("README's ten lines", python, "-c", f"{loader}\n{code}", cwd=folder)
+    require("DecorHandle of SGD" in said, "README's print(handle) said nothing")
+    commands = readme_commands.of_the_door()
+    for command in commands:
+        run(command, python.with_name("timm-decor"), *readme_commands.shortened(command), cwd=folder)
+    for made in ("resnet18.pth", "output/RUN/report.html", "staged/model.safetensors"):
+        require((folder / made).is_file(), f"README's lines left no {made}")
+    return f"README's ten lines train, and its {len(commands)} subcommands run"
+
+
 def check(work: Path) -> list[Path]:
     """Every check, a line each; returns the checked files."""
     built = work / "dist"
@@ -242,6 +259,7 @@ def check(work: Path) -> list[Path]:
     extra = f"timm-decor[onnx] @ {wheel.as_uri()}"
     run("installing the wheel's extra", *UV, "pip", "install", "--python", python, extra, cwd=work)
     say("tutorial", check_tutorial(python, work))
+    say("readme", check_readme(python, work))
     for file in (sdist, wheel):
         size = file.stat().st_size
         require(size <= PYPI_LIMIT, f"{file.name} has {size / 10**6:.0f} MB, PyPI takes {PYPI_LIMIT // 10**6}")

@@ -61,7 +61,7 @@ class Measured:
             return "level"
         return "gains" if self.gain > 0 else "loses"
 
-    @property
-    def words(self) -> str:
-        """For a table of families."""
-        return f"{self.verdict}: {self.gain:+.1f} points ({self.setting['model']}, {self.setting['opt']})"
+    def words(self, example: str) -> str:
+        """For a table of families, whose row names a member: another one is named where that was measured."""
+        model, opt = self.setting["model"], self.setting["opt"]
+        return f"{self.verdict}: {self.gain:+.1f} points ({opt if model == example else f'{model}, {opt}'})"

@@ -26,13 +26,13 @@ class Family:
 FAMILIES = (
     Family("resnet", "resnet18"),
     Family("vgg", "vgg11_bn"),
-    Family("regnet", "regnety_002"),
-    Family("densenet", "densenet121"),
+    Family("regnet", "regnety_002", measured="gains: +8.0 points (sgd)"),
+    Family("densenet", "densenet121", measured="gains: +10.5 points (sgd)"),
     Family("convnext", "convnext_atto"),
     Family("mobilenetv3", "mobilenetv3_small_100", measured="level: -1.4 points (adamw)"),
-    Family("efficientnet", "efficientnet_b0"),
+    Family("efficientnet", "efficientnet_b0", measured="gains: +2.1 points (tinynet_e, adamw)"),
     Family("vision_transformer", "vit_tiny_patch16_224"),
     Family("deit", "deit_tiny_patch16_224"),
     Family("mlp_mixer", "mixer_s16_224"),
-    Family("swin_transformer", "swin_tiny_patch4_window7_224"),
+    Family("swin_transformer", "swin_tiny_patch4_window7_224", measured="one seed: +6.4 points (adamw)"),
 )

@@ -13,8 +13,8 @@ from timm_decor.text import printable
 # same way, both are seen.
 MARKERS = ("o", "s")
 STROKES: tuple[dict[str, Any], ...] = (
-    {"linewidth": 3.0, "zorder": 2.1},
-    {"linewidth": 1.7, "linestyle": (0, (4, 4)), "zorder": 2.2},
+    {"linewidth": 3.4, "zorder": 2.1},
+    {"linewidth": 1.6, "linestyle": (0, (4, 4)), "zorder": 2.2},
 )
 
 
