@@ -19,8 +19,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 
 ROOT = Path(__file__).resolve().parents[1]
-AS_THEY_ARE = {".json", ".png"}  # a browser shows or saves them; other files become pages
-LANGUAGES = {".cff": "yaml", ".py": "python", ".yaml": "yaml"}
+# By the end of the name: what becomes a page. Other files are taken as they are; a browser shows them, or saves them.
+SHOWN = {"": "text", ".cff": "yaml", ".ipynb": "json", ".py": "python", ".yaml": "yaml"}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -62,7 +62,7 @@ def _targets(name: str, text: str) -> Iterator[str]:
 
 def _file(name: str, config: MkDocsConfig) -> File:
     path = ROOT / name
-    if path.suffix == ".md" or path.suffix in AS_THEY_ARE:
+    if not path.is_dir() and path.suffix not in SHOWN:
         return File.generated(config, name, abs_src_path=str(path))
     page = _SourcePage.generated(config, name, content=_shown(path))
     page.dest_uri = f"{name}.html"
@@ -70,23 +70,22 @@ def _file(name: str, config: MkDocsConfig) -> File:
 
 
 def _shown(path: Path) -> str:
-    """A folder as the list of what is in it, a notebook as its cells, any other file as it is."""
+    """A notebook as its cells, a folder as the list of what is in it, a file of text as it is."""
     if path.suffix == ".ipynb":
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        return "\n\n".join(_fenced("".join(c["source"]), "python" if c["cell_type"] == "code" else "") for c in cells)
+        cells = [(c["cell_type"], "".join(c["source"])) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+        return "\n\n".join(_fenced(text, "python") if kind == "code" else text for kind, text in cells)
     if path.is_dir():
         inside = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
         content = "\n".join(f"- [{file}]({path.name}/{file})" for file in inside)
     else:
-        content = _fenced(path.read_text(encoding="utf-8"), LANGUAGES.get(path.suffix, "text"))
+        content = _fenced(path.read_text(encoding="utf-8"), SHOWN[path.suffix])
     head = "---\nsearch: {exclude: true}\nhide: [navigation, toc]\n---\n"
     return f"{head}# {path.relative_to(ROOT).as_posix()}\n\n{content}\n"
 
 
 def _fenced(text: str, language: str) -> str:
-    """Text as code; as it is where it is in no language."""
     fence = "`" * 8  # longer than any in a file
-    return f"{fence}{language}\n{text.rstrip()}\n{fence}" if language else text
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
 class _SourcePage(File):
