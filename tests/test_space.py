@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +29,10 @@ SPACE = ROOT / "hub" / "space"
 CIFAR, TINY = "decor_resnet18.dbp_cifar10_r32", "decor_resnet18.dbp_tin_r64"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _own_predictors() -> Any:
-    reset_accelerate()  # the models that the demo keeps are those of this module's Accelerator
-    demo._predictor.cache_clear()
-    yield
+@pytest.fixture(autouse=True)
+def _own_predictors() -> None:
+    """The models that the demo keeps are those of one Accelerator."""
+    reset_accelerate()
     demo._predictor.cache_clear()
 
 
@@ -108,7 +106,9 @@ class TestWords:
         monkeypatch.setattr(timm, "create_model", without_weights)
         text = demo.about("test_resnet.r160_in1k")
         assert (
-            text.startswith("**These weights' 1000 classes**: tench, ") and "160 x 160" in text and "right" not in text
+            text.startswith("**These weights' 1000 classes**: tench, ")
+            and "160 x 160" in text
+            and "first answer" not in text
         )
 
     def test_names_that_would_be_one_stay_whole(self) -> None:
@@ -268,7 +268,7 @@ def test_the_page(photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     app = runpy.run_path(str(SPACE / "app.py"))["app"]
-    assert isinstance(app, gradio.Blocks) and "timm_decor" in sys.modules
+    assert isinstance(app, gradio.Blocks)
     config = app.get_config_file()
     shown = {part["type"]: part["props"] for part in config["components"]}
     assert [value for _, value in shown["dropdown"]["choices"]] == [TINY, CIFAR]
