@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
-import sys
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -268,12 +267,7 @@ def test_the_page(photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     gradio = pytest.importorskip("gradio")
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    spec = importlib.util.spec_from_file_location("demo_app", SPACE / "app.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "demo_app", module)  # gradio asks where a component's class is from
-    spec.loader.exec_module(module)
-    app = module.app
+    app = runpy.run_path(str(SPACE / "app.py"))["app"]
     assert isinstance(app, gradio.Blocks)
     config = app.get_config_file()
     shown = {part["type"]: part["props"] for part in config["components"]}

@@ -15,20 +15,17 @@ since. See what they know, and what they make of a picture of something else."""
 CREDIT = "Flower by vultilion, temple by danielbuechele: CC BY 2.0, from scikit-learn."
 
 
-class Picture(gr.Image):
-    """A picture whose file goes to timm_decor as it is: that says in one line what is wrong with it."""
-
-    is_template = True  # to the page it is a gr.Image
-
-    def preprocess(self, payload: gr.components.image.ImageData | None) -> str | None:
-        return payload.path if payload else None
+def file_of(payload: gr.components.image.ImageData | None) -> str | None:
+    """A picture's file as it was uploaded: timm_decor says in one line what is wrong with it, gradio in many."""
+    return payload.path if payload else None
 
 
 with gr.Blocks(title="timm_decor") as app:
     gr.Markdown(INTRODUCTION)
     with gr.Row():
         with gr.Column():
-            picture = Picture(label="Picture", type="filepath", sources=["upload", "clipboard"], height=280)
+            picture = gr.Image(label="Picture", type="filepath", sources=["upload", "clipboard"], height=280)
+            picture.preprocess = file_of
             weights = gr.Dropdown(WEIGHTS, value=WEIGHTS[0][1], label="Weights")
         with gr.Column():
             shares = gr.Label(label="What it says", num_top_classes=demo.TOP)
