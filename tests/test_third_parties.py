@@ -31,6 +31,8 @@ KINDS = {  # by the way of their step, see engine/coordinates.py
     "general": lambda p: torch.optim.Adam(p, 1e-2, weight_decay=0.1),
 }
 
+fuses_on_a_cpu = pytest.mark.skipif(torch.__version__ < (2, 4), reason="this torch fuses on GPUs alone")
+
 
 def bound(kind, config=CONFIG, model=None):
     model = timm_decor.decorrelate(model or net(), config)
@@ -201,6 +203,7 @@ class TestFailure:
         step(model, optimizer, 3)
         assert handle.step == 3
 
+    @fuses_on_a_cpu
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("preserve", [True, False])
     def test_a_fused_step_that_is_skipped_moves_and_counts_nothing(self, kind, preserve):
@@ -343,7 +346,7 @@ class TestWrappers:
         told = [record for record in caplog.records if "step() of the attached SGD is not called" in record.message]
         assert len(told) == 1
 
-    @pytest.mark.parametrize("fused", [False, True])
+    @pytest.mark.parametrize("fused", [False, pytest.param(True, marks=fuses_on_a_cpu)])
     def test_beside_a_fused_one_too(self, fused, caplog):
         """Fused optimizers do not count their writes in a tensor's version."""
         model = timm_decor.decorrelate(net(), CONFIG)

@@ -35,14 +35,14 @@ def contents(folder: Path) -> Contents:
 
     def other(names: Collection[str], read: Callable[[str], str]) -> str:
         strangers = sorted(set(names).difference(_EMPTY))
-        if not strangers or (CARD in names and _TAG in tags(read(CARD))):
+        if not strangers or (CARD in names and _TAG in _tags(read(CARD))):
             return ""
         return f"{strangers[0]}, which is not of this demo"
 
     return Contents(folder, FILES, "Publish the demo of timm_decor", other, "space")
 
 
-def tags(card: str) -> list[str]:
+def _tags(card: str) -> list[str]:
     """Those of a card; none where its metadata cannot be read."""
     try:
         found = RepoCard(card, ignore_metadata_errors=True).data.to_dict().get("tags")
