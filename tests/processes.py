@@ -202,7 +202,7 @@ def keep_own_end(file: str) -> None:
 
 
 def as_launched(config: str, *overrides: str) -> None:
-    """Have the environment that `accelerate launch` makes of a config file, and let Accelerate shard on CPUs as well."""
+    """Have the environment that `accelerate launch` makes of a config file; and Accelerate shards on CPUs as well."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
@@ -224,20 +224,25 @@ def as_launched(config: str, *overrides: str) -> None:
     AcceleratorState.__init__ = sharding  # type: ignore[method-assign]
 
 
-def one_of(rank: int, world_size: int, port: int, file: str, float64: bool) -> None:
-    """The above in one."""
+def one_of(rank: int, world_size: int, port: int, file: str, float64: bool, launched: str) -> None:
+    """The above in one; with `launched`, a config file for `accelerate launch`, nothing is kept."""
     if world_size > 1:
         join_group(rank, world_size, port)
     if float64:
         in_float64()
-    keep_own_end(file)
+    if launched:
+        as_launched(launched, "--mixed_precision", "no")
+    else:
+        keep_own_end(file)
 
 
-def start_group(words: list[str], log: Path, ends: Path, world_size: int, float64: bool = False) -> list[Any]:
+def start_group(
+    words: list[str], log: Path, ends: Path, world_size: int, float64: bool = False, launched: str = ""
+) -> list[Any]:
     """Start train.py in `world_size` processes that train together; they leave `<rank>.pt` in `ends`."""
     port = free_port()
     ends.mkdir(exist_ok=True)
     return [
-        start(words, log, one_of, rank, world_size, port, str(ends / f"{rank}.pt"), float64)
+        start(words, log, one_of, rank, world_size, port, str(ends / f"{rank}.pt"), float64, launched)
         for rank in range(world_size)
     ]

@@ -1,7 +1,10 @@
 """FSDP2: processes that each keep some rows of every weight take the step of one process that has them all."""
 
+import contextlib
 import dataclasses
 import logging
+import shlex
+import time
 from pathlib import Path
 
 import pytest
@@ -11,9 +14,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from accelerate import Accelerator
-from processes import as_launched, context, free_port, join_group
+from processes import as_launched, context, free_port, join_group, start_group
+from safetensors.torch import load_file
+from test_distributed import tensors
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from training_runs import DECOR, TINY
 
 import timm_decor
 from timm_decor import DecorConfig
@@ -151,11 +157,11 @@ def worker(rank, processes, port, folder):
     as_launched(str(LAUNCH), "--mixed_precision", "no", "--fsdp_auto_wrap_policy", "NO_WRAP")
     accelerator = Accelerator(cpu=True)  # it starts the group of processes
     mesh = init_device_mesh("cpu", (processes,))
-    results, told = {}, Told()
-    logging.getLogger("timm_decor").addHandler(told)
-    for name in ENDS[processes]:
-        results[name] = trained(CASES[name.partition(",")[0]], mesh if "," not in name else halves(), rank, processes)
-    results["told"] = list(told.lines)
+    results = {}
+    with warnings() as results["told"]:
+        for name in ENDS[processes]:
+            case = CASES[name.partition(",")[0]]
+            results[name] = trained(case, mesh if "," not in name else halves(), rank, processes)
     for name in STATES:
         for way in WAYS:
             results[name, way] = kept(way, folder / f"{name} {way}", CASES[name], mesh, rank, processes)
@@ -165,21 +171,23 @@ def worker(rank, processes, port, folder):
         results[refused.__name__] = str(error.value)
     results["one cannot"] = one_cannot(mesh, rank, processes)
     results["grouped"] = outputs_of_groups(mesh)
+    results["another steps"] = another_steps(mesh, rank, processes)
     accelerator.wait_for_everyone()
     torch.save(results, folder / f"{processes}-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-class Told(logging.Handler):
-    """Keeps warnings."""
-
-    def __init__(self):
-        super().__init__(logging.WARNING)
-        self.lines = []
-
-    def emit(self, record):
-        self.lines.append(record.getMessage())
+@contextlib.contextmanager
+def warnings():
+    """A list that takes what is told meanwhile."""
+    lines, handler, logger = [], logging.Handler(logging.WARNING), logging.getLogger("timm_decor")
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
 
 
 def halves():
@@ -189,13 +197,17 @@ def halves():
 
 
 def trained(case, mesh, rank, processes):
-    """Where STEPS steps end, with an evaluation on the way, behind which one process alone looks at things."""
+    """Where STEPS steps end, with an evaluation on the way, which leaves the outermost module's weights whole.
+
+    Behind it one process alone looks at things, and all load the state that they have.
+    """
     it = bound(*case, mesh)
     it.train(range(SAVED), rank, processes)
     with torch.no_grad():
         it.model.eval()(torch.zeros(1, 3, it.size, it.size, dtype=torch.float64))
     if rank == 0:
         it.handle.report(), it.optimizer.state_dict()
+    it.optimizer.load_state_dict(it.optimizer.state_dict())
     it.model.train()
     it.train(range(SAVED, STEPS), rank, processes)
     return it.end()
@@ -243,9 +255,7 @@ def load(way, path, it):
         model_state, optimizer_state = get_state_dict(it.model, it.optimizer)
         state = {"model": model_state, "optimizer": optimizer_state}
         dcp.load(state, checkpoint_id=path)
-        set_state_dict(
-            it.model, it.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
+        set_state_dict(it.model, it.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     else:
         weights, optimizer_state = torch.load(path, weights_only=True)
         load_weights(it.model, weights)
@@ -262,16 +272,24 @@ def one_cannot(mesh, rank, processes):
     return it.end()[2]
 
 
+def another_steps(mesh, rank, processes):
+    """What is told where the attached optimizer is not the one that steps."""
+    it = bound("net", "sgd", {}, mesh)
+    it.optimizer = optimizer_of("adamw", it.model)
+    with warnings() as told:
+        it.train(range(3), rank, processes)
+    return told
+
+
 def outputs_of_groups(mesh):
     """What is told of grouped convolutions, and which layers have an L."""
     from torch.distributed.fsdp import fully_shard
 
     model = fully_shard(Net().double(), mesh=mesh)
     timm_decor.decorrelate(model, dataclasses.replace(CONFIG, sides="both"))  # sharded before, this time
-    told = Told()
-    logging.getLogger("timm_decor").addHandler(told)
-    handle = timm_decor.attach(model, optimizer_of("sgd", model))
-    return told.lines, [row.structure for row in handle.report().rows]
+    with warnings() as told:
+        handle = timm_decor.attach(model, optimizer_of("sgd", model))
+    return told, [row.structure for row in handle.report().rows]
 
 
 def left_out(mesh):
@@ -316,8 +334,8 @@ def not_held(mesh):
 
 
 REFUSED = {
-    left_out: "layer head is left out by fully_shard (ignored_params, or no fully_shard of the whole model), and others "
-    "are cut: FSDP does not average its gradient; freeze it, or shard it as well",
+    left_out: "layer head is left out by fully_shard (ignored_params, or no fully_shard of the whole model), and "
+    "others are cut: FSDP does not average its gradient; freeze it, or shard it as well",
     over_a_part: "the weight of first is cut over 2 of 4 processes (tensor or pipeline parallel?): only data parallel "
     "meshes are known",
     by_columns: "the weight of 0 is placed as (Shard(dim=1),): only rows can be cut, Shard(0)",
@@ -387,6 +405,11 @@ class TestSteps:
             assert told == ["the outputs of grouped are not decorrelated: fully_shard cuts the rows of its groups"]
             assert structures == ["kronecker + outputs", "kronecker", *["kronecker + outputs"] * 3]
 
+    @pytest.mark.parametrize("processes", [2, 4])
+    def test_steps_of_another_optimizer_are_noticed(self, ran, processes):
+        line = "the weights move, but step() of the attached SGD is not called: training is plain"
+        assert [of_one["another steps"] for of_one in ran[processes]] == [[line]] * processes
+
 
 class TestState:
     """Saved by two processes, gone on with by four."""
@@ -409,3 +432,53 @@ def test_other_kinds_of_pieces_name_this_one(name):
     model = kind(timm_decor.decorrelate(Net(), CONFIG))
     with pytest.raises(ValueError, match=f"^{name} keeps weights in flat pieces without rows: use FSDP2, "):
         timm_decor.attach(model, optimizer_of("sgd", model))
+
+
+class TestTrainingLoop:
+    """train.py as `accelerate launch` starts it with docs/accelerate_fsdp2.yaml."""
+
+    def test_killed_and_resumed_it_ends_as_one_process(self, tmp_path):
+        words = shlex.split(
+            "--model test_vit --model-kwargs img_size=32 --no-aug --train-split train[:230] --val-split test[:10] "
+            "--epochs 2 --opt sgd --lr 0.05 --clip-grad 1 --model-ema --model-ema-decay 0.9 --decor-every 3 "
+            "--decor-sample 1 --channels-last --resume auto"
+        )
+
+        def group(size, *more):
+            command = [*TINY, *DECOR, *words, "-b", str(64 // size), *more, "--output", str(tmp_path)]
+            command += ["--experiment", str(size)]
+            return start_group(command, log(size), tmp_path, size, float64=True, launched=str(LAUNCH))
+
+        def log(size):
+            return tmp_path / f"{size}.log"
+
+        def ended(processes):
+            for process in processes:
+                process.join()
+            return [process.exitcode for process in processes]
+
+        alone = group(1)
+        processes = group(2, "--recovery-interval", "1")
+        while not (tmp_path / "2" / "resume.pt").exists() and processes[0].exitcode is None:
+            time.sleep(0.01)
+        for process in processes:
+            process.kill()
+        assert ended(processes) == [-9, -9], log(2).read_text()
+        assert ended(group(2)) == [0, 0], log(2).read_text()
+        assert log(2).read_text().count(" goes on after update ") == 1
+        assert ended(alone) == [0], log(1).read_text()
+        line = "accelerate's FSDP is for several GPUs, and not followed on 1 x cpu: each process has the whole model"
+        assert line in log(1).read_text() and line not in log(2).read_text()
+        for name in ("last", "last-ema", "best"):
+            ours, whole = (load_file(tmp_path / size / f"{name}.safetensors") for size in ("2", "1"))
+            assert ours.keys() == whole.keys()
+            for key, value in whole.items():
+                torch.testing.assert_close(ours[key], value, rtol=0, atol=1e-9)
+        timm.create_model("test_vit", img_size=32, num_classes=10).load_state_dict(ours, strict=True)
+        # and the state to go on from is that of one process: any number can
+        ours, whole = (torch.load(tmp_path / size / "resume.pt", weights_only=True)["optimizer"] for size in ("2", "1"))
+        assert [len(t) for t in (tensors(ours), ours["timm_decor"]["layers"])] == [
+            len(t) for t in (tensors(whole), whole["timm_decor"]["layers"])
+        ]
+        for a, b in zip(tensors(ours), tensors(whole), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)

@@ -89,7 +89,8 @@ class DecorMixin:
         """
         self.moments, self.rows = {}, torch.zeros(1, device=self.weight.device)
         self.stored = () if stored is None else (stored,)
-        self.unrecorded, self.writes, self.on_outside = 0, ((self.weight if stored is None else stored)._version, 0), on_outside
+        version = (self.weight if stored is None else stored)._version
+        self.unrecorded, self.writes, self.on_outside = 0, (version, 0), on_outside
         self.wanted, self.sample, self.max_rows, self.recording = wanted, sample, max_rows, True
 
     def stop_recording(self) -> None:

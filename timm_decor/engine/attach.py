@@ -22,8 +22,8 @@ from torch.optim import Optimizer
 
 from timm_decor.config import DecorConfig
 from timm_decor.convert import any_attached, decor_layers, reconverted
-from timm_decor.engine.handle import DecorHandle, attached_optimizers
 from timm_decor.engine import shards
+from timm_decor.engine.handle import DecorHandle, attached_optimizers
 from timm_decor.engine.optimizers import check_held, innermost
 from timm_decor.engine.probe import refuse
 

@@ -139,8 +139,8 @@ def _refuse_pieces() -> None:
         if name != "FSDP" or os.environ.get("FSDP_VERSION", "1") != "2":
             kind = "FSDP1" if name == "FSDP" else name
             raise UserError(
-                f"accelerate is set up for {kind}, which cuts weights into pieces that are no rows; decorrelation knows "
-                f"FSDP2: fsdp_version: 2 in accelerate's config, or --use_fsdp --fsdp_version 2 (or --multi_gpu)"
+                f"accelerate is set up for {kind}, which cuts weights into pieces that are no rows; decorrelation "
+                f"knows FSDP2: fsdp_version: 2 in accelerate's config, or --use_fsdp --fsdp_version 2 (or --multi_gpu)"
             )
         if torch.__version__ < (2, 6) or not hasattr(Accelerator, "is_fsdp2"):  # type: ignore[operator]
             raise UserError(
