@@ -208,6 +208,7 @@ def trained(case, mesh, rank, processes):
     if rank == 0:
         it.handle.report(), it.optimizer.state_dict()
     it.optimizer.load_state_dict(it.optimizer.state_dict())
+    assert all(weight.cut for group in it.handle._groups for weight in group.weights)
     it.model.train()
     it.train(range(SAVED, STEPS), rank, processes)
     return it.end()
