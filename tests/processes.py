@@ -123,6 +123,13 @@ def die_at_event(number: int) -> None:
         setattr(os, name, counted(getattr(os, name)))
 
 
+def free_port() -> int:
+    """One that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def join_group(rank: int, world_size: int, port: int) -> None:
     """Be one of several processes, as `accelerate launch` and torchrun would start them."""
     os.environ |= {
@@ -222,9 +229,9 @@ def keep_own_end(file: str) -> None:
 
 
 def as_launched(config: str, *overrides: str) -> None:
-    """Have the environment that `accelerate launch` makes of a config file, and let Accelerate shard on CPUs too."""
+    """Have the environment that `accelerate launch` makes of a config file; and Accelerate shards on CPUs as well."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.state import AcceleratorState
+    from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
     from accelerate.utils.launch import prepare_multi_gpu_env
 
@@ -235,30 +242,34 @@ def as_launched(config: str, *overrides: str) -> None:
 
     def sharding(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
         init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None:  # what it does on a GPU
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+        if fsdp_plugin is not None and self.num_processes > 1:  # what it does on GPUs
+            PartialState._shared_state["distributed_type"] = self.distributed_type = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
             if self._mixed_precision != "no":
                 fsdp_plugin.set_mixed_precision(self._mixed_precision)
 
     AcceleratorState.__init__ = sharding  # type: ignore[method-assign]
 
 
-def one_of(rank: int, world_size: int, port: int, file: str, float64: bool) -> None:
-    """The above in one."""
+def one_of(rank: int, world_size: int, port: int, file: str, float64: bool, launched: str) -> None:
+    """The above in one; with `launched`, a config file for `accelerate launch`, nothing is kept."""
     if world_size > 1:
         join_group(rank, world_size, port)
     if float64:
         in_float64()
-    keep_own_end(file)
+    if launched:
+        as_launched(launched, "--mixed_precision", "no")
+    else:
+        keep_own_end(file)
 
 
-def start_group(words: list[str], log: Path, ends: Path, world_size: int, float64: bool = False) -> list[Any]:
+def start_group(
+    words: list[str], log: Path, ends: Path, world_size: int, float64: bool = False, launched: str = ""
+) -> list[Any]:
     """Start train.py in `world_size` processes that train together; they leave `<rank>.pt` in `ends`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ends.mkdir(exist_ok=True)
     return [
-        start(words, log, one_of, rank, world_size, port, str(ends / f"{rank}.pt"), float64)
+        start(words, log, one_of, rank, world_size, port, str(ends / f"{rank}.pt"), float64, launched)
         for rank in range(world_size)
     ]

@@ -174,7 +174,15 @@ class TestSetUp:
     @pytest.mark.parametrize("name", ["FSDP", "DeepSpeed", "Megatron_LM"])
     def test_what_cuts_weights_into_pieces_is_refused(self, name, monkeypatch):
         monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
-        with pytest.raises(UserError, match=f"^accelerate is set up for {name}, which cuts weights into pieces; "):
+        kind = {"FSDP": "FSDP1"}.get(name, name)
+        with pytest.raises(UserError, match=f"^accelerate is set up for {kind}, .*; decorrelation knows FSDP2: "):
+            make_accelerator("cpu", False, "float16")
+
+    def test_a_torch_without_fsdp2(self, monkeypatch):
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        monkeypatch.setenv("FSDP_VERSION", "2")
+        monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.5.1"))
+        with pytest.raises(UserError, match="^FSDP2 needs torch 2.6 and accelerate 1.6 or newer; here are torch 2.5.1"):
             make_accelerator("cpu", False, "float16")
 
     def test_accumulation_is_what_the_arguments_say(self, monkeypatch):

@@ -230,9 +230,8 @@ class General(_FromStart):
         # However it is made, decay is along the weight: that part is left out.
         values = transformed(self.weights, self.sides.apply_inverse, self.kernels)
         starts = unbatched(self.weights, values, self.kernels)
-        sums = torch.stack(
-            [torch.stack([(m * w).sum(), (w * w).sum()]) for m, w in zip(self._moved, starts, strict=True)]
-        )
+        pairs = list(zip(self._moved, starts, strict=True))
+        sums = torch.stack([torch.stack([(moved * w).sum(), (w * w).sum()]) for moved, w in pairs])
         return [(along / size, w) for (along, size), w in zip(self.weights[0].total(sums), starts, strict=True)]
 
 

@@ -62,6 +62,7 @@ class DecorHandle:
         self._not_made: Tensor | None = None
         self._watch = Watch(model, optimizer, self._layers)
         replan(model, plans)
+        self._tell_left_out(plans)
         self._step_hooks = StepHooks(optimizer, self._before_step, self._after_step, self._abort)
         self._hooks = [
             optimizer.register_state_dict_post_hook(self._save),
@@ -234,9 +235,17 @@ class DecorHandle:
             "layers": {name: states[name] for name in self.names},
         }
 
-    def _planned(self, config: DecorConfig, layer: DecorLayer) -> LayerPlan:
+    def _planned(self, config: DecorConfig, layer: DecorLayer, cut: bool | None = None) -> LayerPlan:
         linear, scales = is_linear(self._optimizer), self._power.exponent > 0
-        return plan(config, layer.decor_shape, layer.weight.dtype, linear, scales, shards.is_cut(layer.weight))
+        cut = shards.is_cut(layer.weight) if cut is None else cut
+        return plan(config, layer.decor_shape, layer.weight.dtype, linear, scales, cut)
+
+    def _tell_left_out(self, plans: Mapping[str, LayerPlan]) -> None:
+        """Say whose output side is left out because of how its weight is cut."""
+        left = [n for n, layer in self._layers if self._planned(self.config, layer, False).outputs > plans[n].outputs]
+        if left:
+            names = left[0] if len(left) == 1 else f"{left[0]} and {len(left) - 1} more"
+            _logger.warning("the outputs of %s are not decorrelated: fully_shard cuts the rows of its groups", names)
 
     @property
     def _weights(self) -> dict[str, Tensor]:

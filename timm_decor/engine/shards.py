@@ -236,7 +236,10 @@ def share(tensor: Tensor, like: Any) -> Tensor:
 
 
 def put_back(model: nn.Module, layers: Iterable[tuple[str, DecorLayer]]) -> None:
-    """Let every layer have the share again that the optimizer holds. By all processes at once, or forwards hang."""
+    """Let every layer have the share again that the optimizer holds.
+
+    All processes must do so at once: one whose weights are whole takes no part in putting the others' together.
+    """
     if any("_is_fsdp_managed_module" in vars(layer) and not is_cut(layer.weight) for _, layer in layers):
         for module in model.modules():
             if is_sharded(module):

@@ -90,6 +90,8 @@ class Arm:
         self.time_left = TimeLeft([self])
         self._train_loader, self._eval_loader = train_loader, eval_loader
         device, update, sharded = options.device, options.update, is_sharded(accelerator)
+        if sharded and update.clip_grad is not None and update.clip_mode == "agc":
+            raise UserError("--clip-mode agc compares whole weights, which FSDP2 has in pieces: use norm or value")
         # fully_shard takes weights in their ordinary layout only; the images have the other all the same
         self.model = place(model, accelerator.device, device.channels_last and not sharded)
         # the average is a copy: made before anything wraps or attaches to the model

@@ -102,7 +102,7 @@ def main(argv: Sequence[str], prog: str = "train.py") -> None:
         if launched_for_fsdp() and not is_sharded(accelerator):
             kind = f"{accelerator.num_processes} x {accelerator.device.type}"
             told.append(
-                f"accelerate's FSDP is not followed, it is for several GPUs: on {kind} each has the whole model"
+                f"accelerate's FSDP is for several GPUs, and not followed on {kind}: each process has the whole model"
             )
         for line in told:
             accelerator.print(line)
