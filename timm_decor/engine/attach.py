@@ -44,7 +44,8 @@ def attach(model: nn.Module, optimizer: Optimizer, config: DecorConfig | None = 
     zero.
 
     Args:
-        model: a model that went through `decorrelate` (every `decor_*` model has); DDP and torch.compile may wrap it.
+        model: a model that went through `decorrelate` (every `decor_*` model has); DDP and torch.compile may wrap it, and
+            fully_shard (FSDP2) may have cut its weights. Then all processes attach together.
         optimizer: a `torch.optim.Optimizer`; Accelerate's, Lightning's, timm's and torch's wrappers are fine.
         config: that given to `decorrelate` if None.
 
@@ -54,7 +55,7 @@ def attach(model: nn.Module, optimizer: Optimizer, config: DecorConfig | None = 
     Raises:
         ValueError: no decorrelated layer, attached twice, an optimizer that does not hold the layers' weights, or one
             that keeps weights in its state (MADGRAD, ASGD), needs second derivatives or evaluates a closure several
-            times (L-BFGS).
+            times (L-BFGS); weights in other pieces than rows (FSDP1, DeepSpeed, tensor parallel).
     """
     inner = innermost(optimizer)
     if any(isinstance(module, nn.DataParallel) for module in model.modules()):

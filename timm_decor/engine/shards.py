@@ -143,6 +143,11 @@ class CutWeight(Weight):
         self.parameter._local_tensor = rows  # type: ignore[attr-defined]
 
     def local(self, tensor: Tensor) -> Tensor:
+        if not is_cut(tensor):
+            raise ValueError(
+                f"a tensor of shape {list(tensor.shape)} is whole, and the weight is cut by fully_shard: "
+                f"a DTensor like the parameter is needed"
+            )
         return tensor._local_tensor  # type: ignore[attr-defined]
 
     def whole(self, rows: Tensor) -> Tensor:
