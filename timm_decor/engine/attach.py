@@ -44,8 +44,8 @@ def attach(model: nn.Module, optimizer: Optimizer, config: DecorConfig | None = 
     zero.
 
     Args:
-        model: a model that went through `decorrelate` (every `decor_*` model has); DDP and torch.compile may wrap it, and
-            fully_shard (FSDP2) may have cut its weights. Then all processes attach together.
+        model: a model that went through `decorrelate` (every `decor_*` model has); DDP and torch.compile may wrap it,
+            and fully_shard (FSDP2) may have cut its weights: then all processes attach together.
         optimizer: a `torch.optim.Optimizer`; Accelerate's, Lightning's, timm's and torch's wrappers are fine.
         config: that given to `decorrelate` if None.
 

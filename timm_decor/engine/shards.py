@@ -8,7 +8,6 @@ processes. Nothing else in the engine knows of shares.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,9 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from timm_decor.layers import DecorLayer, is_sharded
-from timm_decor.structures import NoOutputs, OutputL, Sides
-
-_logger = logging.getLogger(__name__)
+from timm_decor.structures import OutputL, Sides
 
 
 class Cut(NamedTuple):
@@ -201,9 +198,6 @@ class _CutL(OutputL):
     def projected(self, rows: Tensor) -> Tensor:
         return self._weight.total(super().projected(rows))
 
-    def with_tensors(self, tensors: Any) -> NoOutputs:
-        raise NotImplementedError("made anew from the whole L")
-
 
 def weight_of(layer: DecorLayer) -> Weight:
     """A layer's weight as it is now."""
@@ -218,7 +212,7 @@ def is_cut(tensor: Tensor) -> bool:
 
 def here(tensor: Tensor) -> Tensor:
     """The rows of a tensor that are here."""
-    return tensor._local_tensor if is_cut(tensor) else tensor
+    return tensor._local_tensor if is_cut(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def shared_out(rows: Tensor, like: Any) -> Tensor:

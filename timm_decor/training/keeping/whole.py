@@ -95,5 +95,5 @@ def _whole(tree: Any, keep: bool) -> Any:
         return type(tree)(_whole(value, keep) for value in tree)
     if not isinstance(tree, Tensor) or not shards.is_cut(tree):
         return tree
-    together = tree.full_tensor()  # type: ignore[operator]  # by all processes, in the order of the state
+    together = tree.full_tensor()  # type: ignore[attr-defined]  # by all processes, in the order of the state
     return together.cpu() if keep else None
