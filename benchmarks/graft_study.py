@@ -38,7 +38,8 @@ from timm_decor.errors import exit_code
 
 def layer(monkey: ExitStack) -> None:
     def found(self: Any, lengths: Any) -> Any:
-        return torch.stack([scale([each], self._power, self.groups[0].weights[0].total) for each in lengths])
+        total = self.groups[0].weights[0].total
+        return torch.stack([scale([each], self._power, total) for each in lengths])
 
     def rescale(self: Any, scales: Any) -> None:
         for group, c in zip(self._groups, scales, strict=True):  # on a CPU a group is one layer

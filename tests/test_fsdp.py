@@ -16,16 +16,20 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from processes import as_launched, context, free_port, join_group, start_group
 from safetensors.torch import load_file
-from test_distributed import tensors
+from test_distributed import count_refreshed, tensors
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from training_runs import DECOR, TINY
 
 import timm_decor
 from timm_decor import DecorConfig
+from timm_decor.engine import shards
 from timm_decor.training.keeping.whole import load_optimizer, load_weights, whole_optimizer, whole_weights
 
-pytestmark = pytest.mark.skipif(torch.__version__ < (2, 6), reason="fully_shard came with torch 2.6")
+pytestmark = pytest.mark.skipif(
+    torch.__version__ < (2, 6) or not hasattr(Accelerator, "is_fsdp2"),
+    reason="FSDP2 came with torch 2.6 and accelerate 1.6",
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "docs" / "accelerate_fsdp2.yaml"
@@ -107,9 +111,18 @@ class Bound:
             self.optimizer.step()
 
     def end(self):
-        """Weights, scale and refreshes."""
+        """Weights, scale, refreshes; and what a direction of W is for the kernels."""
+        layer, generator = self.model.get_submodule(self.handle.names[-1]), torch.Generator().manual_seed(0)
+        v = torch.randn(layer.weight.shape, generator=generator, dtype=torch.float64)
+        name = f"{self.handle.names[-1]}.weight"
+        (weight,) = [group.weights[0] for group in self.handle._groups if group.layers[0] is layer]
+        v = v if weight.cut is None else shards.share(v, weight.parameter)
+        back = self.handle.kernel_gradient(self.handle.kernel_direction({name: v}))[name]
+        v = self.handle.kernel_direction({name: v})[name]
+        v, back = (t if weight.cut is None else t.full_tensor() for t in (v, back))
         weights = whole_weights(self.model, True)
         weights = {key: value for key, value in weights.items() if "running" not in key and "num_batches" not in key}
+        weights |= {"direction": v, "gradient": back}
         return weights, self.handle.scale, [(row.refreshes, row.skips) for row in self.handle.report(False).rows]
 
 
@@ -141,7 +154,7 @@ CASES = {
     "resnet adamw": ("resnet", "adamw", {}),
 }
 ENDS = {  # by the number of processes: what is compared with one process
-    2: ["net sgd", "net adam both", "net adamw dbp", "vit adamw", "resnet sgd space"],
+    2: ["net sgd", "net sgd, put back by hand", "net adam both", "net adamw dbp", "vit adamw", "resnet sgd space"],
     4: ["net sgd full", "net sgd both", "net sgd both, replicated", "vit sgd both", "resnet adamw"],
 }
 STATES = ["net sgd both", "net adamw"]  # saved by two processes, loaded by four
@@ -160,8 +173,8 @@ def worker(rank, processes, port, folder):
     results = {}
     with warnings() as results["told"]:
         for name in ENDS[processes]:
-            case = CASES[name.partition(",")[0]]
-            results[name] = trained(case, mesh if "," not in name else halves(), rank, processes)
+            base, _, how = name.partition(", ")
+            results[name] = trained(CASES[base], halves() if how == "replicated" else mesh, rank, processes, how)
     for name in STATES:
         for way in WAYS:
             results[name, way] = kept(way, folder / f"{name} {way}", CASES[name], mesh, rank, processes)
@@ -176,6 +189,12 @@ def worker(rank, processes, port, folder):
     torch.save(results, folder / f"{processes}-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def shares(model):
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 @contextlib.contextmanager
@@ -196,12 +215,15 @@ def halves():
     return init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
 
 
-def trained(case, mesh, rank, processes):
+def trained(case, mesh, rank, processes, how):
     """Where STEPS steps end, with an evaluation on the way, which leaves the outermost module's weights whole.
 
     Behind it one process alone looks at things, and all load the state that they have.
     """
     it = bound(*case, mesh)
+    if how == "put back by hand":  # the layers' weights are whole even in a step
+        it.model.set_reshard_after_backward(False)
+        it.optimizer.register_step_post_hook(lambda *_: [module.reshard() for module in shares(it.model)])
     it.train(range(SAVED), rank, processes)
     with torch.no_grad():
         it.model.eval()(torch.zeros(1, 3, it.size, it.size, dtype=torch.float64))
@@ -264,13 +286,17 @@ def load(way, path, it):
 
 
 def one_cannot(mesh, rank, processes):
-    """Refreshes and skips where what a refresh would move is not finite in the rows of one process."""
+    """Refreshes and skips where what a refresh would move is not finite in the rows of one process.
+
+    And whose R this process has made.
+    """
     it = bound("net", "sgd", {}, mesh)
+    made = count_refreshed(it.handle)
     it.train(range(3), rank, processes)
     if rank == 0:
         it.optimizer.state[it.model.first.weight]["momentum_buffer"]._local_tensor[0] = float("inf")
     it.train([3], rank, processes)
-    return it.end()[2]
+    return it.end()[2], set(made)
 
 
 def another_steps(mesh, rank, processes):
@@ -398,7 +424,12 @@ class TestSteps:
 
     @pytest.mark.parametrize("processes", [2, 4])
     def test_a_refresh_that_one_process_cannot_take_is_taken_by_none(self, ran, processes):
-        assert [of_one["one cannot"] for of_one in ran[processes]] == [[(1, 1)] + [(2, 0)] * 4] * processes
+        assert [of_one["one cannot"][0] for of_one in ran[processes]] == [[(1, 1)] + [(2, 0)] * 4] * processes
+
+    @pytest.mark.parametrize("processes", [2, 4])
+    def test_each_makes_the_r_of_some_layers(self, ran, processes):
+        made = [of_one["one cannot"][1] for of_one in ran[processes]]
+        assert all(made) and sorted(number for numbers in made for number in numbers) == list(range(5))
 
     @pytest.mark.parametrize("processes", [2, 4])
     def test_grouped_convolutions_have_no_output_side(self, ran, processes):
@@ -425,6 +456,14 @@ class TestState:
 @pytest.mark.parametrize("refused", REFUSED, ids=lambda refused: refused.__name__)
 def test_what_would_be_wrong_is_refused(ran, refused):
     assert {of_one[refused.__name__] for of_one in ran[4]} == {REFUSED[refused]}
+
+
+def test_an_early_fully_shard_is_refused(monkeypatch):
+    kind = type("FSDPNet", (type("FSDPModule", (), {}), Net), {})
+    model = timm_decor.decorrelate(kind(), CONFIG)
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.5.1"))
+    with pytest.raises(ValueError, match="^torch 2.5.1 has an early fully_shard: FSDP2 needs torch 2.6 or newer$"):
+        timm_decor.attach(model, optimizer_of("sgd", model))
 
 
 @pytest.mark.parametrize("name", ["FullyShardedDataParallel", "DeepSpeedEngine"])

@@ -48,7 +48,7 @@ def decorrelate(model: nn.Module, config: DecorConfig | None = None, filter_fn: 
         The same model.
 
     Raises:
-        ValueError: the model is wrapped (DDP, FSDP, torch.compile), is attached, or has no layer that fits.
+        ValueError: the model is wrapped (DDP, FSDP1, torch.compile), is attached, or has no layer that fits.
     """
 
     def leave_out(name: str, layer: nn.Module) -> str:

@@ -46,7 +46,8 @@ def attach(model: nn.Module, optimizer: Optimizer, config: DecorConfig | None = 
     zero.
 
     Args:
-        model: a model that went through `decorrelate` (every `decor_*` model has); DDP and torch.compile may wrap it.
+        model: a model that went through `decorrelate` (every `decor_*` model has); DDP and torch.compile may wrap it,
+            and fully_shard (FSDP2) may have cut its weights: then all processes attach together.
         optimizer: a `torch.optim.Optimizer`; Accelerate's, Lightning's, timm's and torch's wrappers are fine.
         config: that given to `decorrelate` if None.
 
@@ -54,8 +55,8 @@ def attach(model: nn.Module, optimizer: Optimizer, config: DecorConfig | None = 
         A handle with `report()` and `detach()`.
 
     Raises:
-        ValueError: no decorrelated layer, attached twice, weights that are here in pieces (FSDP), an optimizer that
-            does not hold the layers' weights, that loaded its state before, that keeps weights in its state (MADGRAD,
+        ValueError: no decorrelated layer, attached twice, weights in other pieces than rows (FSDP1, DeepSpeed, tensor
+            parallel), an optimizer that does not hold the layers' weights, that loaded its state before, that keeps weights in its state (MADGRAD,
             ASGD), needs second derivatives or evaluates a closure several times (L-BFGS).
     """
     inner = innermost(optimizer)

@@ -202,6 +202,7 @@ class DecorHandle:
 
         Args:
             values: V by the parameter's name, shaped like the parameter; those of other parameters stay as they are.
+                Under FSDP2 DTensors like the parameters, and all processes ask together.
         """
         return self._in_kernels(values, Sides.apply)
 
@@ -264,7 +265,7 @@ class DecorHandle:
         self._recover()
         changed = _evaluated(args, kwargs)  # the closure's gradients are those of kernels
         self._follow()
-        counts = not all(map(is_zero, rates(optimizer, (layer.weight for _, layer in self._layers))))
+        counts = not all(map(is_zero, rates(optimizer, self._weights.values())))
         look = counts and self._counted % self.config.output_every == 0
         measures = counts and self._measure_due
         self._flight = StepInFlight(self._groups, optimizer, counts, look, self._power, measures)

@@ -8,7 +8,6 @@ processes. Nothing else in the engine knows of shares.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,8 +17,6 @@ from torch import Tensor, nn
 
 from timm_decor.layers import DecorLayer, is_sharded
 from timm_decor.structures import OutputL, Sides
-
-_logger = logging.getLogger(__name__)
 
 USE_FSDP2 = "use FSDP2, torch.distributed.fsdp.fully_shard"
 
@@ -145,6 +142,11 @@ class CutWeight(Weight):
         self.parameter._local_tensor = rows  # type: ignore[attr-defined]
 
     def local(self, tensor: Tensor) -> Tensor:
+        if not is_cut(tensor):
+            raise ValueError(
+                f"a tensor of shape {list(tensor.shape)} is whole, and the weight is cut by fully_shard: "
+                f"a DTensor like the parameter is needed"
+            )
         return tensor._local_tensor  # type: ignore[attr-defined]
 
     def whole(self, rows: Tensor) -> Tensor:
@@ -197,9 +199,6 @@ class _CutL(OutputL):
 
     def projected(self, rows: Tensor) -> Tensor:
         return self._weight.total(super().projected(rows))
-
-    def with_tensors(self, tensors: Any) -> OutputL:
-        raise NotImplementedError("made anew from the whole L")
 
 
 def weight_of(layer: DecorLayer) -> Weight:

@@ -26,6 +26,7 @@ from timm_decor.training.data.loaders import told
 from timm_decor.training.data.sources import Source
 from timm_decor.training.evaluate import Metrics, evaluate
 from timm_decor.training.keeping.progress import Progress
+from timm_decor.training.keeping.whole import refuse_own_weights
 from timm_decor.training.optim import make_loss, make_optimizer, settings
 from timm_decor.training.options import TrainOptions
 from timm_decor.training.runtime import is_sharded, mixed_seed, seed_everything, set_random_state, shard
@@ -109,6 +110,8 @@ class Arm:
                 shard(self.ema.module, accelerator)  # its shares lie beside those that they follow
         except ValueError as error:  # a class of layers to wrap that the model has not
             raise UserError(f"{name}: {first_line(error)}") from error
+        if sharded:
+            refuse_own_weights(self.model)
         if isinstance(self._wrapped, DistributedDataParallel):
             # Each process keeps the running statistics of its own images, and they are averaged at the epoch's end:
             # DDP would throw away all but the first process's, and send them at every step. Its argument of this name

@@ -95,7 +95,8 @@ def refuse_non_finite(arm: Arm, row: dict[str, Any]) -> None:
     for model in arm.models:
         state = model.state_dict().items()
         named = [(name, shards.here(value)) for name, value in state if value.is_floating_point()]
-        if named and not bool(torch.stack([value.isfinite().all() for _, value in named]).all()):
+        finite = [value.isfinite().all().to(arm.accelerator.device) for _, value in named]  # some may be offloaded
+        if finite and not bool(torch.stack(finite).all()):
             found.append(next(f"weight {name}" for name, value in named if not value.isfinite().all()))
     anywhere = arm.accelerator.gather(torch.tensor([bool(found)], device=arm.accelerator.device))
     if bool(anywhere.any()):  # on all processes together, or the others would wait for this one

@@ -66,6 +66,18 @@ def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     optimizer.load_state_dict({**state, "state": entries})
 
 
+def refuse_own_weights(model: nn.Module) -> None:
+    """Refuse a sharded model of which each process trains some weights by itself.
+
+    Raises:
+        UserError: names one.
+    """
+    own = [name for name, p in model.named_parameters() if p.requires_grad and not shards.is_cut(p)]
+    if own:
+        raise UserError(f"fsdp_ignored_modules leaves {own[0]} to each process, whose gradients are not averaged: "
+                        f"--freeze it, or do not ignore it")  # fmt: skip
+
+
 def _keys(state: Mapping[str, Any]) -> list[Any]:
     return [key for group in state["param_groups"] for key in group["params"]]
 
@@ -83,5 +95,5 @@ def _whole(tree: Any, keep: bool) -> Any:
         return type(tree)(_whole(value, keep) for value in tree)
     if not isinstance(tree, Tensor) or not shards.is_cut(tree):
         return tree
-    together = tree.full_tensor()  # type: ignore[operator,attr-defined]  # by all processes, in the order of the state
+    together = tree.full_tensor()  # type: ignore[attr-defined]  # by all processes, in the order of the state
     return together.cpu() if keep else None
