@@ -56,8 +56,9 @@ def attach(model: nn.Module, optimizer: Optimizer, config: DecorConfig | None = 
 
     Raises:
         ValueError: no decorrelated layer, attached twice, weights in other pieces than rows (FSDP1, DeepSpeed, tensor
-            parallel), an optimizer that does not hold the layers' weights, that loaded its state before, that keeps weights in its state (MADGRAD,
-            ASGD), needs second derivatives or evaluates a closure several times (L-BFGS).
+            parallel), an optimizer that does not hold the layers' weights, that loaded its state before, that keeps
+            weights in its state (MADGRAD, ASGD), needs second derivatives or evaluates a closure several times
+            (L-BFGS).
     """
     inner = innermost(optimizer)
     if any(isinstance(module, nn.DataParallel) for module in model.modules()):
