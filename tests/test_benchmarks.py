@@ -16,8 +16,8 @@ import pytest
 import readme_tables
 import step_cost
 import torch
-from PIL import Image
 from legends import legends
+from PIL import Image
 from torch import nn
 
 import timm_decor

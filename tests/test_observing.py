@@ -17,9 +17,9 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from legends import legends
 from matplotlib.figure import Figure
 from PIL import Image
-from legends import legends
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_kill_and_resume import stop_at
@@ -282,7 +282,8 @@ class TestChart:
         names = ["a", "b", "c", "d", "_e"]
         svg = charts.heat_map("x", names, [1], values, charts.ratio_ticks(values))
         data = [base64.b64decode(found) for found in re.findall(r"base64,([^\"]+)", svg.replace("\n", ""))]
-        picture = np.asarray(max((Image.open(io.BytesIO(each)).convert("RGBA") for each in data), key=lambda i: i.height))
+        drawn = [Image.open(io.BytesIO(each)).convert("RGBA") for each in data]
+        picture = np.asarray(max(drawn, key=lambda image: image.height))  # not the scale
         shown = [picture[int((row + 0.5) * len(picture) / 5), 0].astype(int) for row in range(5)]
         for first, second in itertools.combinations(shown, 2):
             assert abs(first - second).sum() > 60
@@ -291,7 +292,8 @@ class TestChart:
 
     def test_a_scale_of_ratios(self):
         assert charts.ratio_ticks(np.array([0.034, 0.6])) == [0.02, 0.05, 0.1, 0.2, 0.5, 1]
-        assert charts.ratio_ticks(np.array([0.0, math.nan, 1e-9, 0.9])) == [0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1]
+        long = charts.ratio_ticks(np.array([0.0, math.nan, 1e-9, 0.9]))
+        assert long == [0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1]
         for odd in ([math.nan], [0.0], [0.5], [1.0], [1e-12]):
             ticks = charts.ratio_ticks(np.array(odd))
             assert len(ticks) >= 2 and ticks == sorted(ticks)
@@ -299,11 +301,12 @@ class TestChart:
     def test_of_very_many_layers_some_are_named(self):
         rows = [f"layers.{number}.of.a.very.deep.network.conv" for number in range(130)]
         svg = charts.heat_map("x", rows, [1, 2], np.full((130, 2), 0.1), [0.1, 0.2])
-        assert svg.count(".of.a.very.deep.network.conv<") == 44 and charts.named_rows(rows) == "Every 3. layer is named."
+        assert svg.count(".of.a.very.deep.network.conv<") == 44
+        assert charts.named_rows(rows) == "Every 3. layer is named."
         assert charts.named_rows(rows[:64]) == ""
 
     def test_a_legend_covers_no_line(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-        rows = [{"epoch": n, "steps": 9 * n, "seconds": n, "train_loss": 2 / n, "eval_top1": 30.0 * n} for n in (1, 2, 3)]
+        rows = [{"steps": 9 * n, "seconds": n, "train_loss": 2 / n, "eval_top1": 30.0 * n} for n in (1, 2, 3)]
         sides = [Side(name, name, "sgd", 0.1, 3, rows) for name in ("decor_resnet18", "resnet18")]
         trials = [find_lr.Trial(lr, [2.0, 1.0 + lr], 2) for lr in (0.1, 0.2)]
         assert legends(monkeypatch, lambda: plot.save_picture(sides, tmp_path / "c.png", "both")) == 1
@@ -353,7 +356,7 @@ class TestMistakes:
         text = page_of(Mistakes("best.safetensors", 2, names, counts, []))
         rows = re.findall(r"<tr><td>class &lt;(\d+)&gt;</td><td class=\"text\">class &lt;(\d+)&gt;</td>(.*)</tr>", text)
         assert [row[:2] for row in rows] == [("3", "7"), ("9", "1")]
-        assert rows[0][2] == "<td>5</td><td>38 % of 13</td>" and "matrix\">" not in text
+        assert rows[0][2] == "<td>5</td><td>38 % of 13</td>" and 'matrix">' not in text
 
     def test_an_image_is_shown_with_what_it_was_taken_for(self):
         class Images:
@@ -371,7 +374,8 @@ class TestMistakes:
         pictures = [Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))) for _, url in mistakes.worst]
         assert {picture.size for picture in pictures} == {(128, 64)} and pictures[0].getpixel((9, 9))[2] > 40
         words = " ".join(Page(page_of(mistakes)).words)
-        assert re.search(r"<dog> +taken for +cat +98\xa0%, loss 4.00", words) and re.search(r"cat +right +55\xa0%", words)
+        assert re.search(r"<dog> +taken for +cat +98\xa0%, loss 4.00", words)
+        assert re.search(r"cat +right +55\xa0%", words)
 
 
 class TestStopped:

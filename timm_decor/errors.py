@@ -11,7 +11,6 @@ from collections.abc import Callable
 from timm_decor.redact import without_secrets
 from timm_decor.text import printable
 
-
 _SIGPIPE = 13  # by number: Windows has no such signal
 
 
@@ -64,7 +63,7 @@ def message(error: UserError) -> str:
 def exit_code(prog: str, main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
     """Run a command line: 0 when it returned, 2 and one line on stderr for a `UserError`, 128 + n for signal n.
 
-    Where nobody reads its output any more, as behind `| head`, it ends without a word, like a program that SIGPIPE ends.
+    Where nobody reads its output any more, as behind `| head`, it ends without a word, as SIGPIPE ends a program.
     """
     try:
         code = _exit_code(prog, main, argv)

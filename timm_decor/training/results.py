@@ -113,8 +113,8 @@ def find_mistakes(arm: Arm, folder: RunFolder) -> Mistakes | None:
         folder: of its checkpoints.
 
     Returns:
-        None where there is no such checkpoint, where it cannot be evaluated, which must not cost the results, and on all
-        processes but the main one.
+        None where there is no such checkpoint, where it cannot be evaluated, which must not cost the results, and on
+        all processes but the main one.
     """
     if arm.failure or arm.best is None:
         return None

@@ -136,7 +136,9 @@ def _curves(arms: Sequence[Seen]) -> list[_Chart]:
         ("Learning rate", steps, of_batches(2, faint=False) or of_history("steps", "lr")),
     ]
     return [
-        _Chart(title, charts.lines(title, label, shown, whole_x=label == steps)) for title, label, shown in found if shown
+        _Chart(title, charts.lines(title, label, shown, whole_x=label == steps))
+        for title, label, shown in found
+        if shown
     ]
 
 
@@ -155,7 +157,8 @@ def _correlations(arms: Sequence[Seen]) -> dict[str, Any]:
         _Chart(title, charts.heat_map(title, arm.layers, steps, values, ticks))
         for title, values in (("Before R: x", before), ("After R: z = R x", after))
     ]
-    rows = [(name, *(f"{v:.4f}" for v in pair)) for name, *pair in zip(arm.layers, before[:, -1], after[:, -1])]
+    last = zip(arm.layers, before[:, -1], after[:, -1], strict=True)
+    rows = [(name, *(f"{value:.4f}" for value in pair)) for name, *pair in last]
     return {
         "heat_maps": maps,
         "named_rows": charts.named_rows(arm.layers),
@@ -238,4 +241,3 @@ def _settings(config: dict[str, Any]) -> list[tuple[str, str]]:
     defaults = vars(train_parser().parse([]))
     changed = {key: value for key, value in config.items() if value != defaults.get(key)}
     return [("--" + key.replace("_", "-"), str(value)) for key, value in changed.items()]
-
