@@ -31,7 +31,7 @@ from timm_decor.training.run import parse
 from timm_decor.training.seeing import charts, plot, report, trackers
 from timm_decor.training.seeing.clock import PHASES, StepClock
 from timm_decor.training.seeing.compare import Side
-from timm_decor.training.seeing.drawing import whole_ticks
+from timm_decor.training.seeing.drawing import STROKES, whole_ticks
 from timm_decor.training.seeing.losswatch import LossWatch, NonFiniteLoss
 from timm_decor.training.seeing.mistakes import Mistakes
 from timm_decor.training.seeing.observe import Series, phase_times
@@ -267,6 +267,9 @@ class TestChart:
         assert ["side0" in stroke for stroke in strokes] == [True, False], "the second is drawn over the first"
         widths = [float(re.search(r"stroke-width: ([\d.]+)", stroke)[1]) for stroke in strokes]
         assert widths[0] > 1.5 * widths[1] and ["dasharray" in stroke for stroke in strokes] == [False, True]
+        assert STROKES[0]["markersize"] > 1.5 * STROKES[1]["markersize"], "nor does a mark cover the other's"
+        many = charts.lines("lr", "steps", [charts.Line(list(range(30)), [0.1] * 30, 0)])
+        assert "<use " in svg.split("legend")[0] and many.count("<use ") < svg.count("<use "), "batches have no marks"
 
     def test_an_axis_begins_and_ends_at_a_tick(self):
         axes = Figure().add_subplot()

@@ -113,8 +113,8 @@ def page(families: Sequence[Family]) -> str:
         f"Made by `make zoo` with timm {timm.__version__}. Memory is that of R, of SGD's L on the output side "
         f"and of their statistics, in MiB of float32: in the first table with the default structure "
         f"({config.structure}, rank {config.rank}), in the others by structure; in brackets, how many layers more than "
-        f"with the default stay plain. {notes.sentence()} Accuracy is the example's against its plain model's, at plain "
-        f"training's learning rate ([families.md](families.md))."
+        f"with the default stay plain. {notes.sentence()} Accuracy is the example's against its plain model's, at "
+        f"plain training's learning rate ([families.md](families.md))."
     )
     return "\n".join(["# The zoo\n", head, "", table, *members]) + "\n"
 
