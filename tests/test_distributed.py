@@ -112,6 +112,8 @@ class TestTrainingLoop:
                 assert process.exitcode == 0, (tmp_path / "log").read_text()
             ends += [torch.load(tmp_path / f"ends{size}" / f"{rank}.pt") for rank in range(size)]
             assert history(run)[-1]["steps"] >= 10
+            best = max(row["eval_top1"] for row in history(run)) / 10  # of ten images, which two processes share
+            assert f": {best:.0f} of 10 images right" in (run / "report.html").read_text()
         whole, first, second = ends
         assert same(first, second)
         refreshes = [layer["refreshes"] for layer in first[1]["timm_decor"]["layers"].values()]

@@ -31,7 +31,7 @@ from timm_decor.training.run import parse
 from timm_decor.training.seeing import charts, plot, report, trackers
 from timm_decor.training.seeing.clock import PHASES, StepClock
 from timm_decor.training.seeing.compare import Side
-from timm_decor.training.seeing.drawing import whole_ticks
+from timm_decor.training.seeing.drawing import STROKES, whole_ticks
 from timm_decor.training.seeing.losswatch import LossWatch, NonFiniteLoss
 from timm_decor.training.seeing.mistakes import Mistakes
 from timm_decor.training.seeing.observe import Series, phase_times
@@ -267,6 +267,9 @@ class TestChart:
         assert ["side0" in stroke for stroke in strokes] == [True, False], "the second is drawn over the first"
         widths = [float(re.search(r"stroke-width: ([\d.]+)", stroke)[1]) for stroke in strokes]
         assert widths[0] > 1.5 * widths[1] and ["dasharray" in stroke for stroke in strokes] == [False, True]
+        assert STROKES[0]["markersize"] > 1.5 * STROKES[1]["markersize"], "nor does a mark cover the other's"
+        many = charts.lines("lr", "steps", [charts.Line(list(range(30)), [0.1] * 30, 0)])
+        assert "<use " in svg.split("legend")[0] and many.count("<use ") < svg.count("<use "), "batches have no marks"
 
     def test_an_axis_begins_and_ends_at_a_tick(self):
         axes = Figure().add_subplot()
@@ -282,9 +285,8 @@ class TestChart:
         names = ["a", "b", "c", "d", "_e"]
         svg = charts.heat_map("x", names, [1], values, charts.ratio_ticks(values))
         data = [base64.b64decode(found) for found in re.findall(r"base64,([^\"]+)", svg.replace("\n", ""))]
-        picture = np.asarray(
-            max((Image.open(io.BytesIO(each)).convert("RGBA") for each in data), key=lambda i: i.height)
-        )
+        drawn = [Image.open(io.BytesIO(each)).convert("RGBA") for each in data]
+        picture = np.asarray(max(drawn, key=lambda image: image.height))  # not the scale
         shown = [picture[int((row + 0.5) * len(picture) / 5), 0].astype(int) for row in range(5)]
         for first, second in itertools.combinations(shown, 2):
             assert abs(first - second).sum() > 60
@@ -293,16 +295,8 @@ class TestChart:
 
     def test_a_scale_of_ratios(self):
         assert charts.ratio_ticks(np.array([0.034, 0.6])) == [0.02, 0.05, 0.1, 0.2, 0.5, 1]
-        assert charts.ratio_ticks(np.array([0.0, math.nan, 1e-9, 0.9])) == [
-            0.0003,
-            0.001,
-            0.003,
-            0.01,
-            0.03,
-            0.1,
-            0.3,
-            1,
-        ]
+        long = charts.ratio_ticks(np.array([0.0, math.nan, 1e-9, 0.9]))
+        assert long == [0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1]
         for odd in ([math.nan], [0.0], [0.5], [1.0], [1e-12]):
             ticks = charts.ratio_ticks(np.array(odd))
             assert len(ticks) >= 2 and ticks == sorted(ticks)
@@ -310,15 +304,12 @@ class TestChart:
     def test_of_very_many_layers_some_are_named(self):
         rows = [f"layers.{number}.of.a.very.deep.network.conv" for number in range(130)]
         svg = charts.heat_map("x", rows, [1, 2], np.full((130, 2), 0.1), [0.1, 0.2])
-        assert (
-            svg.count(".of.a.very.deep.network.conv<") == 44 and charts.named_rows(rows) == "Every 3. layer is named."
-        )
+        assert svg.count(".of.a.very.deep.network.conv<") == 44
+        assert charts.named_rows(rows) == "Every 3. layer is named."
         assert charts.named_rows(rows[:64]) == ""
 
     def test_a_legend_covers_no_line(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-        rows = [
-            {"epoch": n, "steps": 9 * n, "seconds": n, "train_loss": 2 / n, "eval_top1": 30.0 * n} for n in (1, 2, 3)
-        ]
+        rows = [{"steps": 9 * n, "seconds": n, "train_loss": 2 / n, "eval_top1": 30.0 * n} for n in (1, 2, 3)]
         sides = [Side(name, name, "sgd", 0.1, 3, rows) for name in ("decor_resnet18", "resnet18")]
         trials = [find_lr.Trial(lr, [2.0, 1.0 + lr], 2) for lr in (0.1, 0.2)]
         assert legends(monkeypatch, lambda: plot.save_picture(sides, tmp_path / "c.png", "both")) == 1
@@ -386,9 +377,8 @@ class TestMistakes:
         pictures = [Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))) for _, url in mistakes.worst]
         assert {picture.size for picture in pictures} == {(128, 64)} and pictures[0].getpixel((9, 9))[2] > 40
         words = " ".join(Page(page_of(mistakes)).words)
-        assert re.search(r"<dog> +taken for +cat +98\xa0%, loss 4.00", words) and re.search(
-            r"cat +right +55\xa0%", words
-        )
+        assert re.search(r"<dog> +taken for +cat +98\xa0%, loss 4.00", words)
+        assert re.search(r"cat +right +55\xa0%", words)
 
 
 class TestStopped:

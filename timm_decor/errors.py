@@ -63,7 +63,7 @@ def message(error: UserError) -> str:
 def exit_code(prog: str, main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
     """Run a command line: 0 when it returned, 2 and one line on stderr for a `UserError`, 128 + n for signal n.
 
-    Where nobody reads its output any more, as behind `| head`, it ends without a word, as programs do on SIGPIPE.
+    Where nobody reads its output any more, as behind `| head`, it ends without a word, as SIGPIPE ends a program.
     """
     try:
         code = _exit_code(prog, main, argv)

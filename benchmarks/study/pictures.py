@@ -68,7 +68,8 @@ def time_to_accuracy_picture(rows: Sequence[Row], path: Path, title: str) -> Non
                 axis.set_xlabel(f"training {unit}, in units of plain {against}'s")
                 axis.tick_params(labelleft=True)  # of a shared axis as well
             _legend_below(axes[1, column])
-        whole_ticks(axes[0, 0].yaxis, *_span([value for row in rows for value in (*row.tried.values(), *row.top1)]), 8)
+        values = [value for row in rows for value in (*row.tried.values(), *row.top1)]
+        whole_ticks(axes[0, 0].yaxis, min(values), max(values), 8)
         for axis in axes[:, 0]:
             axis.set_ylabel("test top-1 (%)")
         _save(figure, path, time_to_accuracy_data(rows))
@@ -104,9 +105,8 @@ def lr_sensitivity_picture(curves: Curves, path: Path) -> None:
             axis.set_xlabel("learning rate")
             axis.tick_params(labelleft=True)
             _legend_below(axis)
-        whole_ticks(
-            axes[0, 0].yaxis, *_span([v for points in curves.values() for each in points.values() for v in each]), 8
-        )
+        values = [value for points in curves.values() for values in points.values() for value in values]
+        whole_ticks(axes[0, 0].yaxis, min(values), max(values), 8)
         axes[0, 0].set_ylabel("held-out top-1 (%)")
         _save(figure, path, lr_sensitivity_data(curves))
 
@@ -150,10 +150,6 @@ def budget_curve_picture(curves: Sequence[Curve], costs: Mapping[tuple[str, str]
 def _legend_below(axis: Any) -> None:
     """A panel's legend under its label, where no line is."""
     axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=9)
-
-
-def _span(values: Sequence[float]) -> tuple[float, float]:
-    return min(values), max(values)
 
 
 def _styles(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ PHASES = tuple(colour for colour in _COLOURS if colour.startswith("#0b"))
 # A page of 400 pixels shows the picture at about its own size: what is legible in it is legible there.
 _WIDTH = 4.6  # inches
 _SIZE = 10.0  # points
+_MOST_MARKERS = 20  # points of a line that are marked
 _MOST_TICKS = 7  # that a heat map's scale has room for with their numbers
 _MOST_LABELS = 64  # layers named beside a heat map
 _LONGEST = 30  # letters of such a name
@@ -69,8 +70,8 @@ def lines(title: str, x_label: str, drawn: Sequence[Line], whole_x: bool = False
         if line.faint:
             axes.plot(line.x, line.y, color=colour, linewidth=0.7, alpha=0.45, zorder=1.9)
         else:
-            marker = {"marker": MARKERS[line.side], "markersize": 5 if len(line.x) <= 40 else 0}
-            axes.plot(line.x, line.y, color=colour, clip_on=False, **STROKES[line.side], **marker)
+            marker = MARKERS[line.side] if len(line.x) <= _MOST_MARKERS else ""
+            axes.plot(line.x, line.y, color=colour, clip_on=False, marker=marker, **STROKES[line.side])
             if len(line.x) == 1:  # a single point tells nothing by its place
                 at = {"xytext": (-6, 5), "textcoords": "offset points", "ha": "right"}
                 axes.annotate(f"{line.y[0]:.4g}", (line.x[0], line.y[0]), color=_TEXT, fontsize=_SIZE, **at)

@@ -9,12 +9,12 @@ from typing import Any
 
 from timm_decor.text import printable
 
-# The decorrelated side and the plain one. The second is dashed and thinner, and drawn over the first: where both go the
-# same way, both are seen.
+# The decorrelated side and the plain one. The second is dashed and thinner, its marks are smaller, and it is drawn over
+# the first: where both go the same way, both are seen.
 MARKERS = ("o", "s")
 STROKES: tuple[dict[str, Any], ...] = (
-    {"linewidth": 3.4, "zorder": 2.1},
-    {"linewidth": 1.6, "linestyle": (0, (4, 4)), "zorder": 2.2},
+    {"linewidth": 3.4, "markersize": 6.5, "zorder": 2.1},
+    {"linewidth": 1.6, "markersize": 3.5, "linestyle": (0, (4, 4)), "zorder": 2.2},
 )
 
 

@@ -34,7 +34,7 @@ def save_picture(sides: Sequence[Side], path: Path, title: str) -> None:
         for axis, (key, unit) in zip(line, columns, strict=True):
             drawn = [[row for row in side.history if row.get(what) is not None] for side in sides]
             for side, found, colour, marker, stroke in zip(sides, drawn, COLOURS, MARKERS, STROKES, strict=False):
-                style = {"color": colour, "marker": marker, "markersize": 5, "label": label(side.name), **stroke}
+                style = {"color": colour, "marker": marker, "label": label(side.name), **stroke}
                 axis.plot([row[key] for row in found], [row[what] for row in found], clip_on=False, **style)
             values = [row[what] for found in drawn for row in found if math.isfinite(row[what])]
             if values:

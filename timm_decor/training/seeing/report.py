@@ -157,9 +157,8 @@ def _correlations(arms: Sequence[Seen]) -> dict[str, Any]:
         _Chart(title, charts.heat_map(title, arm.layers, steps, values, ticks))
         for title, values in (("Before R: x", before), ("After R: z = R x", after))
     ]
-    rows = [
-        (name, *(f"{v:.4f}" for v in pair)) for name, *pair in zip(arm.layers, before[:, -1], after[:, -1], strict=True)
-    ]
+    last = zip(arm.layers, before[:, -1], after[:, -1], strict=True)
+    rows = [(name, *(f"{value:.4f}" for value in pair)) for name, *pair in last]
     return {
         "heat_maps": maps,
         "named_rows": charts.named_rows(arm.layers),
