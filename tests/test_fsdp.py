@@ -183,6 +183,7 @@ def worker(rank, processes, port, folder):
             refused(mesh)
         results[refused.__name__] = str(error.value)
     results["one cannot"] = one_cannot(mesh, rank, processes)
+    results["interrupted"] = interrupted(mesh, rank, processes)
     results["grouped"] = outputs_of_groups(mesh)
     results["another steps"] = another_steps(mesh, rank, processes)
     accelerator.wait_for_everyone()
@@ -297,6 +298,35 @@ def one_cannot(mesh, rank, processes):
         it.optimizer.state[it.model.first.weight]["momentum_buffer"]._local_tensor[0] = float("inf")
     it.train([3], rank, processes)
     return it.end()[2], set(made)
+
+
+class Stumbling(torch.optim.AdamW):
+    """Fails when it is told to."""
+
+    stumbles = False
+
+    def step(self, closure=None):
+        if self.stumbles:
+            raise RuntimeError("stumbled")
+        return super().step(closure)
+
+
+def interrupted(mesh, rank, processes):
+    """Where it ends if a step has failed on the way and is made again."""
+    it = bound("net", "adamw", {}, mesh)
+    it.handle.detach()
+    it.optimizer = Stumbling(it.optimizer.param_groups)
+    it.handle = timm_decor.attach(it.model, it.optimizer)
+    it.train(range(SAVED), rank, processes)
+    before = [shards.here(p).clone() for p in it.model.parameters()]
+    it.optimizer.stumbles = True
+    with pytest.raises(RuntimeError, match="stumbled"):
+        it.train([SAVED], rank, processes)
+    assert all(torch.equal(shards.here(p), kept) for p, kept in zip(it.model.parameters(), before, strict=True))
+    it.optimizer.stumbles = False
+    it.optimizer.step()
+    it.train(range(SAVED + 1, STEPS), rank, processes)
+    return it.end()
 
 
 def another_steps(mesh, rank, processes):
@@ -417,6 +447,11 @@ class TestSteps:
     def test_equal_those_of_one_process(self, ran, alone, processes, name):
         for of_one in ran[processes]:
             assert_equal(of_one[name], alone(name.partition(",")[0]))
+
+    def test_one_that_fails_leaves_the_rows(self, ran):
+        expected = interrupted(None, 0, 1)
+        for of_one in (*ran[2], *ran[4]):
+            assert_equal(of_one["interrupted"], expected)
 
     @pytest.mark.parametrize("processes", [2, 4])
     def test_nothing_is_told(self, ran, processes):
