@@ -17,6 +17,7 @@ from typing import Any
 import griffe
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 # By the end of the name: what becomes a page. Other files are taken as they are; a browser shows them, or saves them.
@@ -42,6 +43,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             waiting += new
             known |= new
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """README without its badges, which a reader's browser would fetch from elsewhere."""
+    if page.file.src_uri != "README.md":
+        return markdown
+    return "\n".join(line for line in markdown.split("\n") if not line.startswith("[!["))
 
 
 def _leaves(nav: Any) -> Iterator[str]:
