@@ -23,7 +23,7 @@ from timm_decor.training.keeping.metadata import CheckpointMetadata
 from timm_decor.training.keeping.privacy import without_paths
 from timm_decor.training.optim import group_options
 from timm_decor.training.options import TrainOptions
-from timm_decor.training.runtime import decided_by_one
+from timm_decor.training.runtime import decided_by_one, is_sharded
 from timm_decor.training.seeing import compare, ending, report
 from timm_decor.training.seeing.losswatch import NonFiniteLoss
 from timm_decor.training.seeing.mistakes import Mistakes
@@ -128,6 +128,8 @@ def find_mistakes(arm: Arm, folder: RunFolder) -> Mistakes | None:
 
 def _mistakes_of_best(arm: Arm, folder: RunFolder) -> Mistakes | None:
     accelerator, file = arm.accelerator, folder.path / f"best{EMA_SUFFIX if arm.ema else ''}.safetensors"
+    if is_sharded(accelerator):  # a whole copy may be more than a device holds
+        raise UserError("the model is cut over the processes; validate.py writes them of a checkpoint")
     model = build.plain_copy(arm.model)
 
     def load() -> int | None:
