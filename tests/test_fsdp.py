@@ -60,7 +60,7 @@ class Net(nn.Module):
 
 
 def made(kind, config):
-    """A decorrelated model in float64, the modules to shard by themselves, its images' size and how many a batch has."""
+    """A decorrelated model in float64, modules to shard by themselves, its images' size and how many a batch has."""
     torch.manual_seed(0)
     images = 2
     if kind == "vit":
