@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "docs" / "accelerate_fsdp2.yaml"
-STEPS, SAVED, IMAGES = 10, 5, 4
+STEPS, SAVED = 10, 5
 MICRO = 4  # batches a step, whatever the number of processes
 CONFIG = DecorConfig(every=3, sample=1.0, rank=4, sides="input")
 
@@ -60,14 +60,15 @@ class Net(nn.Module):
 
 
 def made(kind, config):
-    """A decorrelated model in float64, the modules to shard by themselves, and its images' size."""
+    """A decorrelated model in float64, modules to shard by themselves, its images' size and how many a batch has."""
     torch.manual_seed(0)
+    images = 2
     if kind == "vit":
         model = timm.create_model("test_vit", num_classes=10, img_size=32)
         units, size = list(model.blocks), 32
     elif kind == "resnet":
         model = timm.create_model("test_resnet", num_classes=10)
-        units, size = [model.conv1, model.layer2, model.layer3[0].conv2], 32
+        units, size, images = [model.conv1, model.layer2, model.layer3[0].conv2], 32, 4  # two are +1 and -1 to a norm
     else:
         model = Net()
         units, size = [model.tokens, model.grouped], 9
@@ -75,7 +76,7 @@ def made(kind, config):
     def fits(name, layer):  # a cut grouped convolution has no L
         return config.sides == "input" or name != "grouped"
 
-    return timm_decor.decorrelate(model.double(), config, fits), units, size
+    return timm_decor.decorrelate(model.double(), config, fits), units, size, images
 
 
 def optimizer_of(kind, model):
@@ -94,6 +95,7 @@ class Bound:
     optimizer: torch.optim.Optimizer
     handle: object
     size: int
+    images: int
     accelerator: object = None
 
     def train(self, steps, rank=0, processes=1):
@@ -101,8 +103,8 @@ class Bound:
         own = range(rank, MICRO, processes)
         for step in steps:
             generator = torch.Generator().manual_seed(step)
-            x = torch.randn(MICRO, IMAGES, 3, self.size, self.size, generator=generator, dtype=torch.float64)
-            y = torch.randint(0, 3, (MICRO, IMAGES), generator=generator)
+            x = torch.randn(MICRO, self.images, 3, self.size, self.size, generator=generator, dtype=torch.float64)
+            y = torch.randint(0, 3, (MICRO, self.images), generator=generator)
             self.optimizer.zero_grad()
             for i in own:
                 if processes > 1:
@@ -129,14 +131,14 @@ class Bound:
 def bound(kind, opt, knobs, mesh=None):
     """Bound to its optimizer; sharded over a mesh, if there is one."""
     config = dataclasses.replace(CONFIG, **knobs)
-    model, units, size = made(kind, config)
+    model, units, size, images = made(kind, config)
     if mesh is not None:
         from torch.distributed.fsdp import fully_shard
 
         for module in (*units, model):
             fully_shard(module, mesh=mesh)
     optimizer = optimizer_of(opt, model)
-    return Bound(model, optimizer, timm_decor.attach(model, optimizer), size)
+    return Bound(model, optimizer, timm_decor.attach(model, optimizer), size, images)
 
 
 DBP = {"rule": "dbp", "structure": "full", "decor_lr": 0.05, "preserve_function": False}
@@ -243,11 +245,11 @@ def kept(way, path, case, mesh, rank, processes):
         # attached before the model is sharded, and behind it
         accelerator = Accelerator(cpu=True)
         accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False  # it knows no buffers
-        model, _, size = made(case[0], dataclasses.replace(CONFIG, **case[2]))
+        model, _, size, images = made(case[0], dataclasses.replace(CONFIG, **case[2]))
         optimizer = optimizer_of(case[1], model)
         handle = timm_decor.attach(model, optimizer) if processes == 2 else None
         model, prepared = accelerator.prepare(model, optimizer)
-        it = Bound(model, optimizer, handle or timm_decor.attach(model, prepared), size, accelerator)
+        it = Bound(model, optimizer, handle or timm_decor.attach(model, prepared), size, images, accelerator)
     else:
         it = bound(*case, mesh)
     if processes == 2:
