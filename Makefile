@@ -38,7 +38,7 @@ bench-cpu: $(STAMP) ## time to accuracy on two CPU cores (40 minutes), beside th
 # On a machine with a GPU; each FOLDER with train*.parquet and test*.parquet.
 CIFAR10 ?= ../shared/data/cifar10
 IMAGENETTE ?= ../shared/data/imagenette128
-bench-gpu: $(STAMP) ## all GPU tables (25 minutes of an H100; the same command goes on where they end): CIFAR10=FOLDER IMAGENETTE=FOLDER
+bench-gpu: $(STAMP) ## all GPU tables, as far as 25 minutes go; the same command goes on: CIFAR10=FOLDER IMAGENETTE=FOLDER
 	$(PY) benchmarks/gpu.py --cifar10 $(CIFAR10) --imagenette $(IMAGENETTE) $(BENCH)
 
 readme: $(STAMP) ## fill in the benchmark tables of README and docs and draw their pictures, from benchmarks/results

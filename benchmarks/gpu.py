@@ -1,12 +1,12 @@
-"""All GPU tables with one command: `make bench-gpu`, 25 minutes of one H100.
+"""All GPU tables with one command, `make bench-gpu`, in parts of 25 minutes.
 
     python benchmarks/gpu.py --cifar10 FOLDER --imagenette FOLDER [--minutes 25]
     python benchmarks/gpu.py --smoke --out output/gpu      # the same on a CPU in a minute, on generated images
 
 In this order: time to accuracy with ResNet-18 on CIFAR-10 (32 px, the stem for small images) and on Imagenette (128 px,
 timm's stem), SGD and AdamW, plain and decorrelated, and plain Muon; then what a step costs at 64, 128 and 224 px in
-bfloat16, SGD also compiled. Several runs share the GPU, each in a process of its own, because one alone does not fill
-it; the arms of a seed take turns within a process.
+bfloat16, SGD also compiled. Several runs share the GPU, each in a process of its own; the arms of a seed take turns
+within a process. How long all of it takes is not known: no GPU has run it yet.
 
 What is finished is in the result files at once. Where the minutes end, or something else ends it, the same command goes
 on; it ends with exit code 0 when all is there, and with 3 when something is left.
