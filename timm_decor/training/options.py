@@ -309,6 +309,7 @@ class TrainOptions(Options):
 
     model: str
     seed: int
+    dist_timeout: float | None
     data: DataOptions
     split: SplitOptions
     image: ImageOptions
@@ -389,6 +390,7 @@ class ValidateOptions(Options):
 
     model: str | None
     seed: int
+    dist_timeout: float | None
     split: str
     test_pool: bool
     data: DataOptions

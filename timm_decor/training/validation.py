@@ -28,7 +28,7 @@ from timm_decor.training.evaluate import evaluate
 from timm_decor.training.keeping.folder import EMA_SUFFIX, RESUME_FILES, RunFolder
 from timm_decor.training.keeping.metadata import CheckpointMetadata
 from timm_decor.training.options import CreateOptions, ImageOptions, ResultOptions, ValidateOptions
-from timm_decor.training.runtime import make_accelerator, seed_everything
+from timm_decor.training.runtime import make_accelerator, others_needed, seed_everything
 from timm_decor.training.seeing.mistakes import class_names, confusion, write_confusion, write_worst
 
 Row = dict[str, Any]
@@ -49,6 +49,11 @@ def main(argv: Sequence[str], prog: str = "validate.py") -> None:
         UserError: anything that the person who called can put right, in one line. Of several checkpoints, those that
             can be evaluated are, before that.
     """
+    with others_needed():
+        _main(argv, prog)
+
+
+def _main(argv: Sequence[str], prog: str) -> None:
     options = ValidateOptions.of(validate_parser().parse(argv))
     weights, result, device = options.weights, options.result, options.device
     if weights.checkpoint and weights.pretrained:
@@ -59,7 +64,7 @@ def main(argv: Sequence[str], prog: str = "validate.py") -> None:
     several = len(checkpoints) > 1
     if several and (result.confusion_matrix or result.worst_images):
         raise UserError("--confusion-matrix and --worst-images are for one checkpoint, not several")
-    accelerator = make_accelerator(device.device, device.amp, device.amp_dtype)
+    accelerator = make_accelerator(device.device, device.amp, device.amp_dtype, timeout=options.dist_timeout)
     say = partial(_say, prog) if accelerator.is_main_process else _nothing
     for file in (result.results_file, result.confusion_matrix, result.worst_images):
         if file:

@@ -2,7 +2,8 @@
 
 Every file is written in a folder of its own, brought to the disk and renamed, so none is ever half there, and what a
 killed run leaves, whoever wrote it, lies in one place. While a run lasts, resume.pt has one generation before it, for
-the day on which the disk itself spoils the newest.
+the day on which the disk itself spoils the newest; and the last epoch's end stays, which any number of processes can go
+on from.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ from timm_decor.training.keeping.lock import locked
 
 RESUME_FILE = "resume.pt"
 PREVIOUS_FILE = "resume-previous.pt"
+EPOCH_FILE = "resume-epoch.pt"
 DAMAGED_FILE = "resume-damaged.pt"
-RESUME_FILES = (RESUME_FILE, PREVIOUS_FILE, DAMAGED_FILE)
+RESUME_FILES = (RESUME_FILE, PREVIOUS_FILE, EPOCH_FILE, DAMAGED_FILE)
 ARGS_FILE = "args.yaml"
 SUMMARY_FILE = "summary.csv"
 RESULTS_FILE = "results.json"
@@ -153,8 +155,9 @@ class RunFolder:
             self._remove(name)
 
     def forget_previous(self) -> None:
-        """Remove the resume state before the last: a finished run will not need it."""
+        """Remove the resume states before the last: a finished run will not need them."""
         self._remove(PREVIOUS_FILE)
+        self._remove(EPOCH_FILE)
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of `last` and `best`, and of their averages, by file name."""
@@ -172,6 +175,10 @@ class RunFolder:
                 torch.save(dict(state), file)
 
         self._write(RESUME_FILE, write, keep=PREVIOUS_FILE)
+
+    def keep_epoch(self) -> None:
+        """Let resume-epoch.pt be what resume.pt is now (a hard link, or a copy where there are none)."""
+        self._write(EPOCH_FILE, partial(_link, self.path / RESUME_FILE))
 
     def set_aside_damaged(self) -> None:
         """Rename a resume.pt that cannot be used, or the next write would make it the previous one."""
