@@ -93,6 +93,7 @@ def validate_parser(prog: str = "validate.py") -> Parser:
     )
     parser.add_argument("--confusion-matrix", metavar="FILE", help="write it as FILE, a csv, and as a png beside it")
     parser.add_argument("--worst-images", metavar="FILE", help="write the images with the highest loss as one png")
+    parser.add_argument("--sample-images", metavar="FILE", help="write images from all over the split as one png")
     _add_timeout(parser)
     parser.add_argument("--seed", type=seed, default=42, help="random seed")
     return parser

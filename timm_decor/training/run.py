@@ -141,6 +141,7 @@ def _run(
         context = {"command": record.command, **context}
         find_lr.search(options, made.model, made.loaders, made.distillation, decorrelated, folder, context)
         return
+    context["images"] = dict(zip(("training", "evaluation"), made.images, strict=True))
     arms = _make_arms(options, made, accelerator, decorrelated)
     folders = _arm_folders(options, folder, accelerator.is_main_process)
     metadata = _metadata(options.model, options.create.model_kwargs, made.model, made.data_config, made.class_names)

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from timm_decor.errors import Stopped, UserError
-from timm_decor.text import listed, wrapped
+from timm_decor.text import counted, listed, wrapped
 from timm_decor.training.keeping.folder import EMA_SUFFIX, EPOCH_FILE, RESUME_FILE, RunFolder, find_resume, read_resume
 from timm_decor.training.keeping.progress import is_whole
 from timm_decor.training.keeping.stopping import StopRequest
@@ -206,7 +206,7 @@ def _tell_of_processes(arm: Trained, before: dict[str, int] | None) -> None:
     """Say that there are other processes than before, which no argument shows."""
     now, was = arm.accelerator.num_processes, (before or {}).get("processes")
     if was not in (None, now):
-        text = f"{now} process{'es' if now > 1 else ''} now, {was} before; each has --batch-size images in an update"
+        text = f"{counted(now, 'process', 'processes')} now, {was} before; each has --batch-size images in an update"
         arm.accelerator.print(wrapped(f"{arm.name}: {text}"))
 
 
