@@ -19,11 +19,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from training_runs import DECOR, ROOT, reset_accelerate, train
 
+from timm_decor.digest import sha256
 from timm_decor.errors import UserError, exit_code
 from timm_decor.publishing.publish import main
 from timm_decor.publishing.repository import FILES
 from timm_decor.training import validation
-from timm_decor.training.keeping.folder import sha256
 
 REPO = "me/digits"
 

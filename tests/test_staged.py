@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from timm.models import get_pretrained_cfg, register_model
 
 import timm_decor
+from timm_decor.digest import sha256
 from timm_decor.models import staged
 
 CONFIG = {
@@ -89,6 +90,18 @@ def test_who_names_no_tag_is_told_what_they_know(
     save_file(weights, tmp_path / "mine.safetensors")
     mine = {"file": str(tmp_path / "mine.safetensors"), "num_classes": 4}
     assert said(pretrained_cfg_overlay=mine) == []
+
+
+def test_a_file_that_is_not_the_published_one_is_refused(own: tuple[str, Path, dict[str, torch.Tensor]]) -> None:
+    name, folder, weights = own
+    timm_decor.register_decorrelated(name)
+    file = folder / "model.safetensors"
+    (folder / "results.json").write_text(json.dumps({"sha256": {file.name: sha256(file)}}))
+    timm.create_model(f"decor_{name}", pretrained=True)
+    save_file({key: value * 1.01 for key, value in weights.items()}, file)
+    with pytest.raises(RuntimeError, match="model.safetensors is damaged, or was replaced: its SHA-256 is not"):
+        timm.create_model(f"decor_{name}", pretrained=True)
+    timm.create_model(f"decor_{name}")
 
 
 def test_a_mistake_of_the_callers_is_not_blamed_on_the_weights(own: tuple[str, Path, dict[str, torch.Tensor]]) -> None:

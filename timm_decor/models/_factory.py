@@ -35,7 +35,7 @@ from timm_decor.config import DecorConfig
 from timm_decor.convert import convert
 from timm_decor.eligibility import Reasons
 from timm_decor.models.families import Family
-from timm_decor.models.staged import knowledge, own_cfgs, unavailable
+from timm_decor.models.staged import check, knowledge, own_cfgs, unavailable
 from timm_decor.text import near
 
 _logger = logging.getLogger(__name__)
@@ -153,6 +153,8 @@ def _register_twin(
             pretrained_cfg = resolve_pretrained_cfg(variant, pretrained_cfg, dict(pretrained_cfg_overlay or {}))  # type: ignore[arg-type]
         elif pretrained_cfg_overlay:
             kwargs["pretrained_cfg_overlay"] = pretrained_cfg_overlay
+        if pretrained:
+            check(pretrained_cfg)
         try:
             model = model_entrypoint(name)(pretrained=pretrained, pretrained_cfg=pretrained_cfg, **kwargs)
         except Exception as error:  # what the Hub's client and its HTTP library raise has no common base

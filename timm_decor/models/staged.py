@@ -16,6 +16,9 @@ from typing import Any
 
 from timm.models import PretrainedCfg
 
+from timm_decor.digest import RESULTS_FILE, check_digest
+from timm_decor.errors import UserError
+
 # The Hub's account that the weights are under; a fork names its own by the variable.
 HUB_OWNER = os.environ.get("TIMM_DECOR_HUB_OWNER", "timm-decor")
 WEIGHTS = "model.safetensors"
@@ -60,7 +63,7 @@ def own_weights() -> list[Own]:
     """The project's own weights of all models; of two of one model the default first."""
     found = []
     for folder, config in _staged():
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        results = _results(folder)
         tag, classes = config["pretrained_cfg"]["tag"], config["num_classes"]
         top1 = results["evaluated"]["top1"]
         found.append(Own(config["architecture"], tag, _hub_id(config), results["data"], classes, top1))
@@ -84,6 +87,20 @@ def knowledge(cfg: str | dict[str, Any] | PretrainedCfg | None) -> str:
     right = f", {results['evaluated']['top1']:.1f} % top-1" if results.get("evaluated") else ""
     size = config["pretrained_cfg"]["input_size"][-1]
     return f"{folder.name}: weights for the {config['num_classes']} classes{data}, images of {size} px{right}"
+
+
+def check(cfg: str | dict[str, Any] | PretrainedCfg | None) -> None:
+    """Refuse a file of the project's own weights that is not the one that was published.
+
+    Raises:
+        RuntimeError: as timm raises it for weights that do not fit.
+    """
+    folder, _ = _own(cfg)
+    if folder is not None and (folder / WEIGHTS).is_file():
+        try:
+            check_digest(folder / WEIGHTS)
+        except UserError as error:
+            raise RuntimeError(str(error)) from error
 
 
 def unavailable(cfg: str | dict[str, Any] | PretrainedCfg | None, error: Exception) -> str:
@@ -110,7 +127,7 @@ def _own(cfg: str | dict[str, Any] | PretrainedCfg | None) -> tuple[Path | None,
 
 
 def _results(folder: Path) -> dict[str, Any]:
-    file = folder / "results.json"
+    file = folder / RESULTS_FILE
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}  # type: ignore[no-any-return]
 
 

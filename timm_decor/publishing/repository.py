@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
+from timm_decor.digest import sha256
 from timm_decor.engine.checkpoint import STATE_KEY, write_r
 from timm_decor.errors import UserError, first_line
 from timm_decor.publishing.trained import Trained
@@ -111,6 +112,7 @@ def write(trained: Trained, path: Path, options: Options) -> dict[str, Any]:
     save_picture(trained.sides, path / PICTURE, f"{trained.architecture} on {trained.data.name}")
     evaluated = _evaluated(trained, path, options) if options.evaluate else None
     results = _results(trained, options, evaluated)
+    results["sha256"] = {name: sha256(path / name) for name in (WEIGHTS, R_FILE) if (path / name).is_file()}
     folder.write_json(RESULTS, results)
     return results
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from timm_decor.digest import check_digest
 from timm_decor.errors import UserError, first_line, message
 from timm_decor.models import PREFIX
 from timm_decor.publishing.datasets import Data, known
 from timm_decor.training.args import as_recipe, decor_config
 from timm_decor.training.foreign import Fields, read_json, read_mapping, read_text
-from timm_decor.training.keeping.folder import ARGS_FILE, EMA_SUFFIX, SUMMARY_FILE, check_digest
+from timm_decor.training.keeping.folder import ARGS_FILE, EMA_SUFFIX, SUMMARY_FILE
 from timm_decor.training.keeping.metadata import CheckpointMetadata
 from timm_decor.training.run import parse
 from timm_decor.training.seeing.compare import SIDES, Side

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import hashlib
 import io
 import itertools
 import json
@@ -29,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from timm_decor.digest import RESULTS_FILE, sha256
 from timm_decor.errors import UserError, first_line, load_failure
 from timm_decor.training.keeping.lock import locked
 
@@ -39,7 +39,6 @@ DAMAGED_FILE = "resume-damaged.pt"
 RESUME_FILES = (RESUME_FILE, PREVIOUS_FILE, EPOCH_FILE, DAMAGED_FILE)
 ARGS_FILE = "args.yaml"
 SUMMARY_FILE = "summary.csv"
-RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
 COMPARISON_FILES = ("compare.json", "compare.md", "compare.png")
 _UNFINISHED = ".unfinished-"  # begins the name of a folder; a file is renamed out of it
@@ -219,30 +218,6 @@ class RunFolder:
     def _remove(self, name: str) -> None:
         if self._writes:
             (self.path / name).unlink(missing_ok=True)
-
-
-def sha256(path: Path) -> str:
-    """A file's digest, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def check_digest(path: Path) -> None:
-    """Refuse a file of weights that is not the one that its run's results.json speaks of; others are let through.
-
-    Raises:
-        UserError: it is damaged, or was replaced.
-    """
-    results = path.parent / RESULTS_FILE
-    try:
-        known = json.loads(results.read_text(encoding="utf-8"))["sha256"][path.name]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return
-    if known != sha256(path):
-        raise UserError(f"{path} is damaged, or was replaced: its SHA-256 is not the one in {results.name}")
 
 
 def _to_disk(path: Path) -> None:
