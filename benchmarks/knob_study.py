@@ -22,7 +22,8 @@ from timm_decor.errors import exit_code
 KNOBS = (
     "default", "every=10", "every=40", "damping=0.5", "damping=2.0", "rank=16", "rank=128", "stat_decay=0.8",
     "output_damping=0.5", "output_damping=2.0", "output_decay=0.95", "center=False", "sample=1.0", "sides='input'",
-    "sides='both'", "structure='space'",
+    "sides='both'", "structure='space'", "preserve_function=False", "output_every=1", "output_every=16",
+    "max_rows=2048",
 )  # fmt: skip
 
 

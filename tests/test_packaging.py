@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import yaml
 from tutorial import Step
 
 import timm_decor
-from timm_decor.config import RULE_STRUCTURES, structures
+from timm_decor.config import RULE_STRUCTURES, DecorConfig, structures
 from timm_decor.models import FAMILIES, PREFIX
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,6 +74,21 @@ class TestPages:
     @pytest.mark.parametrize("name", ["README.md", "docs/decorrelation.md"])
     def test_pages_name_every_choice(self, name: str) -> None:
         assert [choice for choice in (*RULE_STRUCTURES, *structures()) if f"`{choice}`" not in page(name)] == []
+
+    def test_every_default_says_what_it_rests_on(self) -> None:
+        table = page("docs/decorrelation.md").partition("| knob | default | rests on |")[2].partition("\n\n")[0]
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+        told = {
+            name.strip(" `"): value.strip()
+            for names, values, why in rows
+            for name, value in zip(names.split(","), values.split(","), strict=True)
+            if why
+        }
+        defaults = {field.name: field.default for field in dataclasses.fields(DecorConfig)}
+        assert told == {
+            name: str(value).lower() if isinstance(value, bool | str) else f"{value:g}".replace("e+", "e")
+            for name, value in defaults.items()
+        }
 
     @pytest.mark.parametrize("name", ["README.md", "docs/zoo.md"])
     def test_pages_name_every_family(self, name: str) -> None:
