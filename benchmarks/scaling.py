@@ -26,12 +26,18 @@ from typing import Any
 import torch
 
 from study import cluster
+from study import scaling_pages as pages
+from study.arm import Case
 from study.results import session
 from timm_decor import DecorConfig
 from timm_decor.errors import UserError, exit_code
 from timm_decor.text import text_table
 
 MODELS = ("resnet50", "convnext_base", "vit_base_patch16_224", "vit_huge_patch14_224")
+TIME_SMOKE = {
+    "model": ["test_vit"], "img_size": [32], "batch_size": [4], "opt": ["sgd"], "processes": [1, 2], "blocks": 2,
+    "steps_per_block": 2,
+}  # fmt: skip
 SMOKE_MODEL = ("test_vit", (("img_size", 32), ("depth", 1)))
 
 
@@ -40,6 +46,7 @@ def main(argv: list[str]) -> None:
     stages = parser.add_subparsers(dest="stage", required=True)
     _count_arguments(stages.add_parser("count", help="bytes, memory and arithmetic, from the engine"))
     _plan_arguments(stages.add_parser("plan", help="the time of a step on many GPUs, from a file of counts"))
+    _time_arguments(stages.add_parser("time", help="a step and a refresh on a few processes of this machine"))
     args = parser.parse_args(argv)
     args.run(args)
 
@@ -87,6 +94,36 @@ def plan(args: argparse.Namespace) -> None:
         ]
         print(f"a refresh every {every} steps")
         print(text_table(cluster.PLAN_HEADER, rows))
+
+
+def _time_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", nargs="+", default=["resnet18"], help="timm models, by their plain names")
+    parser.add_argument("--img-size", type=int, nargs="+", default=[64], help="height and width in pixels")
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[32], help="images a step, of each process")
+    parser.add_argument("--opt", nargs="+", default=["sgd", "adamw"], help="timm optimizers")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="that train together; no two alike")
+    parser.add_argument("--blocks", type=int, default=10, help="blocks of each arm")
+    parser.add_argument("--steps-per-block", type=int, default=5, help="steps timed together; refreshes come on top")
+    parser.add_argument("--json", type=Path, required=True, metavar="OUT", help="the result file")
+    parser.add_argument("--smoke", action="store_true", help=f"a seconds-long check that it runs: {TIME_SMOKE}")
+    parser.set_defaults(run=time_)
+
+
+def time_(args: argparse.Namespace) -> None:
+    from study.ranks import measure
+
+    if args.smoke:
+        vars(args).update(TIME_SMOKE)
+    for model, size, batch, opt in itertools.product(args.model, args.img_size, args.batch_size, args.opt):
+        case = Case(model, size, batch, opt, "float32", compile=False, channels_last=False)
+        for processes in args.processes:
+            if processes < 1:
+                raise UserError(f"--processes {processes}: must be 1 or more")
+        if _has(args.json, {"case": dataclasses.asdict(case)}):
+            continue
+        result = measure(case, args.processes, args.blocks, args.steps_per_block)
+        _add(args.json, result)
+        print(text_table(pages.TIME_HEADER, pages.time_rows(result)), flush=True)
 
 
 def results(path: Path) -> list[dict[str, Any]]:

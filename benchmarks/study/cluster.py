@@ -10,8 +10,8 @@ Nothing here was measured on such machines. What is assumed:
   * A collective goes round one ring at the speed of its slowest link: within a node the GPUs' own, across nodes the
     network of a node, which all its GPUs share. Of B bytes an all-reduce sends 2 (n - 1) / n B over each link, an
     all-gather or reduce-scatter (n - 1) / n B, a broadcast B; and each of its 2 (n - 1) or n - 1 steps waits for a
-    link. An all-reduce may take a tree instead, which sends 2 B and waits for fewer links. What is faster is taken, with
-    the waits and the shares of a link's speed that NCCL's own model has (`PROTOCOLS`). Speeds are nominal.
+    link. An all-reduce may take a tree instead, which sends 2 B and waits for fewer links. What is faster is taken,
+    with the waits and the shares of a link's speed that NCCL's own model has (`PROTOCOLS`). Speeds are nominal.
   * The gradients' all-reduce hides behind the backward pass (two thirds of forward and backward), FSDP2's collectives
     behind both; what does not fit there is waited for. Nothing hides what decorrelation sends.
   * Refreshes are shared out as the engine does it, by whole layers: the busiest process is waited for.

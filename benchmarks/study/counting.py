@@ -1,9 +1,9 @@
 """What decorrelation sends, holds and computes, by model: counted from the engine itself, on tensors without values.
 
-The model is on torch's meta device, in a process group that sends nothing, and the engine takes its steps: what it hands
-to a collective, what it multiplies and what it holds is looked at from outside. Layers are stacked there as on a GPU.
-Forward passes, which record nothing of meta tensors, are on a GPU that need not be there (FakeTensorMode). Every kind of
-step between two refreshes (with a refresh, with a look at the output errors, with a measurement of the step's
+The model is on torch's meta device, in a process group that sends nothing, and the engine takes its steps: what it
+hands to a collective, what it multiplies and what it holds is looked at from outside. Layers are stacked there as on a
+GPU. Forward passes, which record nothing of meta tensors, are on a GPU that need not be there (FakeTensorMode). Every
+kind of step between two refreshes (with a refresh, with a look at the output errors, with a measurement of the step's
 length) is taken once, and counts as often as a period of `every` steps has it.
 """
 
@@ -19,6 +19,7 @@ import timm
 import timm.layers
 import timm.optim
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
@@ -32,7 +33,7 @@ from timm_decor.engine import attach as attach_module
 from timm_decor.engine import handle as handle_module
 from timm_decor.engine import sharing
 
-PROCESSES = 8  # that the counted steps pretend to be of; the bytes of an all-reduce do not depend on it
+PROCESSES = 8  # that the counted steps pretend to be of; more of them send the same, up to what FSDP2 makes rows up by
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # for which a refresh is shared out
 
 
@@ -61,9 +62,14 @@ class Counted:
         return {"model": self.model, "opt": self.opt, "structure": config.structure, "batch": self.batch}
 
 
-def count(case: Counted) -> dict[str, Any]:
-    """Everything of one case, as a result file has it. Weights are float32."""
-    with pretended_group(PROCESSES):
+def count(case: Counted, processes: int = PROCESSES) -> dict[str, Any]:
+    """Everything of one case, as a result file has it. Weights are float32.
+
+    Args:
+        case: what to count.
+        processes: that the steps pretend to be of, one of RANKS.
+    """
+    with pretended_group(processes):
         plain, size = _plain_work(case)
         with _valueless():
             model = _model(case)
@@ -76,7 +82,7 @@ def count(case: Counted) -> dict[str, Any]:
                 "moment_bytes": tensor_bytes([group.moments for group in handle._groups]),
             }
             model = _model(case)
-            fully_shard(model, mesh=init_device_mesh("cpu", (PROCESSES,)))
+            fully_shard(model, mesh=_mesh())
             fsdp = _steps(model, *_attached(case, model), shared["first"])
         return {
             **case.key,
@@ -163,7 +169,7 @@ def _shared_out(handle: DecorHandle) -> dict[str, Any]:
             for shares in sharing._shares(groups, ranks)
         ]
         busiest[str(ranks)] = Work(max(load.flops for load in loads), max(load.matrices for load in loads))._asdict()
-        if ranks == PROCESSES:
+        if ranks == dist.get_world_size():
             first = loads[0]
     return {
         "largest_layer": {"name": groups[heaviest].names[0], **of_layer[heaviest]._asdict()},
@@ -217,8 +223,8 @@ def _fake(model: nn.Module, device: str) -> Iterator[None]:
 
 
 def plain_fsdp(case: Counted, size: int) -> dict[str, dict[str, int]]:
-    """What FSDP2 sends in forward and backward of a plain model, every transformer or convolutional block cut by itself."""
-    mesh, model = init_device_mesh("cpu", (PROCESSES,)), _model(case, decorrelated=False)
+    """What FSDP2 sends in forward and backward of a plain model, each of its blocks cut by itself."""
+    mesh, model = _mesh(), _model(case, decorrelated=False)
     with _fake(model, "cpu"):
         for unit in units(model):
             fully_shard(unit, mesh=mesh)
@@ -226,6 +232,10 @@ def plain_fsdp(case: Counted, size: int) -> dict[str, dict[str, int]]:
         with Wire() as wire:
             model(torch.empty(2, 3, size, size)).sum().backward()
     return wire.sent()
+
+
+def _mesh() -> Any:
+    return init_device_mesh("cpu", (dist.get_world_size(),))
 
 
 def units(model: nn.Module) -> list[nn.Module]:
@@ -236,7 +246,7 @@ def units(model: nn.Module) -> list[nn.Module]:
 
 def _plain_work(case: Counted) -> tuple[dict[str, int], int]:
     """Forward and backward of a process's batch, and the images' size."""
-    model = _model(case, decorrelated=False)
+    model: Any = _model(case, decorrelated=False)
     size = dict(case.model_kwargs).get("img_size") or model.default_cfg["input_size"][-1]
     with Meter() as meter:
         model(torch.empty(case.batch, 3, size, size, device="meta")).sum().backward()
