@@ -34,20 +34,21 @@ CASE = Counted("test_vit", "sgd", DecorConfig(every=EVERY, output_every=2, rank=
 def noting(calls: list[tuple[str, int]]) -> None:
     """Let torch's collectives note the bytes that they are given: those of the whole that each is about."""
 
-    def noted(kind: str, name: str, place: int) -> None:
+    def noted(kind: str, name: str) -> None:
         original = getattr(dist, name)
 
         def collective(*args: Any, **kwargs: Any) -> Any:
-            tensors = [*args, *(v for v in kwargs.values() if isinstance(v, torch.Tensor))]
-            calls.append((kind, tensors[place].nbytes))
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+            calls.append((kind, max(tensor.nbytes for tensor in tensors)))  # of shares and the whole, the whole
             return original(*args, **kwargs)
 
         setattr(dist, name, collective)
 
-    noted("all_reduce", "all_reduce", 0)
-    noted("broadcast", "broadcast", 0)
-    noted("all_gather", "all_gather_into_tensor", 0)
-    noted("reduce_scatter", "reduce_scatter_tensor", 1)
+    noted("all_reduce", "all_reduce")
+    noted("broadcast", "broadcast")
+    is_new = hasattr(dist, "all_gather_single")  # what fully_shard calls, by torch's version
+    noted("all_gather", "all_gather_single" if is_new else "all_gather_into_tensor")
+    noted("reduce_scatter", "reduce_scatter_single" if is_new else "reduce_scatter_tensor")
 
 
 def trained(sharded: bool, decorrelated: bool) -> dict[str, list[tuple[str, int]]]:

@@ -253,7 +253,7 @@ def scaling_data(counts: Sequence[Mapping[str, Any]]) -> Any:
         if count["structure"] == "kronecker":
             busiest = [count["refresh"]["busiest"][str(n)] for n in _GPUS]
             added = {
-                name: [sum(cluster.step(count, n, cluster.Machine(network=speed)).added) for n in _GPUS]
+                name: [sum(cluster.step(count, n, cluster.Machine(network=speed)).added) for n in _GPUS if n >= 8]
                 for name, speed in cluster.NETWORKS.items()
             }
             shown.append([count["model"], count["opt"], busiest, added])
@@ -283,19 +283,22 @@ def scaling_picture(counts: Sequence[Mapping[str, Any]], path: Path) -> None:
                     lower.set_xlabel(f"GPUs, eight a node ({opt})")
                     for (name, shares), style in zip(added.items(), networks, strict=True):
                         percent = [100 * share for share in shares]
-                        lower.plot(_GPUS, percent, label=name, linewidth=1.8, markersize=4, **style)
+                        lower.plot(
+                            [n for n in _GPUS if n >= 8], percent, label=name, linewidth=1.8, markersize=4, **style
+                        )
             upper.set_title(wanted, fontsize=10)
             upper.set_yscale("log")
             for axis in (upper, lower):
                 axis.set_xscale("log", base=2)
                 axis.set_xticks([1, 8, 64, 512], ["1", "8", "64", "512"])
+                axis.set_xlim(0.8, 640)
                 axis.tick_params(labelleft=True)
-            lower.set_ylim(bottom=0)
         axes[0, 0].set_ylabel("GFLOP a refresh, busiest GPU\n(dotted: 1/n)")
         axes[1, 0].set_ylabel("decorrelation, % of a plain step")
-        for line, columns in ((0, 2), (1, 5)):
-            below = (0.0, -0.12 - 0.08 * line)
-            axes[line, 0].legend(frameon=False, loc="upper left", bbox_to_anchor=below, ncols=columns, fontsize=9)
+        axes[1, 0].set_ylim(bottom=0)
+        axes[0, 0].legend(frameon=False, loc="upper left", bbox_to_anchor=(0.0, -0.12), ncols=2, fontsize=9)
+        lines, names = axes[1, 0].get_legend_handles_labels()
+        figure.legend(lines, names, frameon=False, loc="outside lower center", ncols=len(names), fontsize=9)
         _save(figure, path, shown)
 
 

@@ -1,8 +1,8 @@
 """A step and a refresh on several processes of one machine, in turns with the plain model's.
 
-Every number of processes has its own group (gloo, a thread each), with a plain and a decorrelated model in each process.
-All groups live at once and wait on a pipe while another one is timed, so that a slow minute meets all of them. More
-processes than cores share those: seconds then say nothing of a machine that has enough, and ratios little more.
+Every number of processes has its own group (gloo, a thread each), with a plain and a decorrelated model in each
+process. All groups live at once and wait on a pipe while another one is timed, so that a slow minute meets all of them.
+More processes than cores share those: seconds then say nothing of a machine that has enough, and ratios little more.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ CLASSES, RATE = 1000, 1e-3  # small, the labels are random
 def measure(case: Case, sizes: Sequence[int], blocks: int, steps: int) -> dict[str, Any]:
     """Time a combination on each number of processes.
 
-    A block is, for each of them and for each arm, one step that is not timed, `steps` ordinary steps timed together, and
-    for the decorrelated arm one step with a refresh.
+    A block is, for each of them and for each arm, one step that is not timed, `steps` ordinary steps timed together,
+    and for the decorrelated arm one step with a refresh.
 
     Returns:
         The result: seconds of every block, and medians made of them.
