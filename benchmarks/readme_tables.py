@@ -4,7 +4,7 @@
     python benchmarks/readme_tables.py --check    # changes nothing; exit code 1 where README or a picture is stale
 
 A table stands between `<!-- results: FILE -->` and `<!-- end of results -->`; FILE is in benchmarks/results,
-`staged` is hub/staged.
+`staged` is hub/staged, and FILE#PART names one of several tables of a file.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from study import pictures, sensitivity, tables
+from study import pictures, scaling_pages, sensitivity, tables
 from study.families import FAMILIES
 from study.protocol import Row
 from study.results import Results
@@ -36,7 +35,10 @@ from timm_decor.training.seeing.plot import save_picture
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("decorrelation", "families", "finetuning"))]
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("decorrelation", "families", "finetuning", "scaling")),
+]
 MARKED = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
@@ -366,6 +368,20 @@ def _crossed(corner: str, runs: Sequence[tuple[str, str, dict[str, Any]]], first
     return markdown_table((corner, *columns), rows)
 
 
+def scaling(path: Path, part: str, draw: bool) -> str:
+    """A table of scaling.py's files, or the picture of its counts, for a page of docs/."""
+    if part == "measured":
+        return scaling_pages.measured(json.loads(path.read_text(encoding="utf-8")))
+    counts = scaling_pages.read(path)
+    if part != "picture":
+        return scaling_pages.TABLES[part](counts)
+    picture = path.with_suffix(".png")
+    if draw:
+        pictures.scaling_picture(counts, picture)
+    alt = "the busiest GPU's part of a refresh, and what a step takes more, over the number of GPUs"
+    return f"![{alt}](../{picture.relative_to(ROOT).as_posix()})"
+
+
 GRAFT_VARIANTS = {
     "plain": "plain",
     "none": "decorrelated, without the scale",
@@ -400,11 +416,14 @@ def block(name: str, draw: bool) -> str:
         UserError: no script makes such a result.
     """
     kind = _kind(name)
-    if kind not in MAKERS:
-        raise UserError(f"<!-- results: {name} -->: not known here; a name begins with {', '.join(MAKERS)}")
-    path = ROOT / "hub" / "staged" if kind == "staged" else RESULTS / name
+    if kind not in (*MAKERS, "scaling"):
+        raise UserError(f"<!-- results: {name} -->: not known here; a name begins with {', '.join(MAKERS)} or scaling")
+    file, _, part = name.partition("#")
+    path = ROOT / "hub" / "staged" if kind == "staged" else RESULTS / file
     if not path.exists():
         return f"Not measured yet: there is no `{path.relative_to(ROOT).as_posix()}`.\n"
+    if kind == "scaling":
+        return scaling(path, part, draw) + "\n"
     return MAKERS[kind](path, draw) + "\n"
 
 
@@ -417,11 +436,14 @@ def stale_pictures(text: str) -> list[str]:
     """Pictures of a page's results that were drawn from other numbers."""
     stale = []
     for _, name, _ in MARKED.findall(text):
+        name, _, part = name.partition("#")
         path = RESULTS / name
-        kind = _kind(name)
-        if kind not in ("time_to_accuracy", "step_cost", "lr_sensitivity") or not path.exists():
+        kind = "scaling" if part == "picture" else _kind(name)
+        if kind not in ("time_to_accuracy", "step_cost", "lr_sensitivity") and part != "picture" or not path.exists():
             continue
-        if kind == "step_cost":
+        if kind == "scaling":
+            data = pictures.scaling_data(scaling_pages.read(path))
+        elif kind == "step_cost":
             data = pictures.step_cost_data(json.loads(path.read_text(encoding="utf-8")))
         elif kind == "lr_sensitivity":
             results = Results.read(path)

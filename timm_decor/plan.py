@@ -53,9 +53,10 @@ class LayerPlan:
         return RULES[self.rule](DecorConfig()).moments(self.structure_type, self.shape)
 
     @property
-    def largest_factor(self) -> int:
-        """Side of the largest matrix that a refresh of R has to factor."""
-        return self.structure_type.largest_factor(self.shape)
+    def refresh_work(self) -> int:
+        """Operations of a refresh of L and R, about."""
+        outputs = OutputL.refresh_work(self.shape, self.rank) if self.outputs else 0
+        return self.structure_type.refresh_work(self.shape, self.rank) + outputs
 
     def identity(self, device: torch.device | str) -> Sides:
         """R = I, and L = I where there is one."""

@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,17 @@ class Arm:
         options: of the command line.
         decor: the DecorConfig's fields; None for the plain model and the peer.
         peer: the authors' code, to be this arm.
+        wrap: what to train in the model's place, such as its DistributedDataParallel.
     """
 
-    def __init__(self, case: Case, options: Options, decor: dict[str, Any] | None, peer: Any = None) -> None:
+    def __init__(
+        self,
+        case: Case,
+        options: Options,
+        decor: dict[str, Any] | None,
+        peer: Any = None,
+        wrap: Callable[[nn.Module], nn.Module] | None = None,
+    ) -> None:
         self.device = torch.device(options.device)
         self.amp = case.precision == "bfloat16"
         layout = torch.channels_last if case.channels_last else torch.contiguous_format
@@ -88,7 +97,9 @@ class Arm:
         self.peer, self.peer_layers = peer, peer.layers(model) if peer else []
         model.train()
         self.plain_model = model
-        self.model = torch.compile(model) if case.compile else model
+        self.model: nn.Module = torch.compile(model) if case.compile else model  # type: ignore[assignment]
+        if wrap:
+            self.model = wrap(self.model)
         # The first step allocates the optimizer's state and, where there is one, refreshes R.
         self.steps(1)
         every = decor["every"] if decor else 2

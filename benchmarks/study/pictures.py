@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from study import cluster
 from study.curve import AT_PLAIN_RATE, DECORRELATED, Curve
 from study.presets import OPTIMIZERS
 from study.protocol import Row
@@ -239,6 +240,66 @@ def _draw_memory(axis: Any, results: Sequence[dict[str, Any]]) -> None:
             axis.plot([peak], [y], color=style["color"], marker="|", markersize=8)
     axis.set_xlim(left=0)
     axis.set_xlabel("MiB held (mark) and at an update's peak (end)")
+
+
+_GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_OPTIMIZERS = {"sgd": STYLES["plain"], "adamw": STYLES["decorrelated"]}
+
+
+def scaling_data(counts: Sequence[Mapping[str, Any]]) -> Any:
+    """All that its picture shows: by model and optimizer a refresh's work, and by network what a step takes more."""
+    shown = []
+    for count in counts:
+        if count["structure"] == "kronecker":
+            busiest = [count["refresh"]["busiest"][str(n)] for n in _GPUS]
+            added = {
+                name: [sum(cluster.step(count, n, cluster.Machine(network=speed)).added) for n in _GPUS if n >= 8]
+                for name, speed in cluster.NETWORKS.items()
+            }
+            shown.append([count["model"], count["opt"], busiest, added])
+    return shown
+
+
+def scaling_picture(counts: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The busiest process's part of a refresh over the number of GPUs, and what a step takes more; a column a model.
+
+    Below is one optimizer a model: SGD for ResNets, AdamW for others.
+    """
+    shown = scaling_data(counts)
+    models = list(dict.fromkeys(model for model, *_ in shown))
+    networks: list[dict[str, Any]] = [STYLES["rival"], *OTHERS, STYLES["plain"]]
+    title = "A refresh shared out, and what a step takes more (DDP; planned from counts, not measured)"
+    with _figure(2, len(models), (3.4 * len(models) + 0.6, 7.4), title, sharey="row") as (figure, axes):
+        for column, wanted in enumerate(models):
+            upper, lower = axes[:, column]
+            for model, opt, busiest, added in shown:
+                if model != wanted:
+                    continue
+                flops = [each["flops"] / 1e9 for each in busiest]
+                upper.plot(_GPUS, flops, label=opt, linewidth=1.8, markersize=5, **_OPTIMIZERS[opt])
+                ideal = {"color": _OPTIMIZERS[opt]["color"], "linestyle": ":", "linewidth": 1}
+                upper.plot(_GPUS, [flops[0] / n for n in _GPUS], **ideal)
+                if opt == ("sgd" if "resnet" in model else "adamw"):
+                    lower.set_xlabel(f"GPUs, eight a node ({opt})")
+                    for (name, shares), style in zip(added.items(), networks, strict=True):
+                        percent = [100 * share for share in shares]
+                        lower.plot(
+                            [n for n in _GPUS if n >= 8], percent, label=name, linewidth=1.8, markersize=4, **style
+                        )
+            upper.set_title(wanted, fontsize=10)
+            upper.set_yscale("log")
+            for axis in (upper, lower):
+                axis.set_xscale("log", base=2)
+                axis.set_xticks([1, 8, 64, 512], ["1", "8", "64", "512"])
+                axis.set_xlim(0.8, 640)
+                axis.tick_params(labelleft=True)
+        axes[0, 0].set_ylabel("GFLOP a refresh, busiest GPU\n(dotted: 1/n)")
+        axes[1, 0].set_ylabel("decorrelation, % of a plain step")
+        axes[1, 0].set_ylim(bottom=0)
+        axes[0, 0].legend(frameon=False, loc="upper left", bbox_to_anchor=(0.0, -0.12), ncols=2, fontsize=9)
+        lines, names = axes[1, 0].get_legend_handles_labels()
+        figure.legend(lines, names, frameon=False, loc="outside lower center", ncols=len(names), fontsize=9)
+        _save(figure, path, shown)
 
 
 def case_text(case: dict[str, Any]) -> str:

@@ -69,12 +69,17 @@ def processes() -> int:
 
 
 def _shares(groups: Sequence[LayerGroup], count: int) -> list[list[list[int]]]:
-    """For each process and group the layers that it refreshes: the costliest first, to whoever has least to do."""
+    """For each process and group the layers that it refreshes: the costliest first, to whoever has least to do.
+
+    A layer's cost is its share of all operations and its share of all layers: the factorisations of a small one take a
+    time of their own, on a GPU as long as a large one's, so that no process may have all of the small ones.
+    """
+    work = [group.plan.refresh_work for group in groups for _ in group.layers]
     tasks = []
     for number, group in enumerate(groups):
-        cost = group.plan.shape.groups * group.plan.largest_factor**3
+        cost = group.plan.refresh_work / sum(work) + 1 / len(work)
         tasks += [(cost, number, layer) for layer in range(len(group.layers))]
-    load = [0] * count
+    load = [0.0] * count
     shares: list[list[list[int]]] = [[[] for _ in groups] for _ in range(count)]
     for cost, number, layer in sorted(tasks, key=lambda task: -task[0]):
         process = min(range(count), key=load.__getitem__)

@@ -72,6 +72,11 @@ class Structure(ABC):
         return shape.dim
 
     @classmethod
+    def refresh_work(cls, shape: LayerShape, rank: int) -> int:
+        """Operations of a layer's refresh, about: processes share layers out by it."""
+        return shape.groups * cls.largest_factor(shape) ** 3
+
+    @classmethod
     def unfit(cls, shape: LayerShape) -> str:
         """Why a layer cannot have this structure; "" if it can."""
         return ""

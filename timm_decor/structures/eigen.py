@@ -41,6 +41,13 @@ def leading_eigenpairs(sigma: Tensor, rank: int, start: Tensor | None = None) ->
     return values[..., kept:], (basis @ turn)[..., kept:]
 
 
+def leading_work(size: int, rank: int) -> int:
+    """Operations of `leading_eigenpairs` for one matrix, about: what it costs beside others'."""
+    if size <= _EXACT_SHARE * (rank + _OVERSAMPLING):
+        return 9 * size**3
+    return 2 * _ITERATIONS * size**2 * (rank + _OVERSAMPLING)
+
+
 def eigenpairs(sigma: Tensor) -> tuple[Tensor, Tensor]:
     """`torch.linalg.eigh` of a second moment: values (g, D), ascending and none below zero, and columns (g, D, D).
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from timm_decor.moments import normalized, reported_entries
 from timm_decor.shape import LayerShape
 from timm_decor.structures.base import LowRank, Structure
-from timm_decor.structures.eigen import eigenpairs, leading_eigenpairs
+from timm_decor.structures.eigen import eigenpairs, leading_eigenpairs, leading_work
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -58,6 +58,11 @@ class KroneckerR(Structure):
     @classmethod
     def largest_factor(cls, shape: LayerShape) -> int:
         return max(shape.channels, shape.positions)
+
+    @classmethod
+    def refresh_work(cls, shape: LayerShape, rank: int) -> int:
+        channels = leading_work(shape.channels, min(rank, shape.channels))
+        return shape.groups * (channels + leading_work(shape.positions, shape.positions))
 
     def apply(self, w: Tensor, scale: Tensor | None = None) -> Tensor:
         return self._power(1).multiply(w, scale=scale)

@@ -16,7 +16,7 @@ from torch import Tensor
 from timm_decor.moments import OUTPUT_MOMENT, normalized
 from timm_decor.shape import LayerShape
 from timm_decor.structures.base import LowRank, Structure, of_groups, times
-from timm_decor.structures.eigen import leading_eigenpairs
+from timm_decor.structures.eigen import leading_eigenpairs, leading_work
 from timm_decor.structures.kronecker import mean_rest
 
 SCALE = "step_scale"  # the name of c among a layer's tensors
@@ -83,6 +83,11 @@ class OutputL(NoOutputs):
         rank = min(rank, shape.outputs)
         basis = torch.eye(shape.outputs, rank, dtype=like.dtype, device=like.device).repeat(shape.groups, 1, 1)
         return cls({"basis": basis, "gain": like.new_ones(shape.groups, rank), "tail": like.new_ones(shape.groups, 1)})
+
+    @staticmethod
+    def refresh_work(shape: LayerShape, rank: int) -> int:
+        """Operations of a layer's refresh, about."""
+        return shape.groups * leading_work(shape.outputs, min(rank, shape.outputs))
 
     def apply(self, w: Tensor, power: int = 1) -> Tensor:
         """L^power w, shape of w: (n g, O, C, S)."""
