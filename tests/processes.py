@@ -201,7 +201,7 @@ def in_float64() -> None:
     """Let models be made, and batches come, in float64."""
     import torch
 
-    from timm_decor.training.data.loaders import Batches
+    from timm_decor.training.data.batches import Batches
 
     torch.set_default_dtype(torch.float64)
     getitems = Batches.__getitems__
