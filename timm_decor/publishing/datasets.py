@@ -69,7 +69,8 @@ def known(name: str, is_folder: bool) -> Data:
     """
     if name == "digits" and not is_folder:
         return DIGITS
-    hub_id = name.removeprefix("hfds/").split(":")[0] if name.startswith("hfds/") else ""
+    kind, _, rest = name.partition("/")
+    hub_id = rest.split(":")[0] if kind in ("hfds", "hfids") else ""
     key = (hub_id or name).rstrip("/").rsplit("/", 1)[-1].lower().replace("_", "-")
     short = "".join(letter for letter in key if letter.isalnum()) or "data"
     license_ = "Its license is that of its makers; this card knows nothing of it."

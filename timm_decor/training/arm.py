@@ -178,6 +178,11 @@ class Arm:
         """Batches of this process."""
         return len(self._train_loader)
 
+    @property
+    def order_plan(self) -> dict[str, int]:
+        """What the order of the training images depends on beside the batches' size and number."""
+        return self._train_loader.dataset.plan  # type: ignore[attr-defined,no-any-return]
+
     def work(self, epoch: int) -> float:
         """What an epoch costs, in relation to the others: the pixels of its images decide."""
         return self._train_loader.dataset.work(epoch)  # type: ignore[attr-defined,no-any-return]

@@ -57,6 +57,8 @@ class SplitOptions(Options):
 
     train_split: str
     val_split: str
+    train_num_samples: int | None
+    val_num_samples: int | None
 
 
 @dataclass(frozen=True)
@@ -390,6 +392,7 @@ class ValidateOptions(Options):
     model: str | None
     seed: int
     split: str
+    num_samples: int | None
     test_pool: bool
     data: DataOptions
     image: ImageOptions

@@ -79,6 +79,20 @@ class Batches(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.source)
 
+    @property
+    def epoch(self) -> int:
+        """Whose random numbers the next batches use."""
+        return int(self._epoch)
+
+    @property
+    def plan(self) -> dict[str, int]:
+        """What the order depends on beside batch size, processes, seed and epoch: nothing."""
+        return {}
+
+    def input_size(self, epoch: int) -> tuple[int, int, int]:
+        """See `Progression.input_size`."""
+        return self._transforms.progression.input_size(epoch)
+
     def work(self, epoch: int) -> float:
         """See `Progression.work`."""
         return self._transforms.progression.work(epoch)
@@ -88,7 +102,7 @@ class Batches(Dataset[Any]):
         self._epoch.fill_(epoch)
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        epoch = int(self._epoch)
+        epoch = self.epoch
         with _random_numbers_of(mixed_seed(self._seed, epoch, indices[0])):
             transform = self._transforms(epoch)
             samples = [self._sample(index, transform) for index in indices]

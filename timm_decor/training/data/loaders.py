@@ -12,14 +12,16 @@ from functools import partial
 from typing import Any, TypeVar
 
 from accelerate import Accelerator, skip_first_batches
+from accelerate.data_loader import prepare_data_loader
 from timm.data import Mixup, create_transform
 from timm.data.random_erasing import RandomErasing
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from timm_decor.errors import UserError, first_line
 from timm_decor.training.data.batches import Batches, BySize, Transform
 from timm_decor.training.data.progressive import Progression
 from timm_decor.training.data.sources import Source
+from timm_decor.training.data.streams import Stream, shards_of
 from timm_decor.training.keeping.stopping import spare_worker
 from timm_decor.training.options import AugmentOptions, LabelOptions, LoaderOptions
 from timm_decor.training.runtime import available_cpus, seed_everything
@@ -93,7 +95,7 @@ def train_loader(
         mixup_off_epoch=label.mixup_off_epoch,
     )
     seed_everything(seed)  # Accelerate's sampler takes its seed from torch's generator
-    return _loader(dataset, options, accelerator, shuffle=True)
+    return _loader(dataset, options, accelerator, shuffle=True, seed=seed)
 
 
 def eval_loader(
@@ -104,7 +106,10 @@ def eval_loader(
     seed: int,
     accelerator: Accelerator,
 ) -> DataLoader[Any]:
-    """Every image of an evaluation split once, in order; arguments as for `train_loader`."""
+    """Every image of an evaluation split once, in the order of its `dataset.source`; arguments as for `train_loader`.
+
+    Of a stream the last batches may be made up with `NO_IMAGE`s.
+    """
     size = data_config["input_size"]
     transform = _transform(
         input_size=size,
@@ -115,7 +120,7 @@ def eval_loader(
     )
     transforms = BySize({size: transform}, Progression.of(None, size, 0))
     dataset = Batches(source, transforms, data_config["mean"], data_config["std"], num_classes, seed)
-    return _loader(dataset, options, accelerator, shuffle=False)
+    return _loader(dataset, options, accelerator, shuffle=False, seed=seed)
 
 
 def _mixup(label: LabelOptions, batch_size: int, num_classes: int) -> Mixup | None:
@@ -150,21 +155,38 @@ def _transform(**kwargs: Any) -> Transform:
     return transform
 
 
-def _loader(dataset: Batches, options: LoaderOptions, accelerator: Accelerator, shuffle: bool) -> DataLoader[Any]:
-    workers = default_workers() if options.workers is None else options.workers
-    loader: DataLoader[Any] = DataLoader(
+def _loader(
+    dataset: Batches, options: LoaderOptions, accelerator: Accelerator, shuffle: bool, seed: int
+) -> DataLoader[Any]:
+    shards, size = shards_of(dataset.source), options.batch_size
+    if shards is None:
+        loader = _torch_loader(dataset, options, batch_size=size, shuffle=shuffle, drop_last=shuffle)
+        return accelerator.prepare_data_loader(loader)
+    processes, process = accelerator.num_processes, accelerator.process_index
+    stream = Stream(dataset, shards, size, _workers(options), processes, process, shuffle, seed)
+    loader = _torch_loader(stream, options, batch_size=None)
+    # As of one process: the stream has shared its batches out, which Accelerate would do by reading all on each
+    return prepare_data_loader(
+        loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+    )
+
+
+def _workers(options: LoaderOptions) -> int:
+    return default_workers() if options.workers is None else options.workers
+
+
+def _torch_loader(dataset: Dataset[Any], options: LoaderOptions, **more: Any) -> DataLoader[Any]:
+    workers = _workers(options)
+    return DataLoader(
         dataset,
-        batch_size=options.batch_size,
-        shuffle=shuffle,
-        drop_last=shuffle,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=options.pin_mem,
         collate_fn=_as_is,
         worker_init_fn=spare_worker,
         timeout=WORKER_TIMEOUT if workers else 0,
+        **more,
     )
-    return accelerator.prepare_data_loader(loader)
 
 
 def of_epoch(loader: DataLoader[Any], epoch: int, done: int) -> DataLoader[Any]:
@@ -172,7 +194,9 @@ def of_epoch(loader: DataLoader[Any], epoch: int, done: int) -> DataLoader[Any]:
     loader.set_epoch(epoch)  # type: ignore[attr-defined]
     # Accelerate's loader passes this on by itself, but not on several processes
     loader.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
-    if done:
+    if isinstance(loader.dataset, Stream):
+        loader.dataset.skip(done)
+    elif done:
         loader = skip_first_batches(loader, done)
         loader.set_epoch(epoch)  # type: ignore[attr-defined]  # it counts epochs on its own
     return loader

@@ -66,8 +66,9 @@ class Progress:
         Raises:
             UserError: the epoch has other batches now.
         """
-        other = [f"{name} {saved['plan'][name]} (here {value})" for name, value in plan.items()
-                 if saved["plan"][name] != value]  # fmt: skip
+        before = saved["plan"]
+        other = [f"{name} {before.get(name, 'unknown')} (here {value})" for name, value in plan.items()
+                 if before.get(name) != value]  # fmt: skip
         if other:
             raise UserError(
                 f"its last checkpoint is of the middle of an epoch, with {', '.join(other)}: "
