@@ -43,7 +43,7 @@ def write_info(folder: Path, lengths: Sequence[int] = LENGTHS, total: int | None
 
 
 def write_shards(folder: Path, lengths: Sequence[int] = LENGTHS) -> Path:
-    """Image i, of all shards together, has grey i and label i % CLASSES in .cls; the .json field `other` is one more."""
+    """Image i, of all shards together, has grey i and label i % CLASSES in .cls; its json has `other`, one more."""
     folder.mkdir(parents=True, exist_ok=True)
     grey = 0
     for number, length in enumerate(lengths):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,10 +64,11 @@ BOTH = pytest.mark.parametrize("words", ["tars", "parquets"], indirect=True)
 
 
 def loader(
-    words: list[str], processes: int = 1, process: int = 0, workers: int = 0, training: bool = True, batch: int = 4
-) -> Any:
+    words: list[str], processes: int = 1, process: int = 0, workers: int = 0, training: bool = True, batch: int = 4,
+    augmented: bool = False,
+) -> Any:  # fmt: skip
     """train.py's loader on one of several processes."""
-    given = options("--no-aug", "-j", workers, "-b", batch, *words)
+    given = options(*([] if augmented else ["--no-aug"]), "-j", workers, "-b", batch, *words)
     source = open_source(given.data, "train", "RGB")
     here: Any = SimpleNamespace(num_processes=processes, process_index=process, device=torch.device("cpu"))
     if not training:
@@ -142,8 +142,7 @@ class TestAnEpoch:
         assert [len(images) for images in left] == [4, 4] and left[0] != left[1], "others in another epoch"
 
     def test_is_augmented_by_seed_and_epoch(self, tars: Path):
-        words = ["--dataset", "wds/", "--data-dir", str(tars), "--no-no-aug", "--reprob", "1"]
-        made = loader(words)
+        made = loader(["--dataset", "wds/", "--data-dir", str(tars), "--reprob", "1"], augmented=True)
         one, two, other = ([*of_epoch(made, epoch, 0)] for epoch in (0, 0, 1))
         assert all(torch.equal(a, b) for (a, _), (b, _) in zip(one, two, strict=True))
         assert not any(torch.equal(a, b) for (a, _), (b, _) in zip(one, other, strict=True))
@@ -381,27 +380,23 @@ class TestWhatIsRefused:
 
     @pytest.mark.parametrize(
         "lengths, why",
-        [((3, 3, 3), "only 2"), ((3, 1, 5), "more"), ((4, 1, 4), "only 3")],
+        [((3, 3, 4), "3 images and holds only 2"), ((3, 1, 4), "1 images and holds more")],
     )
-    def test_a_shard_of_another_length(self, lengths: tuple[int, ...], why: str, tmp_path: Path):
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_a_shard_of_another_length(self, lengths: tuple[int, ...], why: str, workers: int, tmp_path: Path):
         """It is told by the worker that comes to its end: nothing is left out in silence."""
         write_shards(tmp_path, (3, 2, 4))
         write_info(tmp_path, lengths)
-        for workers in (0, 2):
-            made = loader(["--dataset", "wds/", "--data-dir", str(tmp_path)], workers=workers, batch=3)
-            with pytest.raises(UserError) as error:
-                list(made)
-            text = message(error.value)
-            assert re.fullmatch(
-                r"train-000\d.tar should hold \d images and holds (only \d|more): write _info.json anew", text
-            )
-            assert workers or why in text
+        words = ["--dataset", "wds/", "--data-dir", str(tmp_path)]
+        with pytest.raises(UserError) as error:
+            list(loader(words, workers=workers, batch=1))
+        assert message(error.value) == f"train-0001.tar should hold {why}: write _info.json anew"
 
     @pytest.mark.parametrize(
         "fields, why",
         [
             ({"png": b"junk", "cls": b"0"}, "cannot identify image file"),
-            ({"png": encoded(1)[:60], "cls": b"0"}, "truncated|Truncated|broken"),
+            ({"png": encoded(1)[:45], "cls": b"0"}, "truncated|Truncated|broken"),
             ({"gif": encoded(1), "cls": b"0"}, r"no jpg or jpeg or png or webp \(--input-key\); it has gif, cls"),
             ({"png": encoded(1)}, r"no label in .cls \(--target-key\); it has png"),
             ({"png": encoded(1), "cls": b"cat"}, "invalid literal for int"),
@@ -413,9 +408,7 @@ class TestWhatIsRefused:
         good = {"png": encoded(0), "cls": b"0"}
         write_tar(tmp_path / "train-0000.tar", [("a", good), ("n01/b", fields), ("c", good), ("d", good)])
         write_info(tmp_path, (4,))
-        with pytest.raises(
-            UserError, match=f"image train-0000.tar, n01/b:? .*{why}|image train-0000.tar, n01/b: {why}"
-        ):
+        with pytest.raises(UserError, match=f"image train-0000.tar, n01/b:? .*({why})"):
             list(loader(["--dataset", "wds/", "--data-dir", str(tmp_path)]))
 
     def test_a_file_that_is_no_tar(self, tmp_path: Path):
