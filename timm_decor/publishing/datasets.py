@@ -61,7 +61,7 @@ DIGITS = Data(
 
 
 def known(name: str, is_folder: bool) -> Data:
-    """The data set of a name such as cifar10, torch/cifar10 or hfds/uoft-cs/cifar10; of an unknown one, its name.
+    """The data set of a name such as cifar10, torch/cifar10, hfds/uoft-cs/cifar10 or hfids/...; of another, its name.
 
     Args:
         name: that of --dataset, or of the folder.

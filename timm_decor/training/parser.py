@@ -80,8 +80,6 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(f"recipe {path}: unknown key '{key}'{near(str(key).replace('-', '_'), by_dest)}")
             if action.dest in given:
                 raise UserError(f"recipe {path} has {key} twice: written as {given[action.dest]}, too")
-            if action.dest == "data_dir" and str(value).startswith("pipe:"):
-                raise UserError(f"recipe {path}: {key} is a command to run: give it on the command line")
             given[action.dest] = key
             words += _words(action, value, f"recipe {path}: {key}")
         return words

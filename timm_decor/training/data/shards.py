@@ -15,6 +15,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -165,7 +166,7 @@ class TarShards(Shards):
         try:
             reader = create_reader("wds/", root=root, split=split)
             names, total, lengths = _split_of(reader, split, pattern)
-        except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, OSError) as error:
             raise UserError(f"cannot open {options.dataset} in {root}, split {split}: {first_line(error)}") from error
         odd = next((name for name in names if not _NAME.fullmatch(name) or ".." in name.split("/")), None)
         if odd is not None:
@@ -183,6 +184,10 @@ class TarShards(Shards):
                 f"{root}, split {split}: how many images each shard has is not known, so that they cannot be shared "
                 f"out; an _info.json with shard_lengths says it (docs/imagenet.md), and shards in a folder are counted"
             )
+        if len(lengths) != len(names):
+            raise UserError(f"{root}, split {split}: {len(names)} shards are named, with the lengths of {len(lengths)}")
+        if min(lengths, default=0) < 0:
+            raise UserError(f"{root}, split {split}: a shard of {min(lengths)} images")
         if total and total != sum(lengths):
             raise UserError(f"{root}, split {split}: {total} images are announced, and its shards have {sum(lengths)}")
         self._image_keys = (options.input_key or IMAGE_KEYS).lower().split(";")
@@ -288,7 +293,8 @@ class ParquetShards(Shards):
             other = next((file for file in self._files if not file.endswith(".parquet")), None)
             if other is not None:
                 raise ValueError(f"{Path(other).name} is no parquet file, of which alone parts can be read: take hfds/")
-            looked = [self._look_at(file) for file in self._files]
+            with ThreadPoolExecutor(16) as threads:  # on the Hub each takes two requests
+                looked = list(threads.map(self._look_at, self._files))
             said = (reader.builder.info.splits or {}).get(split)
         except UserError:
             raise
