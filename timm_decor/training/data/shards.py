@@ -11,6 +11,7 @@ import contextlib
 import io
 import itertools
 import json
+import logging
 import os
 import re
 import tarfile
@@ -163,11 +164,14 @@ class TarShards(Shards):
                 f"{root} has no _info.json to name the shards of split '{split}'; without one a split is a "
                 f"pattern of their names, as 'train-{{0000..0009}}.tar'"
             )
+        # it would say on each process that there is no _info.json, which is no news
+        logging.getLogger("timm.data.readers.reader_wds").setLevel(logging.ERROR)
         try:
             reader = create_reader("wds/", root=root, split=split)
             names, total, lengths = _split_of(reader, split, pattern)
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, OSError) as error:
-            raise UserError(f"cannot open {options.dataset} in {root}, split {split}: {first_line(error)}") from error
+            hint = "" if local else "; is its _info.json there?"
+            raise UserError(f"cannot open {options.dataset} in {root}: {first_line(error)}{hint}") from error
         odd = next((name for name in names if not _NAME.fullmatch(name) or ".." in name.split("/")), None)
         if odd is not None:
             raise UserError(f"{root}, split {split}: '{odd}' is no name of a shard")
