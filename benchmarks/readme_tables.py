@@ -18,6 +18,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from study import pictures, sensitivity, tables
 from study.families import FAMILIES
 from study.protocol import Row
@@ -26,7 +29,8 @@ from study.stages import read_table
 from study.training import PLAIN
 from study.verdict import DEFAULT_ARM, Measured
 from timm_decor.errors import UserError, exit_code
-from timm_decor.text import markdown_table
+from timm_decor.publishing.repository import plain_model
+from timm_decor.text import counted, markdown_table
 from timm_decor.training.seeing.compare import Side
 from timm_decor.training.seeing.plot import save_picture
 
@@ -243,17 +247,30 @@ def staged(folder: Path, draw: bool) -> str:
     for config, results in sorted(found, key=lambda pair: -pair[0]["num_classes"]):
         scores, twin, training = results["evaluated"], results["twin"], results["training"]
         name = f"{config['architecture']}.{config['pretrained_cfg']['tag']}"
-        size = config["pretrained_cfg"]["input_size"][-1]
+        size, machine = config["pretrained_cfg"]["input_size"], results["machine"]
+        where = machine["gpu"] or f"{machine['cpu']}, {counted(machine['torch_threads'], 'thread')}"
         rows.append(
             (
                 f"[decor_{name}]({(folder / name / 'README.md').relative_to(ROOT).as_posix()})",
-                f"{results['data']}, {config['num_classes']} classes, {size} px",
-                f"{training['epochs']}, {training['final']['seconds'] / 3600:.1f} h",
-                *(f"{scores[key]:.2f}" for key in ("top1", "top5")),
+                f"{results['data']}, {config['num_classes']} classes, {size[-1]} px",
+                f"{scores['param_count']:.1f}, {_gmacs(config, size):.2f}",
+                f"{training['epochs']}, {training['final']['seconds'] / 3600:.1f} h on {where}",
+                f"{scores['top1']:.2f}",
                 f"{twin['final']['eval_top1']:.2f}" if twin else "-",
+                "-" if scores.get("top5") is None else f"{scores['top5']:.2f}",
             )
         )
-    return markdown_table(("weights", "data", "epochs, time", "top-1, %", "top-5, %", "plain twin's top-1, %"), rows)
+    header = ("weights", "data", "params (M), GMACs", "epochs, time", "top-1, %", "plain twin's", "top-5, %")
+    return markdown_table(header, rows)
+
+
+def _gmacs(config: dict[str, Any], input_size: Sequence[int]) -> float:
+    """Multiplications and additions of one image's forward pass, in 10^9, as timm's tables count them."""
+    with torch.device("meta"):
+        model = plain_model(config).eval()
+        with FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, *input_size))
+    return counter.get_total_flops() / 2e9
 
 
 def lr_sensitivity(path: Path, draw: bool) -> str:

@@ -279,3 +279,47 @@ def start_group(
         start(words, log, one_of, rank, world_size, port, str(ends / f"{rank}.pt"), float64, launched)
         for rank in range(world_size)
     ]
+
+
+def die_at_call(owner: str, method: str, number: int, rank: int) -> None:
+    """Let the process of this rank be killed when it calls a method of train.py's for the `number`-th time."""
+    import pydoc
+
+    if int(os.environ.get("RANK", "0")) != rank:
+        return
+    cls: Any = pydoc.locate(owner)
+    original, calls = getattr(cls, method), 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(cls, method, counted)
+
+
+def dying_member(rank: int, world_size: int, port: int, owner: str, method: str, number: int, dies: int) -> None:
+    """Be one of several processes, of which that of rank `dies` is killed at a call; see `die_at_call`."""
+    join_group(rank, world_size, port)
+    die_at_call(owner, method, number, dies)
+
+
+def agent(words: list[str], log: str, pids: str, nodes: tuple[int, int], processes: int, port: int) -> None:
+    """Be torchrun on one node, whose processes leave their number in `<pids>/<restart>-<rank>`."""
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # as docs/training.md has it
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    _print_into(log)
+    config = LaunchConfig(
+        *nodes, processes, run_id="test", rdzv_backend="c10d", rdzv_endpoint=f"127.0.0.1:{port}", max_restarts=5,
+        monitor_interval=0.1, start_method="fork",
+        rdzv_configs={"last_call_timeout": 1, "keep_alive_interval": 1, "keep_alive_max_attempt": 2, "timeout": 60},
+    )  # fmt: skip
+    elastic_launch(config, _launched)(words, log, pids)
+
+
+def _launched(words: list[str], log: str, pids: str) -> None:
+    (Path(pids) / f"{os.environ['TORCHELASTIC_RESTART_COUNT']}-{os.environ['RANK']}").write_text(str(os.getpid()))
+    _run(words, log, None, ())

@@ -15,14 +15,15 @@ import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard
 from local_hub import LocalHub
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from training_runs import DECOR, ROOT, reset_accelerate, train
 
+from timm_decor.digest import sha256
 from timm_decor.errors import UserError, exit_code
 from timm_decor.publishing.publish import main
 from timm_decor.publishing.repository import FILES
 from timm_decor.training import validation
-from timm_decor.training.keeping.folder import sha256
 
 REPO = "me/digits"
 
@@ -51,7 +52,7 @@ def staged(run: Path, tmp_path: Path, *words: str) -> Path:
 
 def test_the_folder_is_complete_and_says_what_was_measured(run: Path, tmp_path: Path) -> None:
     folder = staged(run, tmp_path)
-    assert {file.name for file in folder.iterdir()} == set(FILES)
+    assert {file.name for file in folder.iterdir()} == {*FILES} - {"predictions.png"}
     reset_accelerate()
     words = f"--dataset digits --split test[:70] --device cpu -j 0 --results-file {tmp_path}/row.json"
     validation.main(["--checkpoint", str(folder / "model.safetensors"), *words.split()])
@@ -67,16 +68,53 @@ def test_the_folder_is_complete_and_says_what_was_measured(run: Path, tmp_path: 
     assert f"| its plain twin | {twin['eval_top1']:.2f} |" in card.text
     cfg = json.loads((folder / "config.json").read_text())
     assert cfg["architecture"] == "test_resnet" and cfg["label_names"] == [str(digit) for digit in range(10)]
-    assert cfg["pretrained_cfg"]["tag"] == "dbp_digits_r32" and cfg["pretrained_cfg"]["input_size"] == [3, 32, 32]
+    assert cfg["pretrained_cfg"]["tag"] == "whiten_digits_r32" and cfg["pretrained_cfg"]["input_size"] == [3, 32, 32]
     assert not {"url", "hf_hub_id", "origin_url", "file"} & cfg["pretrained_cfg"].keys()  # the twin's provenance
 
 
 def test_the_same_run_gives_the_same_bytes_and_none_of_them_name_this_machine(run: Path, tmp_path: Path) -> None:
     first, second = staged(run, tmp_path / "a"), staged(run, tmp_path / "b")
-    for name in FILES:
+    for name in sorted(file.name for file in first.iterdir()):
         content = (first / name).read_bytes()
         assert content == (second / name).read_bytes(), name
         assert str(run.parent.parent).encode() not in content and str(ROOT).encode() not in content, name
+
+
+def test_the_card_tells_what_the_model_knows_and_how_it_was_trained(run: Path, tmp_path: Path) -> None:
+    card = (staged(run, tmp_path, "--samples") / "README.md").read_text()
+    assert "Its 10 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 (all by number: `label_names` in config.json)." in card
+    assert "pretrained=True, num_classes=10))" in " ".join(card.split()).replace(" )", ")")
+    assert "2 epochs of sgd on 128 images, batch 32" in card and "1 minute on" in card and "1 minutes" not in card
+    assert "](predictions.png)" in card
+    image = Image.open(tmp_path / "staged" / "predictions.png")
+    assert image.width > 1000, "six images in a row"
+
+
+@pytest.mark.parametrize(("load", "told"), [(1.1, False), (8.0, True), (None, False)])
+def test_the_card_says_when_the_machine_was_shared(run: Path, tmp_path: Path, load: float | None, told: bool) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    file = copy / "decorrelated" / "results.json"
+    results = json.loads(file.read_text())
+    assert results["load"] > 0 and results["images"] == {"training": 128, "evaluation": 70}
+    threads = results["machine"]["torch_threads"]
+    file.write_text(json.dumps(results | {"load": load and load * threads}))
+    card = (staged(copy, tmp_path, "--no-eval") / "README.md").read_text()
+    assert ("Other work ran on that machine" in card) == told
+
+
+@pytest.mark.parametrize(("top1", "told"), [(14.0, True), (16.0, False)])
+def test_the_card_says_when_the_twin_guessed(run: Path, tmp_path: Path, top1: float, told: bool) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    compared = json.loads((copy / "compare.json").read_text())
+    compared["sides"][1]["history"][-1]["eval_top1"] = top1
+    (copy / "compare.json").write_text(json.dumps(compared))
+    card = (staged(copy, tmp_path, "--no-eval") / "README.md").read_text()
+    assert ("| its plain twin (no better than guessing) | 14.00 |" in card) == told
+
+
+def test_samples_need_an_evaluation(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--samples are images that are evaluated: leave out --no-eval"):
+        staged(run, tmp_path, "--samples", "--no-eval")
 
 
 def test_recipe_repeats_the_training(run: Path, tmp_path: Path) -> None:
@@ -166,7 +204,7 @@ def test_a_lost_answer_leaves_the_repository_complete(run: Path, hub: LocalHub) 
     hub.fail("POST", "/commit/", "lost", times=float("inf"))
     with pytest.raises(UserError, match="upload"):
         publish(run / "decorrelated", "--no-eval")
-    assert set(FILES) <= set(hub.repo(REPO).files())
+    assert {*FILES} - {"predictions.png"} <= set(hub.repo(REPO).files())
 
 
 @pytest.mark.parametrize(
@@ -195,7 +233,7 @@ def test_a_repository_of_another_model_is_refused(run: Path, hub: LocalHub) -> N
 
 def test_a_folder_of_runs(run: Path, hub: LocalHub) -> None:
     publish(run, "--no-eval", repo="me")
-    assert set(hub.repos) == {"me/test_resnet.dbp_digits_r32", "me/test_resnet.bp_digits_r32"}
+    assert set(hub.repos) == {"me/test_resnet.whiten_digits_r32", "me/test_resnet.bp_digits_r32"}
     with pytest.raises(UserError, match="holds 2 models: --repo-id OWNER alone"):
         publish(run, "--no-eval")
     with pytest.raises(UserError, match="say OWNER/NAME"):
@@ -329,7 +367,7 @@ def test_of_several_models_those_that_can_be_published_are(
     copy = tmp_path / "runs"
     shutil.copytree(run, copy)
     (copy / "decorrelated" / "resume.pt").write_bytes(b"damaged")
-    with pytest.raises(UserError, match="1 of 2 models were not published: me/test_resnet.dbp_digits_r32"):
+    with pytest.raises(UserError, match="1 of 2 models were not published: me/test_resnet.whiten_digits_r32"):
         publish(copy, "--no-eval", repo="me")
     assert set(hub.repos) == {"me/test_resnet.bp_digits_r32"}
     assert "no R can be had from" in capsys.readouterr().err

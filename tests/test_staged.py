@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -16,6 +18,7 @@ from safetensors.torch import save_file
 from timm.models import get_pretrained_cfg, register_model
 
 import timm_decor
+from timm_decor.digest import sha256
 from timm_decor.models import staged
 
 CONFIG = {
@@ -62,6 +65,43 @@ def test_pretrained_takes_the_staged_weights(own: tuple[str, Path, dict[str, tor
     assert f"decor_{name}.dbp_four_r48" in timm.list_pretrained(f"decor_{name}*")
     half = timm.create_model(f"decor_{name}", pretrained=True, num_classes=7)  # a new head, the body's weights
     assert half.num_classes == 7 and torch.equal(half.state_dict()["conv1.0.weight"], weights["conv1.0.weight"])
+
+
+def test_who_names_no_tag_is_told_what_they_know(
+    own: tuple[str, Path, dict[str, torch.Tensor]], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    name, folder, weights = own
+    timm_decor.register_decorrelated(name)
+
+    def said(**kwargs: Any) -> list[str]:
+        caplog.clear()
+        kwargs = {"pretrained": True, **kwargs}
+        with caplog.at_level(logging.WARNING, "timm_decor"):
+            timm.create_model(kwargs.pop("name", f"decor_{name}"), **kwargs)
+        return [record.message for record in caplog.records]
+
+    line = f"{name}.dbp_four_r48: weights for the 4 classes, images of 48 px"
+    assert said() == [line]
+    results = {"data": "four-things", "evaluated": {"top1": 87.654}}
+    (folder / "results.json").write_text(json.dumps(results))
+    assert said() == [line.replace("classes", "classes of four-things") + ", 87.7 % top-1"]
+    assert said(name=f"decor_{name}.dbp_four_r48") == [], "who names it knows it"
+    assert said(pretrained=False) == []
+    save_file(weights, tmp_path / "mine.safetensors")
+    mine = {"file": str(tmp_path / "mine.safetensors"), "num_classes": 4}
+    assert said(pretrained_cfg_overlay=mine) == []
+
+
+def test_a_file_that_is_not_the_published_one_is_refused(own: tuple[str, Path, dict[str, torch.Tensor]]) -> None:
+    name, folder, weights = own
+    timm_decor.register_decorrelated(name)
+    file = folder / "model.safetensors"
+    (folder / "results.json").write_text(json.dumps({"sha256": {file.name: sha256(file)}}))
+    timm.create_model(f"decor_{name}", pretrained=True)
+    save_file({key: value * 1.01 for key, value in weights.items()}, file)
+    with pytest.raises(RuntimeError, match="model.safetensors is damaged, or was replaced: its SHA-256 is not"):
+        timm.create_model(f"decor_{name}", pretrained=True)
+    timm.create_model(f"decor_{name}")
 
 
 def test_a_mistake_of_the_callers_is_not_blamed_on_the_weights(own: tuple[str, Path, dict[str, torch.Tensor]]) -> None:

@@ -98,3 +98,9 @@ def listed(names: Sequence[str], count: int = 3) -> str:
     """Names as a person would list them, cut after `count`: `a, b, c and 4 more`."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return f"{', '.join(names[:count])}{more}"
+
+
+def counted(number: int, word: str, plural: str = "") -> str:
+    """A number with its noun: `1 thread`, `2 threads`, `10 000 images`."""
+    noun = word if number == 1 else plural or f"{word}s"
+    return f"{number:,} {noun}".replace(",", "\N{NO-BREAK SPACE}" if number >= 10_000 else "")

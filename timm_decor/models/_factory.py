@@ -35,7 +35,7 @@ from timm_decor.config import DecorConfig
 from timm_decor.convert import convert
 from timm_decor.eligibility import Reasons
 from timm_decor.models.families import Family
-from timm_decor.models.staged import own_cfgs, unavailable
+from timm_decor.models.staged import check, knowledge, own_cfgs, unavailable
 from timm_decor.text import near
 
 _logger = logging.getLogger(__name__)
@@ -144,6 +144,7 @@ def _register_twin(
         **kwargs: Any,
     ) -> nn.Module:
         _check_tag(variant, pretrained_cfg)
+        asked = isinstance(pretrained_cfg, str)  # by its tag, so that nobody expects other weights
         if own and not pretrained_cfg and not (pretrained and not _SOURCES & set(pretrained_cfg_overlay or {})):
             # Without the project's weights a model is as the plain one is: classes, image size, mean and std.
             pretrained_cfg = replace(get_pretrained_cfg(name) or PretrainedCfg(), architecture=variant)
@@ -152,6 +153,8 @@ def _register_twin(
             pretrained_cfg = resolve_pretrained_cfg(variant, pretrained_cfg, dict(pretrained_cfg_overlay or {}))  # type: ignore[arg-type]
         elif pretrained_cfg_overlay:
             kwargs["pretrained_cfg_overlay"] = pretrained_cfg_overlay
+        if pretrained:
+            check(pretrained_cfg)
         try:
             model = model_entrypoint(name)(pretrained=pretrained, pretrained_cfg=pretrained_cfg, **kwargs)
         except Exception as error:  # what the Hub's client and its HTTP library raise has no common base
@@ -159,6 +162,10 @@ def _register_twin(
             if tried:
                 raise RuntimeError(tried) from error
             raise
+        if pretrained and (known := knowledge(pretrained_cfg)):
+            theirs = next((tag for tag in map(_tag, get_arch_pretrained_cfgs(name)) if tag), "")
+            instead = f"; timm's own: {variant}.{theirs}" if theirs else ""
+            _logger.log(logging.INFO if asked else logging.WARNING, "%s%s", known, instead)
         if isinstance(decor_config, dict):
             decor_config = DecorConfig.from_dict(decor_config)
         convert(model, decor_config or DecorConfig(), leaves_out(model))
@@ -182,6 +189,10 @@ def _register_twin(
 def _check_tag(variant: str, tag: str | dict[str, Any] | PretrainedCfg | None) -> None:
     if not tag or not isinstance(tag, str):
         return
-    tags = [split_model_name_tag(key)[1] for key in get_arch_pretrained_cfgs(variant)]
+    tags = list(map(_tag, get_arch_pretrained_cfgs(variant)))
     if tag not in tags:
         raise RuntimeError(f"{variant} has no tag {tag!r}; tags: {', '.join(filter(None, tags)) or 'none'}")
+
+
+def _tag(key: str) -> str:
+    return split_model_name_tag(key)[1]

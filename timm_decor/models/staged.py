@@ -16,6 +16,9 @@ from typing import Any
 
 from timm.models import PretrainedCfg
 
+from timm_decor.digest import RESULTS_FILE, check_digest
+from timm_decor.errors import UserError
+
 # The Hub's account that the weights are under; a fork names its own by the variable.
 HUB_OWNER = os.environ.get("TIMM_DECOR_HUB_OWNER", "timm-decor")
 WEIGHTS = "model.safetensors"
@@ -60,24 +63,72 @@ def own_weights() -> list[Own]:
     """The project's own weights of all models; of two of one model the default first."""
     found = []
     for folder, config in _staged():
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        results = _results(folder)
         tag, classes = config["pretrained_cfg"]["tag"], config["num_classes"]
         top1 = results["evaluated"]["top1"]
         found.append(Own(config["architecture"], tag, _hub_id(config), results["data"], classes, top1))
     return found
 
 
+def knowledge(cfg: str | dict[str, Any] | PretrainedCfg | None) -> str:
+    """What the project's own weights know, in a line: many who ask timm for weights expect ImageNet-1k's classes.
+
+    Args:
+        cfg: of a model.
+
+    Returns:
+        "" where the weights are somebody else's, or a file that timm was told to take.
+    """
+    folder, config = _own(cfg)
+    if folder is None:
+        return ""
+    results = _results(folder)
+    data = f" of {results['data']}" if "data" in results else ""
+    right = f", {results['evaluated']['top1']:.1f} % top-1" if results.get("evaluated") else ""
+    size = config["pretrained_cfg"]["input_size"][-1]
+    return f"{folder.name}: weights for the {config['num_classes']} classes{data}, images of {size} px{right}"
+
+
+def check(cfg: str | dict[str, Any] | PretrainedCfg | None) -> None:
+    """Refuse a file of the project's own weights that is not the one that was published.
+
+    Raises:
+        RuntimeError: as timm raises it for weights that do not fit.
+    """
+    folder, _ = _own(cfg)
+    if folder is not None and (folder / WEIGHTS).is_file():
+        try:
+            check_digest(folder / WEIGHTS)
+        except UserError as error:
+            raise RuntimeError(str(error)) from error
+
+
 def unavailable(cfg: str | dict[str, Any] | PretrainedCfg | None, error: Exception) -> str:
     """What to say where the project's own weights could not be had; "" where `cfg` is not theirs, or they are here."""
-    name = getattr(cfg, "hf_hub_id", "")
-    own = next((folder for folder, config in _staged() if name == _hub_id(config)), None)
-    if own is None or getattr(cfg, "file", None):  # somebody else's, or a file that timm was told to take
+    own, config = _own(cfg)
+    if own is None or getattr(cfg, "file", None):
         return ""
+    name = _hub_id(config)
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return (
         f"the weights {own.name} are neither here ({own / WEIGHTS} does not exist) "
         f"nor to be had from the Hub ({name}): {reason}"
     )
+
+
+def _own(cfg: str | dict[str, Any] | PretrainedCfg | None) -> tuple[Path | None, dict[str, Any]]:
+    """The folder of the project's own weights that a configuration asks for, and its config.json."""
+    name = getattr(cfg, "hf_hub_id", "")
+    found = next(((folder, config) for folder, config in _staged() if name == _hub_id(config)), None)
+    told = getattr(cfg, "file", None)
+    if found is None or (told and Path(told) != found[0] / WEIGHTS):
+        return None, {}
+    return found
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    file = folder / RESULTS_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}  # type: ignore[no-any-return]
 
 
 @cache

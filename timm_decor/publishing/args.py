@@ -44,6 +44,9 @@ def publish_parser(prog: str = "hub.publish") -> Parser:
         "--no-eval", action="store_true", help="publish training's own last evaluation; run no validate.py"
     )
     words.add_argument(
+        "--samples", action="store_true", help="show some evaluation images on the card; that publishes them"
+    )
+    words.add_argument(
         "--requirement",
         type=_requirement,
         metavar="LINE",
@@ -71,7 +74,7 @@ def refuse_others(args: argparse.Namespace) -> None:
         raise UserError(f"--{name.replace('_', '-')} is {whose}")
 
 
-_OF_WEIGHTS = ("tag", "license", "base_model", "half", "no_r", "data_dir", "no_eval")
+_OF_WEIGHTS = ("tag", "license", "base_model", "half", "no_r", "data_dir", "no_eval", "samples")
 _OF_SPACE = ("requirement",)
 
 

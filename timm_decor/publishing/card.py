@@ -10,9 +10,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from timm_decor.config import DecorConfig
-from timm_decor.publishing.repository import Options
+from timm_decor.publishing.repository import R_FILE, SAMPLES, Options
 from timm_decor.publishing.trained import Trained
-from timm_decor.text import markdown_cell, markdown_text, printable
+from timm_decor.text import counted, markdown_cell, markdown_text, printable
 from timm_decor.training.args import decor_config
 from timm_decor.training.seeing.compare import Side
 
@@ -22,10 +22,12 @@ _PAPERS = (
     "[arXiv 2405.02385](https://arxiv.org/abs/2405.02385).",
     "N. Ahmad: Correlations Are Ruining Your Gradient Descent, [arXiv 2407.10780](https://arxiv.org/abs/2407.10780).",
 )
+_NAMES = 10  # of classes
+_CHANCE = 1.5  # times the accuracy of guessing: a twin below that has learned nothing
 _TIMM = "R. Wightman: [PyTorch Image Models](https://github.com/huggingface/pytorch-image-models), 2019."
 
 
-def render(trained: Trained, results: dict[str, Any], options: Options, repo_id: str, with_r: bool) -> str:
+def render(trained: Trained, results: dict[str, Any], options: Options, repo_id: str, folder: Path) -> str:
     """README.md of a repository.
 
     Args:
@@ -33,7 +35,7 @@ def render(trained: Trained, results: dict[str, Any], options: Options, repo_id:
         results: what results.json holds.
         options: of publishing.
         repo_id: owner/name on the Hub.
-        with_r: whether decor.safetensors is there.
+        folder: of the files that are written.
     """
     data = trained.data
     rows = _rows(trained, results)
@@ -51,7 +53,10 @@ def render(trained: Trained, results: dict[str, Any], options: Options, repo_id:
         opt=json.dumps(trained.args["opt"]),
         lr_example=f"{trained.results['lr'] / 10:.2g}",
         decor_config=_changed_knobs(trained),
-        with_r=with_r,
+        classes=_classes(trained),
+        num_classes=trained.metadata.num_classes,
+        samples=SAMPLES if (folder / SAMPLES).is_file() else "",
+        with_r=(folder / R_FILE).is_file(),
         how_trained=_how_trained(trained),
         command=_command(trained),
         left_out=", ".join(trained.left_out),
@@ -108,7 +113,9 @@ def _rows(trained: Trained, results: dict[str, Any]) -> list[dict[str, str]]:
         twin = trained.twin
         last = twin.evaluated[-1] if twin.evaluated else {}
         kind = "plain twin" if trained.decorrelated else "decorrelated twin"
-        failed = f" ({markdown_cell(twin.outcome)})" if twin.failure else ""
+        chance = 100 / trained.metadata.num_classes
+        word = "" if last.get("eval_top1", 100.0) > _CHANCE * chance else " (no better than guessing)"
+        failed = f" ({markdown_cell(twin.outcome)})" if twin.failure else word
         rows.append(row(f"its {kind}{failed}", {key: last.get(f"eval_{key}") for key in score(results)}, twin))
     return rows
 
@@ -123,6 +130,14 @@ def _what(trained: Trained, options: Options) -> str:
         f"timm's `{trained.architecture}`, trained with {how} on {data} ({classes} classes, "
         f"{size[-2]} x {size[-1]} pixels){start}."
     )
+
+
+def _classes(trained: Trained) -> str:
+    names = [markdown_text(name) for name in trained.label_names]
+    if not names:
+        return ""
+    shown = f"{', '.join(names[:_NAMES])}" + (", ..." if len(names) > _NAMES else "")
+    return f"Its {len(names)} classes: {shown} (all by number: `label_names` in config.json)."
 
 
 def _usual_images(trained: Trained, results: dict[str, Any]) -> str:
@@ -160,14 +175,22 @@ def _how_trained(trained: Trained) -> str:
     args, results = trained.args, trained.results
     machine, versions = results["machine"], results["versions"]
     where = markdown_text(machine["gpu"] or machine["cpu"])
-    where += "" if machine["gpu"] else f" ({machine['torch_threads']} threads)"
-    minutes = results["final"]["seconds"] / 60
+    where += "" if machine["gpu"] else f" ({counted(machine['torch_threads'], 'thread')})"
+    minutes = round(results["final"]["seconds"] / 60)
+    time = counted(round(minutes / 60), "hour") if minutes >= 180 else counted(max(1, minutes), "minute")
+    images = f" on {counted(results['images']['training'], 'image')}" if results["images"] else ""
     size = args["batch_size"] * args.get("grad_accum_steps", 1) * machine["processes"]
     known = ", ".join(f"{name} {markdown_text(versions[name])}" for name in ("timm_decor", "timm", "torch"))
+    epochs = f"{counted(results['epochs'], 'epoch')} of {markdown_text(args['opt'])}{images}"
     return (
-        f"{results['epochs']} epochs of {markdown_text(args['opt'])}, batch {size}, peak learning rate "
-        f"{results['lr']:g}, weight decay {args['weight_decay']:g}, {args['sched']} schedule: {minutes:.0f} minutes on "
-        f"{where} ({known})."
+        f"{epochs}, batch {size}, peak learning rate {results['lr']:g}, weight decay {args['weight_decay']:g}, "
+        f"{args['sched']} schedule: {time} on {where} ({known}).{_beside(trained)}"
+    )
+
+
+def _beside(trained: Trained) -> str:
+    return (
+        " Other work ran on that machine beside it: take the time as an upper bound." if trained.beside_others else ""
     )
 
 
@@ -184,7 +207,7 @@ def _limits(trained: Trained) -> list[str]:
         "It has the biases of its data; do not let it decide about people.",
     ]
     if not trained.began_with:
-        limits.append(f"It was trained from scratch, for {trained.results['epochs']} epochs.")
+        limits.append(f"It was trained from scratch, for {counted(trained.results['epochs'], 'epoch')}.")
     return limits
 
 

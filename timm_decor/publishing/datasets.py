@@ -11,7 +11,7 @@ class Data:
 
     Attributes:
         name: for people.
-        short: in a tag, as in `dbp_tin_r64`.
+        short: in a tag, as in `whiten_tin_r64`.
         hub_id: the data set's repository on the Hub; "" where there is none to name.
         license: a sentence on the license of the images.
         citation: a sentence; "" where nobody is known.
@@ -49,7 +49,28 @@ DATA = {
         ("the 10 000 validation images (those of the test set have no public labels)", 10_000),
         "valid",
     ),
+    "imagenette128": Data(
+        "Imagenette",
+        "imagenette",
+        "frgfm/imagenette",
+        "Imagenette is a part of ImageNet, whose terms allow non-commercial research and education.",
+        "J. Howard: [Imagenette](https://github.com/fastai/imagenette), 2019; O. Russakovsky et al.: ImageNet Large "
+        "Scale Visual Recognition Challenge, IJCV 2015.",
+        ("the 3 925 validation images", 3_925),
+        "validation",
+    ),
+    "flowers102": Data(
+        "Oxford Flowers-102",
+        "flowers102",
+        "nelorth/oxford-flowers",
+        "Flowers-102 comes without a license of its own; its images were collected from the web for research.",
+        "M.-E. Nilsback, A. Zisserman: Automated Flower Classification over a Large Number of Classes, ICVGIP 2008.",
+        ("the 6 149 test images", 6_149),
+        "test",
+    ),
 }
+for _other, _name in (("imagenette", "imagenette128"), ("tin", "tiny-imagenet"), ("oxford-flowers", "flowers102")):
+    DATA[_other] = DATA[_name]
 DIGITS = Data(
     "scikit-learn's handwritten digits",
     "digits",

@@ -123,6 +123,8 @@ def _options(args: argparse.Namespace, trained: Trained) -> repository.Options:
         )
     if trained.began_with and not args.license:
         raise UserError(f"{trained.checkpoint} began with somebody's weights, whose license decides: say --license")
+    if args.samples and args.no_eval:
+        raise UserError("--samples are images that are evaluated: leave out --no-eval")
     return repository.Options(
         tag=args.tag or trained.tag,
         license=args.license or LICENSE,
@@ -131,6 +133,7 @@ def _options(args: argparse.Namespace, trained: Trained) -> repository.Options:
         with_r=not args.no_r,
         data_dir=args.data_dir,
         evaluate=not args.no_eval,
+        samples=args.samples,
     )
 
 
@@ -146,8 +149,7 @@ def stage(trained: Trained, folder: Path, repo_id: str, options: repository.Opti
 
     def write(fresh: Path) -> None:
         results = repository.write(trained, fresh, options)
-        with_r = (fresh / repository.R_FILE).is_file()
-        RunFolder(fresh).write_text(repository.CARD, card.render(trained, results, options, repo_id, with_r))
+        RunFolder(fresh).write_text(repository.CARD, card.render(trained, results, options, repo_id, fresh))
 
     return _replace(folder, repository.FILES, write, repo_id)
 

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
+from timm_decor.digest import sha256
 from timm_decor.engine.checkpoint import STATE_KEY, write_r
 from timm_decor.errors import UserError, first_line
 from timm_decor.publishing.trained import Trained
@@ -33,13 +34,14 @@ from timm_decor.training.keeping.metadata import stored_metadata
 from timm_decor.training.keeping.privacy import PRIVATE, without_paths
 from timm_decor.training.seeing.plot import save_picture
 
-WEIGHTS, CONFIG, R_FILE, RECIPE, RESULTS, PICTURE, CARD = FILES = (
+WEIGHTS, CONFIG, R_FILE, RECIPE, RESULTS, PICTURE, SAMPLES, CARD = FILES = (
     "model.safetensors",
     "config.json",
     "decor.safetensors",
     "recipe.yaml",
     "results.json",
     "training.png",
+    "predictions.png",
     "README.md",
 )
 _NOISY = ("images_per_s",)  # what differs from one evaluation of the same weights to the next
@@ -59,6 +61,7 @@ class Options:
         with_r: publish R, if the run has it and it belongs to the weights.
         data_dir: where the evaluated data are, if not where training found them.
         evaluate: run validate.py on the files as they will be published.
+        samples: publish some of the evaluation images, with what the model says of them.
     """
 
     tag: str
@@ -68,6 +71,7 @@ class Options:
     with_r: bool
     data_dir: str | None
     evaluate: bool
+    samples: bool = False
 
 
 def write(trained: Trained, path: Path, options: Options) -> dict[str, Any]:
@@ -106,8 +110,9 @@ def write(trained: Trained, path: Path, options: Options) -> dict[str, Any]:
         _settle(file)
     folder.write_text(RECIPE, recipe(trained))
     save_picture(trained.sides, path / PICTURE, f"{trained.architecture} on {trained.data.name}")
-    evaluated = _evaluated(trained, path / WEIGHTS, options) if options.evaluate else None
+    evaluated = _evaluated(trained, path, options) if options.evaluate else None
     results = _results(trained, options, evaluated)
+    results["sha256"] = {name: sha256(path / name) for name in (WEIGHTS, R_FILE) if (path / name).is_file()}
     folder.write_json(RESULTS, results)
     return results
 
@@ -219,14 +224,16 @@ def recipe(trained: Trained) -> str:
     return without_paths(yaml.safe_dump(kept, sort_keys=True))
 
 
-def _evaluated(trained: Trained, weights: Path, options: Options) -> dict[str, Any]:
-    """validate.py's row for the file as it will be published."""
+def _evaluated(trained: Trained, path: Path, options: Options) -> dict[str, Any]:
+    """validate.py's row for the file as it will be published; and its picture, where that is wanted."""
     args = trained.args
     given = {name: args.get(name) for name in ("dataset", "class_map", "input_key", "target_key", "gp")}
     given["data_dir"] = options.data_dir or args.get("data_dir")
-    words = ["--checkpoint", str(weights), "--split", args["val_split"], "--workers", "0", "--device", "cpu"]
+    words = ["--checkpoint", str(path / WEIGHTS), "--split", args["val_split"], "--workers", "0", "--device", "cpu"]
     for name, value in given.items():
         words += [f"--{name.replace('_', '-')}", str(value)] if value else []
+    if options.samples:
+        words += ["--sample-images", str(path / SAMPLES)]
     with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
         file = Path(place) / "results.json"
         try:
@@ -261,7 +268,8 @@ def _results(trained: Trained, options: Options, evaluated: dict[str, Any] | Non
         "dtype": "float16" if options.half else "float32",
         "evaluated": evaluated,
         "evaluated_in_training": trained.evaluated,
-        "training": {key: results[key] for key in ("model", "decorrelated", "lr", "epochs", "final", "ms_per_update")},
+        "training": {key: results[key] for key in ("model", "decorrelated", "lr", "epochs", "final", "ms_per_update")}
+        | {key: results.get(key) for key in ("images", "load")},
         "twin": other,
         "versions": results["versions"],
         "machine": results["machine"],

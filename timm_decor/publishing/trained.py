@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from timm_decor.digest import check_digest
 from timm_decor.errors import UserError, first_line, message
 from timm_decor.models import PREFIX
 from timm_decor.publishing.datasets import Data, known
-from timm_decor.training.args import as_recipe
+from timm_decor.training.args import as_recipe, decor_config
 from timm_decor.training.foreign import Fields, read_json, read_mapping, read_text
-from timm_decor.training.keeping.folder import ARGS_FILE, EMA_SUFFIX, SUMMARY_FILE, check_digest
+from timm_decor.training.keeping.folder import ARGS_FILE, EMA_SUFFIX, SUMMARY_FILE
 from timm_decor.training.keeping.metadata import CheckpointMetadata
 from timm_decor.training.run import parse
 from timm_decor.training.seeing.compare import SIDES, Side
@@ -21,6 +23,7 @@ from timm_decor.training.seeing.compare import SIDES, Side
 WEIGHTS = "last.safetensors"
 # Of args.yaml, which is sorted: what the card tells, and its last line.
 _WRITTEN = ("batch_size", "dataset", "epochs", "model", "opt", "sched", "val_split", "weight_decay", "workers")
+_OWN_LOAD = 1.25  # times its threads and workers: a load above that is others' as well
 # Files on the machine of the training that a recipe cannot bring along.
 _FILES = ("initial_checkpoint", "pretrained_path", "initial_r", "kd_pretrained_path", "class_map")
 
@@ -90,6 +93,15 @@ class Trained:
         return self.metadata.data_config
 
     @property
+    def beside_others(self) -> bool:
+        """Whether the machine had much more to do than this run while it trained."""
+        machine, workers = self.results["machine"], self.args["workers"]
+        if self.results["load"] is None or machine["gpu"] or workers is None:
+            return False
+        own = machine["processes"] * (machine["torch_threads"] + workers)
+        return float(self.results["load"]) > _OWN_LOAD * own
+
+    @property
     def label_names(self) -> list[str]:
         """By class index; empty where the data set has none."""
         return self.metadata.label_names
@@ -125,8 +137,8 @@ class Trained:
 
     @property
     def tag(self) -> str:
-        """As timm's tags: how it was trained, on what, at which size."""
-        how = "dbp" if self.decorrelated else "bp"
+        """As timm's tags: how it was trained (`DecorConfig.rule`, or bp for plain), on what, at which size."""
+        how = decor_config(argparse.Namespace(**self.args)).rule if self.decorrelated else "bp"
         return f"{how}_{self.data.short}_r{self.data_config['input_size'][-1]}"
 
 
@@ -222,7 +234,12 @@ def _results(path: Path) -> dict[str, Any]:
         fields.text(key)
     if "ms_per_update" in found:
         found.fields("ms_per_update")
-    return {"base_model": None, "ms_per_update": None, **found.values, "machine": {"gpu": None, **machine.values}}
+    if "images" in found:
+        found.fields("images").whole("training")
+    if "load" in found:
+        found.number("load", 0)
+    extra = {"base_model": None, "ms_per_update": None, "images": None, "load": None}
+    return {**extra, **found.values, "machine": {"gpu": None, **machine.values}}
 
 
 def _args(path: Path) -> dict[str, Any]:

@@ -96,6 +96,8 @@ def validate_parser(prog: str = "validate.py") -> Parser:
     )
     parser.add_argument("--confusion-matrix", metavar="FILE", help="write it as FILE, a csv, and as a png beside it")
     parser.add_argument("--worst-images", metavar="FILE", help="write the images with the highest loss as one png")
+    parser.add_argument("--sample-images", metavar="FILE", help="write images from all over the split as one png")
+    _add_timeout(parser)
     parser.add_argument("--seed", type=seed, default=42, help="random seed")
     return parser
 
@@ -320,6 +322,15 @@ def _add_distillation_arguments(parser: Parser) -> None:
     )
 
 
+def _add_timeout(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--dist-timeout",
+        type=positive,
+        metavar="SECONDS",
+        help="how long a process waits for another one; default: torch's, 600 on GPUs and 1800 elsewhere",
+    )
+
+
 def _add_run_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=seed, default=42, help="random seed")
@@ -339,6 +350,7 @@ def _add_run_arguments(parser: Parser) -> None:
         metavar="N",
         help="updates between checkpoints within an epoch; 0: at its end only",
     )
+    _add_timeout(group)
     group.add_argument("--output", default="output", metavar="DIR", help="folder of runs")
     group.add_argument("--experiment", metavar="NAME", help="this run's folder there; default: time-model-size")
     group.add_argument(

@@ -22,11 +22,12 @@ from torch import nn
 
 import timm_decor
 from timm_decor.config import DecorConfig
+from timm_decor.digest import check_digest
 from timm_decor.errors import UserError, first_line, load_failure
 from timm_decor.models import PREFIX, plain_name
 from timm_decor.text import closest, near
 from timm_decor.training.adjust import init_head, set_batch_norm
-from timm_decor.training.keeping.folder import EMA_SUFFIX, RESUME_FILES, check_digest
+from timm_decor.training.keeping.folder import EMA_SUFFIX, RESUME_FILES
 from timm_decor.training.keeping.privacy import without_paths
 from timm_decor.training.options import CreateOptions, ImageOptions, LayerOptions, StartOptions
 

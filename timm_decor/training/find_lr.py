@@ -223,7 +223,9 @@ def search(
     for side in SIDES if options.compare.compare else SIDES[not decorrelated :][:1]:
         name, trials = build.side_name(options.model, decorrelated=side != "plain"), []
         for lr in grid(low, high):
-            accelerator = make_accelerator(device.device, device.amp, device.amp_dtype, options.update.grad_accum_steps)
+            accelerator = make_accelerator(
+                device.device, device.amp, device.amp_dtype, options.update.grad_accum_steps, options.dist_timeout
+            )
             own = build.plain_twin(model) if side == "plain" else copy.deepcopy(model)
             arm = Arm(name, own, options, lr, accelerator, *loaders, decorrelated=side != "plain")
             arm.distillation = distillation

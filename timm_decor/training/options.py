@@ -311,6 +311,7 @@ class TrainOptions(Options):
 
     model: str
     seed: int
+    dist_timeout: float | None
     data: DataOptions
     split: SplitOptions
     image: ImageOptions
@@ -353,6 +354,14 @@ class ResultOptions(Options):
     json: bool
     confusion_matrix: str | None
     worst_images: str | None
+    sample_images: str | None
+
+    @property
+    def pictures(self) -> dict[str, str]:
+        """What shows single images or classes, by argument: the file."""
+        named = {"--confusion-matrix": self.confusion_matrix, "--worst-images": self.worst_images}
+        named |= {"--sample-images": self.sample_images}
+        return {name: file for name, file in named.items() if file}
 
 
 @dataclass(frozen=True)
@@ -391,6 +400,7 @@ class ValidateOptions(Options):
 
     model: str | None
     seed: int
+    dist_timeout: float | None
     split: str
     num_samples: int | None
     test_pool: bool

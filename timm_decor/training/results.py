@@ -189,6 +189,7 @@ def _results(arm: Arm, base: str | None, report: AttachReport | None, context: d
         "mean_correlation": dict(zip(("before", "after"), correlation, strict=True)) if correlation else None,
         "ms_per_update": observed["ms_per_update"],
         "peak_memory_bytes": observed["peak_memory_bytes"],
+        "load": observed["load"],
         "refreshes": sum(row.refreshes for row in report.rows) if report else None,
         "skips": sum(row.skips for row in report.rows) if report else None,
         "layers": [

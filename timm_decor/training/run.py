@@ -44,6 +44,8 @@ from timm_decor.training.runtime import (
     launched_for_fsdp,
     machine,
     make_accelerator,
+    others_needed,
+    restarts,
     seed_everything,
     versions,
 )
@@ -85,6 +87,11 @@ def main(argv: Sequence[str], prog: str = "train.py") -> None:
     Raises:
         UserError: anything that the person who called can put right, in one line.
     """
+    with others_needed():
+        _main(argv, prog)
+
+
+def _main(argv: Sequence[str], prog: str) -> None:
     args = parse(argv)
     decorrelated = build.is_decorrelated(args.model, args.decor, changed_flags(args))
     build.check_model_name(args.model)
@@ -94,7 +101,7 @@ def main(argv: Sequence[str], prog: str = "train.py") -> None:
         raise UserError(f"--initial-r does nothing for plain {args.model}: use a {build.PREFIX} model, or --decor")
     trackers.check_available(args.log_with)
     decor_config(args)  # refuse a bad knob before the data are read
-    told = follow_launcher(args)
+    told = restarts() + follow_launcher(args)
     options, record = TrainOptions.of(args), Record.of(prog, argv, args)
     accelerator = _accelerator(options)
     folder = decided_by_one(accelerator, lambda: _open_folder(options))
@@ -115,7 +122,8 @@ def main(argv: Sequence[str], prog: str = "train.py") -> None:
 def _accelerator(options: TrainOptions) -> Accelerator:
     """One of its own for each arm."""
     device = options.device
-    return make_accelerator(device.device, device.amp, device.amp_dtype, options.update.grad_accum_steps)
+    steps = options.update.grad_accum_steps
+    return make_accelerator(device.device, device.amp, device.amp_dtype, steps, options.dist_timeout)
 
 
 def _open_folder(options: TrainOptions) -> RunFolder:
@@ -136,6 +144,7 @@ def _run(
         context = {"command": record.command, **context}
         find_lr.search(options, made.model, made.loaders, made.distillation, decorrelated, folder, context)
         return
+    context["images"] = dict(zip(("training", "evaluation"), made.images, strict=True))
     arms = _make_arms(options, made, accelerator, decorrelated)
     folders = _arm_folders(options, folder, accelerator.is_main_process)
     metadata = _metadata(options.model, options.create.model_kwargs, made.model, made.data_config, made.class_names)
@@ -154,7 +163,7 @@ def _run(
     trackers.start(accelerator, options.watch, record.config, folder.path, sides)
     for arm, side in zip(arms, sides or ("",), strict=True):
         arm.log, arm.distillation = partial(trackers.log, accelerator, side), made.distillation
-    with StopRequest(accelerator.num_processes, tells=accelerator.is_main_process) as stop:
+    with StopRequest(accelerator.num_processes, accelerator.is_main_process, options.dist_timeout) as stop:
         keepers = [Keeper(arm, at, metadata, options.keep, stop) for arm, at in zip(arms, folders, strict=True)]
         try:
             _take_turns(list(zip(arms, keepers, strict=True)))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,10 +16,12 @@ import accelerate
 import numpy as np
 import timm
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import (
     DataLoaderConfiguration,
     GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
     broadcast_object_list,
     parse_flag_from_env,
 )
@@ -34,13 +38,16 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def make_accelerator(device: str | None, amp: bool | None, amp_dtype: str, grad_accum_steps: int = 1) -> Accelerator:
+def make_accelerator(
+    device: str | None, amp: bool | None, amp_dtype: str, grad_accum_steps: int = 1, timeout: float | None = None
+) -> Accelerator:
     """An Accelerator on the device that was asked for.
 
     Args:
         device: cpu, cuda, cuda:N or mps; None takes the best there is, or what `accelerate launch` was told.
         amp: mixed precision in `amp_dtype`, float16 or bfloat16.
         grad_accum_steps: batches an optimizer step.
+        timeout: seconds that a process waits for another one; None for torch's own.
 
     Raises:
         UserError: the device is not there, or cannot do that precision, or Accelerate is set up to cut a model up in
@@ -59,6 +66,7 @@ def make_accelerator(device: str | None, amp: bool | None, amp_dtype: str, grad_
             # as a plugin, because a plain number gives way to a variable of the environment
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=grad_accum_steps),
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))] if timeout else None,
         )
     except ValueError as error:
         raise UserError(f"--device {device or 'default'}: {first_line(error)}") from error
@@ -124,6 +132,45 @@ def decided_by_one(accelerator: Accelerator, decide: Callable[[], T]) -> T:
     if isinstance(answer, UserError):
         raise answer
     return answer  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def others_needed() -> Iterator[None]:
+    """Say in one line that another process of this run is gone, or does not answer.
+
+    On GPUs that is NCCL's watchdog's to say, which ends the process after the same time.
+
+    Raises:
+        UserError: see above.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        # torch has no class for what gloo meets on the way
+        if not isinstance(error, dist.DistError) and not any(
+            word in text for word in ("/gloo/", "pair closure", "NCCL")
+        ):
+            raise
+        late = "imed out" in text and "refused" not in text
+        raise UserError(
+            f"process {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')}: another process "
+            f"{'gave nothing in time (--dist-timeout)' if late else 'is gone: its own last lines say why'}; "
+            f"--resume auto goes on ({first_line(error).split('] ')[-1].split('. ')[0]})"
+        ) from error
+
+
+def restarts() -> list[str]:
+    """A line where torchrun has started this run anew."""
+    count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if not count:
+        return []
+    lines = [f"torchrun has started it anew, {count} of at most {os.environ['TORCHELASTIC_MAX_RESTARTS']} times"]
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # It remembers where the processes before were: github.com/pytorch/pytorch/issues/135712
+        lines.append("it shares a store with them, in which they may miss each other: start torchrun with "
+                     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")  # fmt: skip
+    return lines
 
 
 def launched_for_fsdp() -> bool:

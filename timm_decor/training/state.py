@@ -29,6 +29,7 @@ def state_of(arm: Arm) -> dict[str, Any]:
         "opt": arm.options.optimizer.opt,
         "options": arm.given,
         "parameters": _parameter_names(arm),
+        "plan": _plan(arm),
         "peak_lr": arm.schedule.peak_lr,
         "epoch": arm.epoch,
         "history": arm.history,

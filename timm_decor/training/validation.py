@@ -28,8 +28,8 @@ from timm_decor.training.evaluate import evaluate
 from timm_decor.training.keeping.folder import EMA_SUFFIX, RESUME_FILES, RunFolder
 from timm_decor.training.keeping.metadata import CheckpointMetadata
 from timm_decor.training.options import CreateOptions, ImageOptions, ResultOptions, ValidateOptions
-from timm_decor.training.runtime import make_accelerator, seed_everything
-from timm_decor.training.seeing.mistakes import class_names, confusion, write_confusion, write_worst
+from timm_decor.training.runtime import make_accelerator, others_needed, seed_everything
+from timm_decor.training.seeing.mistakes import class_names, confusion, write_confusion, write_sample, write_worst
 
 Row = dict[str, Any]
 _NARROW = ("checkpoint", "top1", "top5", "loss")  # columns of the table on a terminal; others where there is room
@@ -49,6 +49,11 @@ def main(argv: Sequence[str], prog: str = "validate.py") -> None:
         UserError: anything that the person who called can put right, in one line. Of several checkpoints, those that
             can be evaluated are, before that.
     """
+    with others_needed():
+        _main(argv, prog)
+
+
+def _main(argv: Sequence[str], prog: str) -> None:
     options = ValidateOptions.of(validate_parser().parse(argv))
     weights, result, device = options.weights, options.result, options.device
     if weights.checkpoint and weights.pretrained:
@@ -57,11 +62,11 @@ def main(argv: Sequence[str], prog: str = "validate.py") -> None:
         raise UserError("--use-ema needs --checkpoint")
     checkpoints = find_checkpoints(weights.checkpoint)
     several = len(checkpoints) > 1
-    if several and (result.confusion_matrix or result.worst_images):
-        raise UserError("--confusion-matrix and --worst-images are for one checkpoint, not several")
-    accelerator = make_accelerator(device.device, device.amp, device.amp_dtype)
+    if several and result.pictures:
+        raise UserError(f"{' and '.join(result.pictures)}: for one checkpoint, not several")
+    accelerator = make_accelerator(device.device, device.amp, device.amp_dtype, timeout=options.dist_timeout)
     say = partial(_say, prog) if accelerator.is_main_process else _nothing
-    for file in (result.results_file, result.confusion_matrix, result.worst_images):
+    for file in (result.results_file, *result.pictures.values()):
         if file:
             RunFolder(Path(file).parent, accelerator.is_main_process)
 
@@ -170,7 +175,7 @@ def _evaluate(
     runnable: Any = model
     if device.torchcompile:
         runnable = torch.compile(model, backend=device.torchcompile, mode=device.torchcompile_mode)
-    seen: list[torch.Tensor] | None = [] if options.result.confusion_matrix or options.result.worst_images else None
+    seen: list[torch.Tensor] | None = [] if options.result.pictures else None
     metrics = evaluate(runnable, loader, accelerator, device.channels_last, seen)
     if seen and accelerator.is_main_process:
         _write_mistakes(options.result, loader.dataset.source, torch.cat(seen).numpy(), classes)  # type: ignore[attr-defined]
@@ -252,6 +257,8 @@ def _write_mistakes(result: ResultOptions, source: Source, seen: Any, classes: i
         write_confusion(confusion(seen, classes), names, Path(result.confusion_matrix))
     if result.worst_images:
         write_worst(source, seen, names, Path(result.worst_images))
+    if result.sample_images:
+        write_sample(source, seen, names, Path(result.sample_images))
 
 
 def pooled_over_windows(

@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from timm_decor.errors import Stopped, UserError
-from timm_decor.text import listed
-from timm_decor.training.keeping.folder import EMA_SUFFIX, RESUME_FILE, RunFolder, find_resume, read_resume
+from timm_decor.text import counted, listed, wrapped
+from timm_decor.training.keeping.folder import EMA_SUFFIX, EPOCH_FILE, RESUME_FILE, RunFolder, find_resume, read_resume
+from timm_decor.training.keeping.progress import is_whole
 from timm_decor.training.keeping.stopping import StopRequest
 from timm_decor.training.keeping.whole import whole_weights
 from timm_decor.training.options import KeepOptions
@@ -116,6 +117,7 @@ class Keeper:
         kept = {row["epoch"] for row in arm.ranked[: self._keep.checkpoint_hist]}
         folder.forget_epochs(row["epoch"] for row in arm.history if row["epoch"] not in kept)
         self._write_resume()
+        folder.keep_epoch()
         folder.write_summary(arm.history)
 
     def _write_resume(self) -> None:
@@ -148,7 +150,11 @@ def load_states(
         if file is not None:
             name = str(file.parent if file.name == RESUME_FILE else file)
             _check_classes(state.get("label_names"), json.loads(metadata["label_names"]), name)
-            arm.load_state(state, name)
+            if _is_for_others(state, accelerator.num_processes):
+                state = _end_of_epoch(arm, file, state)
+            if state:
+                arm.load_state(state, name)
+                _tell_of_processes(arm, state.get("plan"))
     accelerator.wait_for_everyone()  # none must look while one tidies up
     for arm, folder, (file, wrong) in zip(arms, folders, found, strict=True):
         folder.remove_unfinished()
@@ -175,6 +181,33 @@ def _newest(accelerator: Accelerator, path: Path) -> tuple[Path | None, str, dic
 
     file, wrong = decided_by_one(accelerator, decide) if path.is_dir() else (path, "")
     return file, wrong, read or (read_resume(file) if file is not None else {})
+
+
+def _is_for_others(state: dict[str, Any], processes: int) -> bool:
+    """Whether a state is of the middle of an epoch that another number of processes share."""
+    progress = state.get("progress")
+    return progress is not None and not is_whole(progress) and progress["plan"]["processes"] != processes
+
+
+def _end_of_epoch(arm: Trained, file: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """The state at the end of the epoch before, and a line that says so; empty where no epoch was done."""
+    before = file.with_name(EPOCH_FILE)
+    earlier = read_resume(before) if before.is_file() else {}
+    begun, was = len(state["history"]) + 1, state["progress"]["plan"]["processes"]
+    back = f"the end of epoch {len(earlier['history'])}" if earlier else "the start"
+    why = (
+        f"{was} processes were in the middle of epoch {begun}, which {arm.accelerator.num_processes} cannot go on with"
+    )
+    arm.accelerator.print(wrapped(f"{arm.name}: {why}: back to {back}"))
+    return earlier
+
+
+def _tell_of_processes(arm: Trained, before: dict[str, int] | None) -> None:
+    """Say that there are other processes than before, which no argument shows."""
+    now, was = arm.accelerator.num_processes, (before or {}).get("processes")
+    if was not in (None, now):
+        text = f"{counted(now, 'process', 'processes')} now, {was} before; each has --batch-size images in an update"
+        arm.accelerator.print(wrapped(f"{arm.name}: {text}"))
 
 
 def _check_classes(before: list[str] | None, now: list[str], name: str) -> None:

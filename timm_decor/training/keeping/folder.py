@@ -2,14 +2,14 @@
 
 Every file is written in a folder of its own, brought to the disk and renamed, so none is ever half there, and what a
 killed run leaves, whoever wrote it, lies in one place. While a run lasts, resume.pt has one generation before it, for
-the day on which the disk itself spoils the newest.
+the day on which the disk itself spoils the newest; and the last epoch's end stays, which any number of processes can go
+on from.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
-import hashlib
 import io
 import itertools
 import json
@@ -28,16 +28,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from timm_decor.digest import RESULTS_FILE, sha256
 from timm_decor.errors import UserError, first_line, load_failure
 from timm_decor.training.keeping.lock import locked
 
 RESUME_FILE = "resume.pt"
 PREVIOUS_FILE = "resume-previous.pt"
+EPOCH_FILE = "resume-epoch.pt"
 DAMAGED_FILE = "resume-damaged.pt"
-RESUME_FILES = (RESUME_FILE, PREVIOUS_FILE, DAMAGED_FILE)
+RESUME_FILES = (RESUME_FILE, PREVIOUS_FILE, EPOCH_FILE, DAMAGED_FILE)
 ARGS_FILE = "args.yaml"
 SUMMARY_FILE = "summary.csv"
-RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
 COMPARISON_FILES = ("compare.json", "compare.md", "compare.png")
 _UNFINISHED = ".unfinished-"  # begins the name of a folder; a file is renamed out of it
@@ -153,8 +154,9 @@ class RunFolder:
             self._remove(name)
 
     def forget_previous(self) -> None:
-        """Remove the resume state before the last: a finished run will not need it."""
+        """Remove the resume states before the last: a finished run will not need them."""
         self._remove(PREVIOUS_FILE)
+        self._remove(EPOCH_FILE)
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of `last` and `best`, and of their averages, by file name."""
@@ -172,6 +174,10 @@ class RunFolder:
                 torch.save(dict(state), file)
 
         self._write(RESUME_FILE, write, keep=PREVIOUS_FILE)
+
+    def keep_epoch(self) -> None:
+        """Let resume-epoch.pt be what resume.pt is now (a hard link, or a copy where there are none)."""
+        self._write(EPOCH_FILE, partial(_link, self.path / RESUME_FILE))
 
     def set_aside_damaged(self) -> None:
         """Rename a resume.pt that cannot be used, or the next write would make it the previous one."""
@@ -212,30 +218,6 @@ class RunFolder:
     def _remove(self, name: str) -> None:
         if self._writes:
             (self.path / name).unlink(missing_ok=True)
-
-
-def sha256(path: Path) -> str:
-    """A file's digest, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def check_digest(path: Path) -> None:
-    """Refuse a file of weights that is not the one that its run's results.json speaks of; others are let through.
-
-    Raises:
-        UserError: it is damaged, or was replaced.
-    """
-    results = path.parent / RESULTS_FILE
-    try:
-        known = json.loads(results.read_text(encoding="utf-8"))["sha256"][path.name]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return
-    if known != sha256(path):
-        raise UserError(f"{path} is damaged, or was replaced: its SHA-256 is not the one in {results.name}")
 
 
 def _to_disk(path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
@@ -64,23 +65,37 @@ class Progress:
         """Take over what `state` gave; arguments as there.
 
         Raises:
-            UserError: the epoch has other batches now.
+            UserError: batches of the epoch are left, and they are other ones now.
         """
-        before = saved["plan"]
+        before, whole, parts = saved["plan"], is_whole(saved), saved["processes"]
         other = [f"{name} {before.get(name, 'unknown')} (here {value})" for name, value in plan.items()
                  if before.get(name) != value]  # fmt: skip
-        if other:
+        if other and not whole:
             raise UserError(
                 f"its last checkpoint is of the middle of an epoch, with {', '.join(other)}: "
                 f"that can change only between epochs"
             )
-        own = saved["processes"][accelerator.process_index]
+        own = (
+            parts[accelerator.process_index] if len(parts) == accelerator.num_processes else _joined(parts, accelerator)
+        )
         for model, statistics in zip(models, own["statistics"], strict=False):  # an average may have come or gone
             model.load_state_dict(statistics, strict=False)
         self.losses.load_state_dict(own["losses"])
         self.random = own["random"]
-        self.steps, self.batches = saved["steps"], saved["batches"]
+        self.steps, self.batches = saved["steps"], plan["batches"] if whole else saved["batches"]
         self.lr, self.seconds = saved["lr"], saved["seconds"]
+
+
+def is_whole(saved: dict[str, Any]) -> bool:
+    """Whether all batches of the epoch were trained with when `state` was called: only its evaluation is left."""
+    return bool(saved["batches"] == saved["plan"]["batches"])
+
+
+def _joined(parts: list[dict[str, Any]], accelerator: Accelerator) -> dict[str, Any]:
+    """What processes had of an epoch without batches to come, for another number of them: the first has the sums."""
+    sums = sum(part["losses"]["sums"] for part in parts)
+    own = sums if accelerator.is_main_process else torch.zeros_like(sums)
+    return parts[0] | {"losses": parts[0]["losses"] | {"sums": own}}
 
 
 def _running_statistics(model: nn.Module) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -29,11 +30,13 @@ class StopRequest:
     Args:
         processes: of this run; with more than one, entering is collective.
         tells: whether this one says that a request has come.
+        timeout: seconds that a process waits for another one; None for torch's own.
     """
 
-    def __init__(self, processes: int = 1, tells: bool = True) -> None:
+    def __init__(self, processes: int = 1, tells: bool = True, timeout: float | None = None) -> None:
         self._processes = processes
         self._tells = tells
+        self._timeout = timedelta(seconds=timeout) if timeout else None
         self._signum = 0
         self._since = 0.0
         self._handlers: dict[int, Any] = {}
@@ -45,7 +48,7 @@ class StopRequest:
             self._handlers = {number: signal.signal(number, self._note) for number in _SIGNALS}
         if self._processes > 1:
             # its own group, on the CPU: no GPU has to wait, and no other reduction can come in between
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=self._timeout)
         return self
 
     def __exit__(self, *_: object) -> None:

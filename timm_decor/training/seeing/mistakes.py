@@ -20,12 +20,13 @@ MOST_PICTURES = 36
 MOST_NUMBERS = 20  # classes up to which each cell of the matrix shows its count
 _MOST_NAMES = 50  # classes up to which the axes name them
 _IN_REPORT = 12  # images with the highest loss
+_IN_SAMPLE = 12
 _THUMBNAIL = 128  # pixels of their longer side
 
 
 @dataclass(frozen=True)
-class Wrong:
-    """An image with a high loss; it may be right all the same.
+class Judged:
+    """An image and what a model makes of it.
 
     Attributes:
         index: in the split, from 0.
@@ -58,7 +59,7 @@ class Mistakes:
     epoch: int | None
     names: list[str]
     counts: Any
-    worst: list[tuple[Wrong, str]]
+    worst: list[tuple[Judged, str]]
 
     @classmethod
     def of(cls, weights: str, epoch: int | None, source: Source, seen: Any, classes: int) -> Mistakes:
@@ -109,10 +110,14 @@ def confused_pairs(counts: Any, most: int) -> Iterator[tuple[int, int, int]]:
         yield row, column, int(wrong[row, column])
 
 
-def worst_of(seen: Any, most: int) -> list[Wrong]:
+def worst_of(seen: Any, most: int) -> list[Judged]:
     """The images with the highest loss, the highest first."""
-    order = np.argsort(-seen[:, 2], kind="stable")[:most]
-    return [Wrong(int(i), int(seen[i, 0]), int(seen[i, 1]), float(seen[i, 2]), float(seen[i, 3])) for i in order]
+    return [_seen_of(seen, place) for place in np.argsort(-seen[:, 2], kind="stable")[:most]]
+
+
+def _seen_of(seen: Any, place: int) -> Judged:
+    given, predicted, loss, confidence = seen[place]
+    return Judged(int(place), int(given), int(predicted), float(loss), float(confidence))
 
 
 @plain_text()
@@ -144,12 +149,26 @@ def write_confusion(counts: Any, names: Sequence[str], path: Path) -> None:
 
 def write_worst(source: Source, seen: Any, names: Sequence[str], path: Path) -> None:
     """The images with the highest loss, as the data set has them, each with its label and what was predicted."""
-    shown = []
-    for wrong in worst_of(seen, MOST_PICTURES):
-        first, second = (label(names[number], 18) for number in (wrong.label, wrong.predicted))
-        text = f"{first}\n{second} {100 * wrong.confidence:.0f} %, loss {wrong.loss:.1f}"
-        shown.append((wrong.index, text, "#b02a3c" if wrong.label != wrong.predicted else "black"))
-    write_sheet(source, shown, "highest loss first: label, then what was predicted", path)
+    shown = [(wrong, f", loss {wrong.loss:.1f}") for wrong in worst_of(seen, MOST_PICTURES)]
+    _write_predicted(source, shown, names, "highest loss first: label, then what was predicted", path)
+
+
+def write_sample(source: Source, seen: Any, names: Sequence[str], path: Path) -> None:
+    """Images from all over the split, chosen before anything is known of them, with label and prediction."""
+    places = np.linspace(0, len(seen) - 1, min(_IN_SAMPLE, len(seen))).round().astype(int)
+    shown = [(_seen_of(seen, place), "") for place in places]
+    _write_predicted(source, shown, names, "label, then what was predicted", path)
+
+
+def _write_predicted(
+    source: Source, shown: Sequence[tuple[Judged, str]], names: Sequence[str], heading: str, path: Path
+) -> None:
+    sheet = []
+    for seen, more in shown:
+        first, second = (label(names[number], 18) for number in (seen.label, seen.predicted))
+        text = f"{first}\n{second} {100 * seen.confidence:.0f} %{more}"
+        sheet.append((seen.index, text, "#b02a3c" if seen.label != seen.predicted else "black"))
+    write_sheet(source, sheet, heading, path)
 
 
 @plain_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -62,6 +63,7 @@ class Observer:
         self._curve = Series(512)
         self._correlations = Series(64)
         self._updates = Series(256)
+        self._loads = Series(64)
         self._peak_bytes = 0
         self._last_cost = 0.0
         self.spent = 0.0
@@ -73,8 +75,10 @@ class Observer:
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def end_epoch(self, watched: list[tuple[float, ...]]) -> None:
-        """Note the peak of memory and the updates that a StepClock watched."""
+        """Note the peak of memory, the machine's load and the updates that a StepClock watched."""
         self._peak_bytes = max(self._peak_bytes, peak_memory(self._device))
+        if hasattr(os, "getloadavg"):
+            self._loads.offer(lambda: round(os.getloadavg()[0], 2))
         for row in watched:
             self._updates.offer(partial(list, row))
 
@@ -113,7 +117,8 @@ class Observer:
 
     def state(self) -> dict[str, Any]:
         """Plain values that continue the record."""
-        series = {"curve": self._curve, "correlations": self._correlations, "updates": self._updates}
+        series = {"curve": self._curve, "correlations": self._correlations}
+        series |= {"updates": self._updates, "loads": self._loads}
         return {name: kept.state() for name, kept in series.items()} | {"peak_bytes": self._peak_bytes}
 
     def load(self, state: dict[str, Any] | None) -> None:
@@ -122,6 +127,8 @@ class Observer:
             self._curve.load(state["curve"])
             self._correlations.load(state["correlations"])
             self._updates.load(state["updates"])
+            if "loads" in state:
+                self._loads.load(state["loads"])
             self._peak_bytes = state["peak_bytes"]
 
     def record(self, final: AttachReport | None = None) -> dict[str, Any]:
@@ -134,6 +141,7 @@ class Observer:
             `curve`: rows of update, batch loss, learning rate. `correlations`: an entry for each look, with `step` and
             each layer's mean correlation `before` and `after` R. `ms_per_update`: milliseconds of each phase, None
             without a watched update. `peak_memory_bytes`: of the GPU's allocator, or of the whole process on a CPU.
+            `load`: the machine's load (processes that run or want to), the median over the epochs' ends.
         """
         looks = [row for row in self._correlations.rows if row["before"]]
         if final is not None and any(row.refreshes for row in final.rows):
@@ -143,6 +151,7 @@ class Observer:
             "correlations": looks,
             "ms_per_update": phase_times(self._updates.rows, self._handle.config.every if self._handle else 1),
             "peak_memory_bytes": self._peak_bytes or None,
+            "load": median(self._loads.rows) if self._loads.rows else None,
         }
 
 
