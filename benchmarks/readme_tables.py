@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from study import pictures, scaling_pages, sensitivity, tables
 from study.families import FAMILIES

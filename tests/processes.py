@@ -201,7 +201,7 @@ def in_float64() -> None:
     """Let models be made, and batches come, in float64."""
     import torch
 
-    from timm_decor.training.data.loaders import Batches
+    from timm_decor.training.data.batches import Batches
 
     torch.set_default_dtype(torch.float64)
     getitems = Batches.__getitems__
@@ -228,14 +228,14 @@ def keep_own_end(file: str) -> None:
     Keeper.save = saved  # type: ignore[method-assign]
 
 
-def as_launched(config: str, *overrides: str) -> None:
-    """Have the environment that `accelerate launch` makes of a config file; and Accelerate shards on CPUs as well."""
+def as_launched(*words: str) -> None:
+    """Have the environment that `accelerate launch` makes of its arguments; and Accelerate shards on CPUs as well."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
     from accelerate.utils.launch import prepare_multi_gpu_env
 
-    arguments = launch_command_parser().parse_args(["--config_file", config, *overrides, "train.py"])
+    arguments = launch_command_parser().parse_args([*words, "train.py"])
     made = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
     os.environ |= {key: value for key, value in made.items() if key.startswith(("ACCELERATE_", "FSDP_"))}
     init = AcceleratorState.__init__
@@ -258,9 +258,15 @@ def one_of(rank: int, world_size: int, port: int, file: str, float64: bool, laun
     if float64:
         in_float64()
     if launched:
-        as_launched(launched, "--mixed_precision", "no")
+        as_launched("--config_file", launched, "--mixed_precision", "no")
     else:
         keep_own_end(file)
+
+
+def launched_one_of(rank: int, world_size: int, port: int, words: list[str]) -> None:
+    """Be one of the processes that `accelerate launch` with these words starts."""
+    join_group(rank, world_size, port)
+    as_launched(*words)
 
 
 def start_group(

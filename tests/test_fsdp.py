@@ -169,7 +169,7 @@ def worker(rank, processes, port, folder):
 
     torch.set_num_threads(1)
     join_group(rank, processes, port)
-    as_launched(str(LAUNCH), "--mixed_precision", "no", "--fsdp_auto_wrap_policy", "NO_WRAP")
+    as_launched("--config_file", str(LAUNCH), "--mixed_precision", "no", "--fsdp_auto_wrap_policy", "NO_WRAP")
     accelerator = Accelerator(cpu=True)  # it starts the group of processes
     mesh = init_device_mesh("cpu", (processes,))
     results = {}

@@ -24,7 +24,7 @@ from timm_decor.errors import UserError
 from timm_decor.reporting import AttachReport
 from timm_decor.training import arm as arm_module
 from timm_decor.training import run as run_module
-from timm_decor.training.data.loaders import Batches
+from timm_decor.training.data.batches import Batches
 from timm_decor.training.keeping import folder as folder_module
 from timm_decor.training.seeing.compare import Side, markdown, summary, verdict
 from timm_decor.training.seeing.losswatch import NonFiniteLoss

@@ -82,7 +82,7 @@ DIGITS = Data(
 
 
 def known(name: str, is_folder: bool) -> Data:
-    """The data set of a name such as cifar10, torch/cifar10 or hfds/uoft-cs/cifar10; of an unknown one, its name.
+    """The data set of a name such as cifar10, torch/cifar10, hfds/uoft-cs/cifar10 or hfids/...; of another, its name.
 
     Args:
         name: that of --dataset, or of the folder.
@@ -90,7 +90,8 @@ def known(name: str, is_folder: bool) -> Data:
     """
     if name == "digits" and not is_folder:
         return DIGITS
-    hub_id = name.removeprefix("hfds/").split(":")[0] if name.startswith("hfds/") else ""
+    kind, _, rest = name.partition("/")
+    hub_id = rest.split(":")[0] if kind in ("hfds", "hfids") else ""
     key = (hub_id or name).rstrip("/").rsplit("/", 1)[-1].lower().replace("_", "-")
     short = "".join(letter for letter in key if letter.isalnum()) or "data"
     license_ = "Its license is that of its makers; this card knows nothing of it."

@@ -27,6 +27,8 @@ def train_parser(prog: str = "train.py") -> Parser:
     group = parser.add_argument_group("training data")
     group.add_argument("--train-split", default="train", metavar="NAME", help="training split, as in train[:1000]")
     group.add_argument("--val-split", default="validation", metavar="NAME", help="falls back to val or test")
+    group.add_argument("--train-num-samples", type=count, metavar="N", help="images that the training split must have")
+    group.add_argument("--val-num-samples", type=count, metavar="N", help="images that the evaluation split must have")
     group.add_argument("-vb", "--validation-batch-size", type=count, metavar="N", help="default: --batch-size")
     add_model_arguments(parser, default_model="decor_resnet18")
     group = parser.add_argument_group("start")
@@ -72,6 +74,7 @@ def validate_parser(prog: str = "validate.py") -> Parser:
     add_data_arguments(parser, batch_size=256)
     add_model_arguments(parser, default_model=None)
     parser.add_argument("--split", default="validation", metavar="NAME", help="falls back to val or test")
+    parser.add_argument("--num-samples", type=count, metavar="N", help="images that the split must have")
     parser.add_argument(
         "--checkpoint",
         nargs="+",
@@ -140,17 +143,20 @@ def export_parser(prog: str) -> Parser:
 def add_data_arguments(parser: Parser, batch_size: int) -> None:
     """Arguments that say which images, and how they become tensors."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data-dir", metavar="DIR", help="root folder of the data")
+    group.add_argument("--data-dir", metavar="DIR", help="root folder of the data; of wds/ also a URL")
     group.add_argument(
         "--dataset",
         metavar="NAME",
-        help="digits (scikit-learn's, no folder needed), parquet, folder, torch/<name> or hfds/<name>; "
+        help="digits (scikit-learn's, no folder needed), parquet, folder, torch/<name>, hfds/<name>, or "
+        "streamed: wds/ (tar shards in --data-dir), hfids/<name>; "
         "default: folder with --data-dir, else digits",
     )
     group.add_argument("--dataset-download", action=_SWITCH, default=False, help="let torch/ datasets download")
-    group.add_argument("--class-map", metavar="FILE", help="file that maps class names to indices (folder)")
-    group.add_argument("--input-key", metavar="NAME", help="image column (parquet, hfds)")
-    group.add_argument("--target-key", metavar="NAME", help="label column (parquet, hfds)")
+    group.add_argument("--class-map", metavar="FILE", help="file that maps class names to indices (folder, wds)")
+    group.add_argument("--input-key", metavar="NAME", help="image column (parquet, hfds, hfids), or extensions (wds)")
+    group.add_argument(
+        "--target-key", metavar="NAME", help="label column (parquet, hfds, hfids), or field of the json (wds)"
+    )
     group.add_argument(
         "--cache-images",
         action=_SWITCH,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, skip_first_batches
+from accelerate import Accelerator
 from timm.models import model_parameters
 from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 import timm_decor
 from timm_decor.errors import UserError, first_line
 from timm_decor.training.build import class_count, place
-from timm_decor.training.data.loaders import told
+from timm_decor.training.data.loaders import of_epoch, told
 from timm_decor.training.data.sources import Source
 from timm_decor.training.evaluate import Metrics, evaluate
 from timm_decor.training.keeping.progress import Progress
@@ -178,6 +178,11 @@ class Arm:
         """Batches of this process."""
         return len(self._train_loader)
 
+    @property
+    def order_plan(self) -> dict[str, int]:
+        """What the order of the training images depends on beside the batches' size and number."""
+        return self._train_loader.dataset.plan  # type: ignore[attr-defined,no-any-return]
+
     def work(self, epoch: int) -> float:
         """What an epoch costs, in relation to the others: the pixels of its images decide."""
         return self._train_loader.dataset.work(epoch)  # type: ignore[attr-defined,no-any-return]
@@ -332,14 +337,7 @@ class Arm:
 
     def batches(self, epoch: int, progress: Progress) -> Iterator[Any]:
         """The epoch's batches that are still to come, with random numbers as they follow on those before."""
-        self._train_loader.set_epoch(epoch)  # type: ignore[attr-defined]
-        # Accelerate's loader passes this on by itself, but not on several processes
-        self._train_loader.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
-        loader = self._train_loader
-        if progress.batches:
-            loader = skip_first_batches(loader, progress.batches)
-            loader.set_epoch(epoch)  # type: ignore[attr-defined]  # it counts epochs on its own
-        for number, batch in enumerate(told(loader)):
+        for number, batch in enumerate(told(of_epoch(self._train_loader, epoch, progress.batches))):
             # not earlier: a loader draws a number when it starts its workers, which it does once in a process
             if progress.random is not None:
                 set_random_state(progress.random, self.accelerator.device)

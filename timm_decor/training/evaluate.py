@@ -12,6 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from timm_decor.training.data.streams import NO_IMAGE
+
 
 @dataclass(frozen=True)
 class Metrics:
@@ -59,19 +61,17 @@ def evaluate(
             output = model(images)
         output = output.float()
         classes = output.shape[1]
-        losses = functional.cross_entropy(output, labels, reduction="none")
+        losses = functional.cross_entropy(output, labels, reduction="none", ignore_index=NO_IMAGE)
         top = output.topk(min(5, classes), dim=1).indices
         ranked = top == labels[:, None]
+        rows = torch.stack([row.float() for row in (labels, top[:, 0], losses, output.softmax(1).amax(1))], dim=1)
         # on several processes the last batch is padded; gather_for_metrics drops the padding
-        losses, ranked = accelerator.gather_for_metrics((losses, ranked))
+        rows, ranked = accelerator.gather_for_metrics((rows, ranked))
+        is_image = rows[:, 0] != NO_IMAGE  # a stream's padding
+        rows, ranked = rows[is_image], ranked[is_image]
         if seen is not None:
-            rows = (
-                labels,
-                top[:, 0],
-                functional.cross_entropy(output, labels, reduction="none"),
-                output.softmax(1).amax(1),
-            )
-            seen.append(accelerator.gather_for_metrics(torch.stack([row.float() for row in rows], dim=1)).cpu())
+            seen.append(rows.cpu())
+        losses = rows[:, 2]
         batch = torch.stack((losses.sum(), ranked[:, 0].sum(), ranked.any(1).sum(), losses.new_tensor(len(losses))))
         sums += batch.to(sums)
     loss, top1, top5, images_seen = sums.tolist()

@@ -57,6 +57,8 @@ class SplitOptions(Options):
 
     train_split: str
     val_split: str
+    train_num_samples: int | None
+    val_num_samples: int | None
 
 
 @dataclass(frozen=True)
@@ -400,6 +402,7 @@ class ValidateOptions(Options):
     seed: int
     dist_timeout: float | None
     split: str
+    num_samples: int | None
     test_pool: bool
     data: DataOptions
     image: ImageOptions

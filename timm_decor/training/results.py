@@ -147,7 +147,7 @@ def _mistakes_of_best(arm: Arm, folder: RunFolder) -> Mistakes | None:
 
 
 def _title(options: TrainOptions, arms: Sequence[Arm]) -> str:
-    data = options.data.dataset or Path(options.data.data_dir or "digits").name
+    data = without_paths(options.data.dataset or Path(options.data.data_dir or "digits").name)
     return f"{' and '.join(arm.name for arm in arms)} on {data}"
 
 

@@ -58,7 +58,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """train.py's arguments, a recipe's (-c, or the args.yaml of the run to --resume) below the command line's.
 
     Raises:
-        UserError: an argument or a recipe's key is unknown or refused, or a value is a secret.
+        UserError: an argument or a recipe's key is unknown or refused, or a value is a secret, or a recipe's
+            command.
     """
     parser = train_parser()
     args = parser.parse(argv)
@@ -69,7 +70,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if not recipe.is_file():
             raise UserError(f"nothing to resume: {recipe} does not exist")
     if recipe:
-        args = parser.parse([*parser.recipe_words(str(recipe)), *argv])
+        given, args = args.data_dir, parser.parse([*parser.recipe_words(str(recipe)), *argv])
+        if str(args.data_dir).startswith("pipe:") and not given:
+            raise UserError(f"recipe {recipe}: --data-dir is a command to run: give it on the command line")
     refuse_secrets(args)
     return args
 

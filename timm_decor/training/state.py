@@ -143,4 +143,5 @@ def _plan(arm: Arm) -> dict[str, int]:
         "grad-accum-steps": arm.options.update.grad_accum_steps,
         "seed": arm.options.seed,
         "batches": arm.batches_per_epoch,
+        **arm.order_plan,
     }

@@ -150,7 +150,7 @@ def _evaluate(
         else:
             ignored = f"{checkpoint} is of {its}, not {mine}: its data configuration and number of classes are not used"
     device, wanted, channels = options.device, options.create.num_classes, build.input_channels(options.image)
-    source = open_source(options.data, options.split, "RGB" if channels == 3 else "L")
+    source = open_source(options.data, options.split, "RGB" if channels == 3 else "L", options.num_samples)
     seed_everything(options.seed)
     known_by_data = source.num_classes if checkpoint else None
     model = build.create(name, options.create, wanted or known_by_data, channels, pretrained=not checkpoint)
@@ -178,7 +178,7 @@ def _evaluate(
     seen: list[torch.Tensor] | None = [] if options.result.pictures else None
     metrics = evaluate(runnable, loader, accelerator, device.channels_last, seen)
     if seen and accelerator.is_main_process:
-        _write_mistakes(options.result, source, torch.cat(seen).numpy(), classes)
+        _write_mistakes(options.result, loader.dataset.source, torch.cat(seen).numpy(), classes)  # type: ignore[attr-defined]
     row: Row = {"model": name, "top1": round(metrics.top1, 4), "top1_err": round(100 - metrics.top1, 4)}
     if metrics.top5 is not None:
         row |= {"top5": round(metrics.top5, 4), "top5_err": round(100 - metrics.top5, 4)}

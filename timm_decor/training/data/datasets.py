@@ -14,23 +14,25 @@ from timm_decor.training.data.folders import Folder
 from timm_decor.training.data.libraries import TimmDataset
 from timm_decor.training.data.names import numbered_as
 from timm_decor.training.data.parquet import Parquet, ParquetColumns
+from timm_decor.training.data.shards import ParquetShards, TarShards, is_local
 from timm_decor.training.data.sources import Cached, Source, decoded_bytes
 from timm_decor.training.options import DataOptions, SplitOptions
 
-_KINDS = ("digits", "parquet", "folder", "torch/", "hfds/")
+_KINDS = ("digits", "parquet", "folder", "torch/", "hfds/", "wds/", "hfids/")
 _CACHE_LIMIT = 2**30  # bytes of decoded images that are cached without being asked
 
 
-def open_source(options: DataOptions, split: str, mode: str) -> Source:
+def open_source(options: DataOptions, split: str, mode: str, num_samples: int | None = None) -> Source:
     """The labelled images of one split, checked as far as that is possible without decoding them all.
 
     Args:
         options: where they are.
         split: name of the split, with rows if the data set knows them.
         mode: PIL colour mode, RGB or L.
+        num_samples: images that there should be; None for any number.
 
     Raises:
-        UserError: unknown kind, missing or empty folder, no such split, missing column.
+        UserError: unknown kind, missing or empty folder, no such split, missing column, another number of images.
     """
     name = options.dataset or ("folder" if options.data_dir else "digits")
     kind = name.split("/", 1)[0].lower()
@@ -42,10 +44,16 @@ def open_source(options: DataOptions, split: str, mode: str) -> Source:
         source = Folder(_existing(options.data_dir, name), split, mode, _class_map(options))
     elif kind in ("torch", "hfds") and "/" in name:
         source = _timm_source(options, name, kind, split, mode)
+    elif kind in ("wds", "hfids") and "/" in name:
+        source = _shards(options, name, kind, split, mode)
     else:
         raise UserError(f"unknown dataset '{name}'{near(name, _KINDS)}; datasets: {', '.join(_KINDS)}")
     if not len(source):
         raise UserError(f"{name}, split {split}: no images")
+    if num_samples not in (None, len(source)):
+        raise UserError(
+            f"{name}, split {split}: it has {len(source)} images, not the {num_samples} that were asked for"
+        )
     if options.cache_images:
         return Cached(source)
     small = options.cache_images is None and kind in ("digits", "parquet") and decoded_bytes(source) < _CACHE_LIMIT
@@ -63,7 +71,8 @@ def open_splits(options: DataOptions, splits: SplitOptions, mode: str) -> tuple[
     Raises:
         UserError: as `open_source`, or the evaluation split has a class that the training split does not have.
     """
-    train, evaluation = (open_source(options, name, mode) for name in (splits.train_split, splits.val_split))
+    train = open_source(options, splits.train_split, mode, splits.train_num_samples)
+    evaluation = open_source(options, splits.val_split, mode, splits.val_num_samples)
     its, others = f"split {splits.val_split}", f"split {splits.train_split}"
     evaluation = numbered_as(evaluation, train.class_names, its, others)
     if bool(train.class_names) != bool(evaluation.class_names):
@@ -83,6 +92,16 @@ def _existing(data_dir: str | None, name: str) -> Path:
     if not any(root.iterdir()):
         raise UserError(f"data folder {root} is empty")
     return root
+
+
+def _shards(options: DataOptions, name: str, kind: str, split: str, mode: str) -> Source:
+    if options.cache_images:
+        raise UserError(f"--cache-images: what {name} streams is not kept; parquet and folder can be")
+    if kind == "hfids":
+        return ParquetShards(options, split, mode)
+    if not options.data_dir or is_local(options.data_dir):
+        _existing(options.data_dir, name)
+    return TarShards(options, split, mode)
 
 
 def _timm_source(options: DataOptions, name: str, kind: str, split: str, mode: str) -> Source:

@@ -7,130 +7,24 @@ batches, and a resumed run goes on with the batches that an uninterrupted one wo
 
 from __future__ import annotations
 
-import contextlib
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
-import numpy as np
-import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, skip_first_batches
+from accelerate.data_loader import prepare_data_loader
 from timm.data import Mixup, create_transform
 from timm.data.random_erasing import RandomErasing
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from timm_decor.errors import UserError, first_line
+from timm_decor.training.data.batches import Batches, BySize, Transform
 from timm_decor.training.data.progressive import Progression
-from timm_decor.training.data.sources import Source, read
+from timm_decor.training.data.sources import Source
+from timm_decor.training.data.streams import Stream, shards_of
 from timm_decor.training.keeping.stopping import spare_worker
 from timm_decor.training.options import AugmentOptions, LabelOptions, LoaderOptions
-from timm_decor.training.runtime import available_cpus, mixed_seed, seed_everything
-
-Transform = Callable[[Any], Any]
-
-
-@dataclass(frozen=True)
-class BySize:
-    """The transform of an epoch, by the size of its images."""
-
-    transforms: Mapping[tuple[int, int, int], Transform]
-    progression: Progression
-
-    def __call__(self, epoch: int) -> Transform:
-        return self.transforms[self.progression.input_size(epoch)]
-
-
-class Batches(Dataset[Any]):
-    """A source seen through a transform; `__getitems__` gives a finished batch.
-
-    Args:
-        source: labelled images.
-        transforms: of an epoch's size: PIL image to a uint8 tensor (or array) of shape (C, H, W).
-        mean: per channel, of pixel values in [0, 1].
-        std: the same.
-        num_classes: labels at or above it are refused.
-        seed: of every random choice made here.
-        erase: random erasing of a normalised batch, in place.
-        mixup: turns (images, labels) into mixed images and soft labels of shape (N, num_classes).
-        mixup_off_epoch: from that epoch on nothing is mixed; 0 for never.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        transforms: BySize,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        num_classes: int,
-        seed: int,
-        erase: RandomErasing | None = None,
-        mixup: Mixup | None = None,
-        mixup_off_epoch: int = 0,
-    ) -> None:
-        self.source = source
-        self._transforms = transforms
-        self._mean = 255 * torch.tensor(mean).view(1, -1, 1, 1)
-        self._std = 255 * torch.tensor(std).view(1, -1, 1, 1)
-        self._num_classes = num_classes
-        self._seed = seed
-        self._erase = erase
-        self._mixup = mixup
-        self._mixup_off_epoch = mixup_off_epoch
-        # shared memory, because persistent workers hold their own copy of this object
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def work(self, epoch: int) -> float:
-        """See `Progression.work`."""
-        return self._transforms.progression.work(epoch)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose random numbers the next batches use."""
-        self._epoch.fill_(epoch)
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        epoch = int(self._epoch)
-        with _random_numbers_of(mixed_seed(self._seed, epoch, indices[0])):
-            transform = self._transforms(epoch)
-            samples = [self._sample(index, transform) for index in indices]
-            images = torch.stack([torch.as_tensor(image) for image, _ in samples]).float()
-            images.sub_(self._mean).div_(self._std)
-            labels = torch.tensor([label for _, label in samples])
-            if self._erase is not None:
-                images = self._erase(images)
-            if self._mixup is not None:
-                self._mixup.mixup_enabled = not self._mixup_off_epoch or epoch < self._mixup_off_epoch
-                images, labels = self._mixup(images, labels)
-        return images, labels
-
-    def _sample(self, index: int, transform: Transform) -> tuple[Any, int]:
-        image, label = read(self.source, index)
-        if label >= self._num_classes:
-            raise UserError(
-                f"image {self.source.where(index)} has label {label}, but the model has {self._num_classes} classes"
-            )
-        return transform(image), label
-
-
-@contextlib.contextmanager
-def _random_numbers_of(seed: int) -> Iterator[None]:
-    """Seed the CPU generators, and put them back as they were afterwards."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPU's generators as well
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-
+from timm_decor.training.runtime import available_cpus, seed_everything
 
 WORKER_TIMEOUT = 600  # seconds for a batch: more than any disk needs, and less than forever
 T = TypeVar("T")
@@ -201,7 +95,7 @@ def train_loader(
         mixup_off_epoch=label.mixup_off_epoch,
     )
     seed_everything(seed)  # Accelerate's sampler takes its seed from torch's generator
-    return _loader(dataset, options, accelerator, shuffle=True)
+    return _loader(dataset, options, accelerator, shuffle=True, seed=seed)
 
 
 def eval_loader(
@@ -212,7 +106,10 @@ def eval_loader(
     seed: int,
     accelerator: Accelerator,
 ) -> DataLoader[Any]:
-    """Every image of an evaluation split once, in order; arguments as for `train_loader`."""
+    """Every image of an evaluation split once, in the order of its `dataset.source`; arguments as for `train_loader`.
+
+    Of a stream the last batches may be made up with `NO_IMAGE`s.
+    """
     size = data_config["input_size"]
     transform = _transform(
         input_size=size,
@@ -223,7 +120,7 @@ def eval_loader(
     )
     transforms = BySize({size: transform}, Progression.of(None, size, 0))
     dataset = Batches(source, transforms, data_config["mean"], data_config["std"], num_classes, seed)
-    return _loader(dataset, options, accelerator, shuffle=False)
+    return _loader(dataset, options, accelerator, shuffle=False, seed=seed)
 
 
 def _mixup(label: LabelOptions, batch_size: int, num_classes: int) -> Mixup | None:
@@ -258,21 +155,51 @@ def _transform(**kwargs: Any) -> Transform:
     return transform
 
 
-def _loader(dataset: Batches, options: LoaderOptions, accelerator: Accelerator, shuffle: bool) -> DataLoader[Any]:
-    workers = default_workers() if options.workers is None else options.workers
-    loader: DataLoader[Any] = DataLoader(
+def _loader(
+    dataset: Batches, options: LoaderOptions, accelerator: Accelerator, shuffle: bool, seed: int
+) -> DataLoader[Any]:
+    shards, size = shards_of(dataset.source), options.batch_size
+    if shards is None:
+        loader = _torch_loader(dataset, options, batch_size=size, shuffle=shuffle, drop_last=shuffle)
+        return accelerator.prepare_data_loader(loader)
+    processes, process = accelerator.num_processes, accelerator.process_index
+    stream = Stream(dataset, shards, size, _workers(options), processes, process, shuffle, seed)
+    loader = _torch_loader(stream, options, batch_size=None)
+    # As of one process: the stream has shared its batches out, which Accelerate would do by reading all on each
+    return prepare_data_loader(
+        loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+    )
+
+
+def _workers(options: LoaderOptions) -> int:
+    return default_workers() if options.workers is None else options.workers
+
+
+def _torch_loader(dataset: Dataset[Any], options: LoaderOptions, **more: Any) -> DataLoader[Any]:
+    workers = _workers(options)
+    return DataLoader(
         dataset,
-        batch_size=options.batch_size,
-        shuffle=shuffle,
-        drop_last=shuffle,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=options.pin_mem,
         collate_fn=_as_is,
         worker_init_fn=spare_worker,
         timeout=WORKER_TIMEOUT if workers else 0,
+        **more,
     )
-    return accelerator.prepare_data_loader(loader)
+
+
+def of_epoch(loader: DataLoader[Any], epoch: int, done: int) -> DataLoader[Any]:
+    """A training loader with an epoch's batches, from the `done`-th on."""
+    loader.set_epoch(epoch)  # type: ignore[attr-defined]
+    # Accelerate's loader passes this on by itself, but not on several processes
+    loader.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
+    if isinstance(loader.dataset, Stream):
+        loader.dataset.skip(done)
+    elif done:
+        loader = skip_first_batches(loader, done)
+        loader.set_epoch(epoch)  # type: ignore[attr-defined]  # it counts epochs on its own
+    return loader
 
 
 def told(loader: Iterable[T]) -> Iterator[T]:

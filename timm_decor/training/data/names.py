@@ -16,29 +16,29 @@ class Renumbered:
     """A source whose labels are numbered as another list of class names says.
 
     Args:
-        source: labelled images.
+        source: labelled images; kept under that name.
         names: the classes' names by their new label.
         numbers: new label by old label; -1 for classes without images.
     """
 
     def __init__(self, source: Source, names: Sequence[str], numbers: np.ndarray) -> None:
-        self._source, self._numbers = source, numbers
+        self.source, self._numbers = source, numbers
         self.class_names = list(names)
         self.num_classes: int | None = len(names)
         self.labels = None if source.labels is None else numbers[source.labels]
         self.notes = source.notes
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self.source)
 
     def image(self, index: int) -> Image.Image:
-        return self._source.image(index)
+        return self.source.image(index)
 
     def label(self, index: int) -> int:
-        return int(self._numbers[self._source.label(index)])
+        return int(self._numbers[self.source.label(index)])
 
     def where(self, index: int) -> str:
-        return self._source.where(index)
+        return self.source.where(index)
 
 
 def numbered_as(source: Source, names: Sequence[str], its: str, others: str) -> Source:

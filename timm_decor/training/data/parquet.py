@@ -52,7 +52,7 @@ class Parquet:
         self._files = _parquet_files(root, name)
         self._mode = mode
         self.notes: list[str] = []
-        given = _class_list(root)
+        given = class_list(root)
         self.class_names = given
         images, labels = [], []
         for file in self._files:
@@ -69,7 +69,7 @@ class Parquet:
                 missing = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
                 raise UserError(f"{file.name}, row {missing}: no label")
             images.append(table.column(image))
-            own = _names_in(table.schema.metadata or {}, label)
+            own = names_in(table.schema.metadata or {}, label)
             self.class_names = self.class_names or own
             labels.append(_renumbered(column.to_numpy(zero_copy_only=False), own, self.class_names, file))
         self._lengths = np.array([len(column) for column in images])
@@ -138,13 +138,13 @@ def _column(file: Path, names: list[str], asked: str | None, usual: tuple[str, .
     raise UserError(f"{file} has no column '{asked or usual[0]}'; its columns: {', '.join(names)}")
 
 
-def _class_list(root: Path) -> list[str]:
+def class_list(root: Path) -> list[str]:
     """The names in classes.json; empty without one."""
     path = root / "classes.json"
     return text_list(json_value(read_text(path), str(path)), str(path)) if path.is_file() else []
 
 
-def _names_in(metadata: dict[bytes, bytes], label: str) -> list[str]:
+def names_in(metadata: dict[bytes, bytes], label: str) -> list[str]:
     """The names that Hugging Face `datasets` writes into a file; empty where there are none, or it is not its form."""
     try:
         names = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"][label]["names"]

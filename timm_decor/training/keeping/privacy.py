@@ -28,6 +28,7 @@ PRIVATE = (
 _PATH = re.compile(
     r"""file:///[^\s'"]+              # a file URL
       | (?<![\w./~])/(?!/)[^\s'"]+    # an absolute path, but no part of https://host/path
+      | (?<=hfds/)/[^\s'"]+ | (?<=hfids/)/[^\s'"]+  # a folder's instead of a name on the Hub
       | (?<!\w)~/[^\s'"]+             # below a home folder
       | (?<!\w)[A-Za-z]:\\[^\s'"]+    # a drive
     """,

@@ -67,9 +67,9 @@ class Progress:
         Raises:
             UserError: batches of the epoch are left, and they are other ones now.
         """
-        other = [f"{name} {saved['plan'][name]} (here {value})" for name, value in plan.items()
-                 if saved["plan"][name] != value]  # fmt: skip
-        whole, parts = is_whole(saved), saved["processes"]
+        before, whole, parts = saved["plan"], is_whole(saved), saved["processes"]
+        other = [f"{name} {before.get(name, 'unknown')} (here {value})" for name, value in plan.items()
+                 if before.get(name) != value]  # fmt: skip
         if other and not whole:
             raise UserError(
                 f"its last checkpoint is of the middle of an epoch, with {', '.join(other)}: "
