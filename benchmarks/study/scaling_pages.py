@@ -13,7 +13,8 @@ from timm_decor.text import markdown_table
 
 EVERY = (20, 50, 100, 200)  # steps between two refreshes, that are offered
 LIMIT = 0.05  # of a plain step, for what `every` thins out
-GPUS = (1, 8, 64, 512)
+GPUS = (8, 64, 512)
+PLANNED = ((8, "-"), (64, "100 Gb/s"), (64, "400 Gb/s"), (512, "400 Gb/s"))
 WAYS = {"ddp": "DDP", "fsdp": "FSDP2"}
 PARTS = ("products", "statistics", "refresh", "wire")
 
@@ -28,12 +29,12 @@ def settings(counts: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for count, way in _ways(counts):
         cells = []
-        for n in GPUS[1:]:
+        for n in GPUS:
             found = cluster.step(count, n, Machine(), way=way)
             largest = max(zip(found.added, PARTS, strict=True))[1]
             cells.append(f"{sum(found.added):.0%}, {largest}; {_enough(count, n, way)}")
         rows.append((count["model"], count["opt"], WAYS[way], *cells))
-    return markdown_table(("model", "optimizer", "way", *(f"{n} GPUs" for n in GPUS[1:])), rows)
+    return markdown_table(("model", "optimizer", "way", *(f"{n} GPUs" for n in GPUS)), rows)
 
 
 def _ways(counts: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], str]]:
@@ -50,16 +51,16 @@ def _enough(count: Mapping[str, Any], n: int, way: str) -> str:
 
 
 def plan(counts: Sequence[Mapping[str, Any]]) -> str:
-    """The parts of a step, for each network between nodes."""
+    """The parts of a step, for some sizes: a ResNet with SGD, the others with AdamW."""
     rows = []
-    for count, way in _ways(counts):
-        for n in GPUS:
-            for network in ("100 Gb/s", "400 Gb/s") if n > Machine().per_node else ("-",):
-                speed = NETWORKS.get(network, Machine().network)
-                found = cluster.step(count, n, Machine(network=speed), way=way)
-                plain = f"{found.plain * 1e3:.0f}" + (f", {found.waiting / found.plain:.0%}" if found.waiting else "")
-                shares = (f"{share:.1%}" for share in (*found.added, sum(found.added)))
-                rows.append((f"{count['model']}, {count['opt']}, {WAYS[way]}", str(n), network, plain, *shares))
+    usual = [(count, way) for count, way in _ways(counts) if (count["opt"] == "sgd") == ("resnet" in count["model"])]
+    for count, way in usual:
+        for n, network in PLANNED:
+            speed = NETWORKS.get(network, Machine().network)
+            found = cluster.step(count, n, Machine(network=speed), way=way)
+            plain = f"{found.plain * 1e3:.0f}" + (f", {found.waiting / found.plain:.0%}" if found.waiting else "")
+            shares = (f"{share:.1%}" for share in (*found.added, sum(found.added)))
+            rows.append((f"{count['model']}, {count['opt']}, {WAYS[way]}", str(n), network, plain, *shares))
     header = ("", "GPUs", "between nodes", "plain step, ms, of it waiting", *PARTS, "added")
     return markdown_table(header, rows)
 
