@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -45,14 +46,28 @@ def killed(run: Path, owner: str, method: str, number: int, *more: Any) -> str:
     return log.read_text()
 
 
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes leave that stop behind their first epoch."""
+    run = tmp_path_factory.mktemp("two") / "run"
+    together(run, 2, "--epochs", 1)
+    return run
+
+
+@pytest.fixture(scope="module")
+def left(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes leave of which one dies at the third of four updates of the second epoch."""
+    run = tmp_path_factory.mktemp("left") / "run"
+    killed(run, ARM, "learn", 7)
+    return run
+
+
 class TestOtherNumbersOfProcesses:
     @pytest.mark.parametrize("size", [1, 3])
-    def test_go_back_to_the_end_of_the_epoch(self, size: int, tmp_path: Path):
+    def test_go_back_to_the_end_of_the_epoch(self, size: int, left: Path, of_two: Path, tmp_path: Path):
         """As if the others had never begun the next one."""
-        run, reference = tmp_path / "run", tmp_path / "reference"
-        killed(run, ARM, "learn", 7)  # the third of four updates of the second epoch
-        together(run, size, "-b", 32 // size)
-        together(reference, 2, "--epochs", 1)
+        run, reference = (shutil.copytree(path, tmp_path / name) for path, name in ((left, "run"), (of_two, "other")))
+        together(run, size)
         together(reference, size)
         assert same(final(run), final(reference))
         text = said(run.with_suffix(".log"))
@@ -68,12 +83,11 @@ class TestOtherNumbersOfProcesses:
         assert "epoch 1, which 1 cannot go on with: back to the start" in said(run.with_suffix(".log"))
         assert same(final(run), final(reference))
 
-    def test_evaluate_an_epoch_that_is_trained(self, tmp_path: Path):
+    def test_evaluate_an_epoch_that_is_trained(self, of_two: Path, tmp_path: Path):
         """It is not trained again, and its loss is that of the images of all."""
-        run, reference = tmp_path / "run", tmp_path / "reference"
+        run, reference = tmp_path / "run", shutil.copytree(of_two, tmp_path / "reference")
         killed(run, ARM, "finish_epoch", 1)
         together(run, 1)
-        together(reference, 2, "--epochs", 1)
         together(reference, 1)
         for part in ("state_dict", "state_dict_ema", "optimizer"):  # its evaluation adds up in another order
             assert same(final(run)[part], final(reference)[part])

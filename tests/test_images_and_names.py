@@ -213,7 +213,7 @@ class TestParquet:
 
 
 def _splits(root: Path) -> tuple[DataOptions, SplitOptions]:
-    return data_options("--dataset", "parquet", "--data-dir", str(root)), SplitOptions("train", "test")
+    return data_options("--dataset", "parquet", "--data-dir", str(root)), SplitOptions("train", "test", None, None)
 
 
 def test_two_classes_of_one_name_cannot_be_matched() -> None:

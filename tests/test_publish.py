@@ -157,7 +157,10 @@ def test_what_an_earlier_publication_had_more_is_removed_and_what_is_not_ours_st
     publish(run / "decorrelated")
     HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="notes.txt", repo_id=REPO)
     publish(run / "decorrelated", "--no-r")
-    assert set(hub.repo(REPO).files()) - {".gitattributes"} == {*FILES, "notes.txt"} - {"decor.safetensors"}
+    assert set(hub.repo(REPO).files()) - {".gitattributes"} == {*FILES, "notes.txt"} - {
+        "decor.safetensors",
+        "predictions.png",
+    }
 
 
 def test_pull_request_branch_and_private(run: Path, hub: LocalHub, capsys: pytest.CaptureFixture[str]) -> None:

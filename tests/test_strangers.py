@@ -623,4 +623,4 @@ class TestPublishing:
             from timm_decor.publishing import card, repository
 
             options = publish._options(publish_parser().parse(["x", "--repo-id", "me/x"]), trained)
-            card.render(trained, repository._results(trained, options, None), options, "me/x", False)
+            card.render(trained, repository._results(trained, options, None), options, "me/x", folder)

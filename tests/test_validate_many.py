@@ -86,7 +86,7 @@ class TestFolders:
             validation.find_checkpoints([str(tmp_path)])
 
     def test_pictures_are_of_one(self, runs: Path, tmp_path: Path):
-        with pytest.raises(UserError, match="--confusion-matrix and --worst-images are for one checkpoint"):
+        with pytest.raises(UserError, match="--worst-images: for one checkpoint, not several"):
             validated("--checkpoint", runs, "--worst-images", tmp_path / "w.png")
 
 
