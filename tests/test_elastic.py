@@ -75,6 +75,19 @@ class TestOtherNumbersOfProcesses:
         assert f"{size} process{'es' if size > 1 else ''} now, 2 before" in text
         assert not (run / "resume-epoch.pt").exists(), "a finished run keeps one state"
 
+    def test_a_finished_run_that_trains_on_keeps_its_end(self, of_two: Path, tmp_path: Path):
+        """Epochs that are done are never begun anew."""
+        run = shutil.copytree(of_two, tmp_path / "run")
+        assert not (run / "resume-epoch.pt").exists()
+        killed(run, ARM, "learn", 3)
+        shutil.copytree(run, tmp_path / "without")
+        together(run, 1)
+        assert "back to the end of epoch 1" in said(run.with_suffix(".log")) and len(history(run)) == 2
+        (tmp_path / "without" / "resume-epoch.pt").unlink()
+        log = tmp_path / "without.log"
+        assert ended([start(words_of(tmp_path / "without", "-b", 32), log)]) == [2]
+        assert "resume-epoch.pt, from which others could go on, is missing: go on with 2" in said(log)
+
     def test_begin_anew_where_no_epoch_was_done(self, tmp_path: Path):
         run, reference = tmp_path / "run", tmp_path / "reference"
         killed(run, ARM, "learn", 3)

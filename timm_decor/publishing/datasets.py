@@ -69,7 +69,7 @@ DATA = {
         "test",
     ),
 }
-for _other, _name in (("imagenette", "imagenette128"), ("tin", "tiny-imagenet"), ("oxford-flowers", "flowers102")):
+for _other, _name in (("imagenette", "imagenette128"), ("oxford-flowers", "flowers102")):
     DATA[_other] = DATA[_name]
 DIGITS = Data(
     "scikit-learn's handwritten digits",

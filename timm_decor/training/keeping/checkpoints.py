@@ -143,13 +143,15 @@ def load_states(
         UserError: a checkpoint that cannot be used, with none before it that can; or one of something else.
     """
     accelerator = arms[0].accelerator
-    found = []
+    found, ends = [], set()
     for arm, path in zip(arms, paths, strict=True):
         file, wrong, state = _newest(accelerator, path)
         found.append((file, wrong))
         if file is not None:
             name = str(file.parent if file.name == RESUME_FILE else file)
             _check_classes(state.get("label_names"), json.loads(metadata["label_names"]), name)
+            if not state.get("progress"):
+                ends.add(file)
             if _is_for_others(state, accelerator.num_processes):
                 state = _end_of_epoch(arm, file, state)
             if state:
@@ -158,6 +160,8 @@ def load_states(
     accelerator.wait_for_everyone()  # none must look while one tidies up
     for arm, folder, (file, wrong) in zip(arms, folders, found, strict=True):
         folder.remove_unfinished()
+        if file is not None and file in ends and arm.epoch < arm.epochs:
+            folder.keep_epoch(file.name)  # a finished run that trains on has none
         if file is not None and wrong:
             accelerator.print(f"{wrong}; going on from {file.name} instead, update {arm.steps}")
             folder.set_aside_damaged()
@@ -190,10 +194,19 @@ def _is_for_others(state: dict[str, Any], processes: int) -> bool:
 
 
 def _end_of_epoch(arm: Trained, file: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """The state at the end of the epoch before, and a line that says so; empty where no epoch was done."""
+    """The state at the end of the epoch before, and a line that says so; empty where no epoch was done.
+
+    Raises:
+        UserError: epochs were done, and that state is not there.
+    """
     before = file.with_name(EPOCH_FILE)
     earlier = read_resume(before) if before.is_file() else {}
     begun, was = len(state["history"]) + 1, state["progress"]["plan"]["processes"]
+    if not earlier and state["history"]:
+        raise UserError(
+            f"{file} is of the middle of epoch {begun} on {was} processes, and {before.name}, from which others could "
+            f"go on, is missing: go on with {was}"
+        )
     back = f"the end of epoch {len(earlier['history'])}" if earlier else "the start"
     why = (
         f"{was} processes were in the middle of epoch {begun}, which {arm.accelerator.num_processes} cannot go on with"

@@ -175,9 +175,9 @@ class RunFolder:
 
         self._write(RESUME_FILE, write, keep=PREVIOUS_FILE)
 
-    def keep_epoch(self) -> None:
-        """Let resume-epoch.pt be what resume.pt is now (a hard link, or a copy where there are none)."""
-        self._write(EPOCH_FILE, partial(_link, self.path / RESUME_FILE))
+    def keep_epoch(self, file: str = RESUME_FILE) -> None:
+        """Let resume-epoch.pt be what a state of an epoch's end is now (a hard link, or a copy without them)."""
+        self._write(EPOCH_FILE, partial(_link, self.path / file))
 
     def set_aside_damaged(self) -> None:
         """Rename a resume.pt that cannot be used, or the next write would make it the previous one."""
