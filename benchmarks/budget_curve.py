@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from study import curve, pictures, protocol
+from study import curve, curve_pages, pictures, protocol
 from study.presets import OPTIMIZERS, PRESETS, Preset
 from study.results import RESULTS as TIME_TO_ACCURACY
 from study.results import Results
@@ -35,6 +35,7 @@ from timm_decor.errors import UserError, exit_code
 from timm_decor.text import text_table
 
 RESULTS = TIME_TO_ACCURACY.parent / "budget_curve"
+SHORT_TUNED = TIME_TO_ACCURACY / "cpu_cifar10_tune.json"
 EPOCHS = (1.0, 2.0, 4.0, 8.0, 16.0)
 TUNED_AT = (2.0, 8.0)
 SEEDS = 2
@@ -129,45 +130,6 @@ def read(path: Path, tuned: Path, short: Path) -> tuple[list[curve.Curve], dict[
     return found, curve.costs(read_table(report_file))
 
 
-def score_table(found: Sequence[curve.Curve]) -> tuple[list[str], list[list[str]]]:
-    """Accuracy by budget, a row an arm: the mean, and each seed."""
-    budgets = sorted({epochs for each in found for epochs in each.scores})
-    rows = []
-    for each in found:
-        cells = []
-        for epochs in budgets:
-            values = each.scores.get(epochs, ())
-            seeds = ", ".join(f"{value:.1f}" for value in values)
-            cells.append(f"{each.means[epochs]:.1f} ({seeds}) at {each.lrs[epochs]:g}" if values else "-")
-        rows.append([each.name, *cells])
-    return ["arm", *(f"{epochs:g} epochs" for epochs in budgets)], rows
-
-
-def speedup_table(
-    found: Sequence[curve.Curve], costs: dict[tuple[str, str], float]
-) -> tuple[list[str], list[list[str]]]:
-    """What each arm saves to plain SGD's, plain AdamW's and Muon's accuracy at each budget: steps, then seconds."""
-    plain = [each for each in found if each.role == PLAIN]
-    budgets = sorted({epochs for each in found for epochs in each.scores})
-    rows = []
-    for other in plain:
-        for mine in found:
-            if mine is other or (mine.role == PLAIN and other.opt != "sgd"):
-                continue
-            if mine.role != PLAIN and mine.opt != other.opt and other.opt != "muon":
-                continue
-            cost = costs[mine.opt, mine.role] / costs[other.opt, PLAIN]
-            by_epochs = {each.epochs: each for each in curve.speedups(mine, other, cost)}
-            cells = []
-            for epochs in budgets:
-                each = by_epochs.get(epochs)
-                shown = each is not None and each.steps is not None and each.seconds is not None
-                cells.append(f"{each.steps:.2f}, {each.seconds:.2f}" if shown else "-")  # type: ignore[union-attr]
-            rows.append([other.name, mine.name, f"{cost:.2f}", *cells])
-    head = ["to the accuracy of", "arm", "cost of a step", *(f"its {epochs:g} epochs" for epochs in budgets)]
-    return head, rows
-
-
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("tune", "report", "table"), help="table: print what the result files hold")
@@ -178,16 +140,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(SEEDS)))
     parser.add_argument("--json", type=Path, default=RESULTS / "cifar10.json", help="report's result file")
     parser.add_argument("--tune-json", type=Path, default=RESULTS / "cifar10_tune.json", help="tune's")
-    parser.add_argument(
-        "--short-json", type=Path, default=TIME_TO_ACCURACY / "cpu_cifar10_tune.json", help="time_to_accuracy's tune"
-    )
+    parser.add_argument("--short-json", type=Path, default=SHORT_TUNED, help="time_to_accuracy's tune")
     args = parser.parse_args(argv)
     preset = dataclasses.replace(PRESETS[args.preset], workers=1)
     if args.stage == "table":
         found, costs = read(args.json, args.tune_json, args.short_json)
-        print(text_table(*score_table(found)))
+        print(text_table(*curve_pages.score_table(found)))
         print()
-        print(text_table(*speedup_table(found, costs)))
+        print(text_table(*curve_pages.speedup_table(found, costs)))
         pictures.budget_curve_picture(found, costs, args.json.with_suffix(".png"))
         return
     short = short_tuned(args.opt, args.short_json, preset)

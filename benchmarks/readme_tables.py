@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 import sys
@@ -19,9 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from budget_curve import SHORT_TUNED
+from budget_curve import read as read_curves
 from torch.utils.flop_counter import FlopCounterMode
 
-from study import pictures, scaling_pages, sensitivity, tables
+from study import curve_pages, pictures, scaling_pages, sensitivity, tables
+from study.curve import Curve
 from study.families import FAMILIES
 from study.protocol import Row
 from study.results import Results
@@ -38,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("decorrelation", "families", "finetuning", "scaling")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("measured", "decorrelation", "families", "finetuning", "scaling")),
 ]
 MARKED = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
@@ -170,6 +174,19 @@ def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.0f}" if seconds > 0.02 else f"{seconds * 1e3:.2f}"
 
 
+def budget_curve(path: Path, draw: bool) -> str:
+    """budget_curve.py: accuracy over the budget, what that saves, and the picture."""
+    found, costs = _budget_curves(path)
+    picture = path.with_suffix(".png")
+    if draw:
+        pictures.budget_curve_picture(found, costs, picture)
+    return curve_pages.block(found, costs, picture.relative_to(ROOT))
+
+
+def _budget_curves(path: Path) -> tuple[list[Curve], dict[tuple[str, str], float]]:
+    return read_curves(path, path.with_name(f"{path.stem}_tune.json"), SHORT_TUNED)
+
+
 def compare(path: Path, draw: bool) -> str:
     """The table of a `train.py --compare`, and its picture as that command draws it."""
     record = json.loads(path.read_text(encoding="utf-8"))
@@ -279,7 +296,7 @@ def _gmacs(config: dict[str, Any], input_size: Sequence[int]) -> float:
 def lr_sensitivity(path: Path, draw: bool) -> str:
     """Held-out accuracy over the learning rate, from a tune file, and its picture."""
     results = Results.read(path)
-    found = sensitivity.curves(results.records, results.settings["steps"])
+    found = _rate_curves(results)
     picture = path.with_suffix(".png")
     if draw:
         pictures.lr_sensitivity_picture(found, picture)
@@ -292,6 +309,10 @@ def lr_sensitivity(path: Path, draw: bool) -> str:
     )
     table = markdown_table(*sensitivity.table(found))
     return "\n\n".join([text, table, _image(picture, "accuracy over the learning rate, plain and decorrelated")])
+
+
+def _rate_curves(results: Results) -> sensitivity.Curves:
+    return sensitivity.curves(results.records, results.settings["steps"])
 
 
 def graft(folder: Path, draw: bool) -> str:
@@ -379,8 +400,7 @@ def scaling(path: Path, part: str, draw: bool) -> str:
     picture = path.with_suffix(".png")
     if draw:
         pictures.scaling_picture(counts, picture)
-    alt = "the busiest GPU's part of a refresh, and what a step takes more, over the number of GPUs"
-    return f"![{alt}](../{picture.relative_to(ROOT).as_posix()})"
+    return _image(picture, "the busiest GPU's part of a refresh, and what a step takes more, over the number of GPUs")
 
 
 GRAFT_VARIANTS = {
@@ -392,8 +412,22 @@ GRAFT_VARIANTS = {
 }
 MAKERS = {
     **{"lr_sensitivity": lr_sensitivity, "graft": graft, "knobs": knobs},
-    **{"time_to_accuracy": time_to_accuracy, "step_cost": step_cost, "cifar10_resnet18": compare},
+    **{
+        "budget_curve": budget_curve,
+        "time_to_accuracy": time_to_accuracy,
+        "step_cost": step_cost,
+        "cifar10_resnet18": compare,
+    },
     **{"zoo": zoo, "zoo_layers": zoo_layers, "muon": muon, "finetune": finetune, "staged": staged},
+}
+
+# All that a result's picture shows, by the kind of the result.
+DRAWN: dict[str, Callable[[Path], Any]] = {
+    "lr_sensitivity": lambda path: pictures.lr_sensitivity_data(_rate_curves(Results.read(path))),
+    "budget_curve": lambda path: pictures.budget_curve_data(*_budget_curves(path)),
+    "time_to_accuracy": lambda path: pictures.time_to_accuracy_data(read_table(path)),
+    "step_cost": lambda path: pictures.step_cost_data(json.loads(path.read_text(encoding="utf-8"))),
+    "scaling": lambda path: pictures.scaling_data(scaling_pages.read(path)),
 }
 
 
@@ -407,7 +441,7 @@ def _kind(name: str) -> str:
 
 
 def block(name: str, draw: bool) -> str:
-    """What stands between the marks of a result.
+    """What stands between the marks of a result; its links are seen from the repository's root.
 
     Args:
         name: the file or folder in benchmarks/results; `staged` for the project's own weights.
@@ -428,9 +462,16 @@ def block(name: str, draw: bool) -> str:
     return MAKERS[kind](path, draw) + "\n"
 
 
-def filled(text: str, draw: bool) -> str:
-    """A page with every table as the results have it."""
-    return MARKED.sub(lambda match: match[1] + block(match[2], draw) + match[3], text)
+def filled(text: str, folder: Path, draw: bool) -> str:
+    """A page with every table as the results have it; its links are seen from the page's folder."""
+
+    def relative(link: re.Match[str]) -> str:
+        return f"]({Path(os.path.relpath(ROOT / link[1], folder)).as_posix()})"
+
+    def table(match: re.Match[str]) -> str:
+        return match[1] + re.sub(r"\]\(([^():]+)\)", relative, block(match[2], draw)) + match[3]
+
+    return MARKED.sub(table, text)
 
 
 def stale_pictures(text: str) -> list[str]:
@@ -438,20 +479,10 @@ def stale_pictures(text: str) -> list[str]:
     stale = []
     for _, name, _ in MARKED.findall(text):
         name, _, part = name.partition("#")
-        path = RESULTS / name
-        kind = "scaling" if part == "picture" else _kind(name)
-        if kind not in ("time_to_accuracy", "step_cost", "lr_sensitivity") and part != "picture" or not path.exists():
+        path, shown = RESULTS / name, DRAWN.get(_kind(name))
+        if shown is None or part not in ("", "picture") or not path.exists():
             continue
-        if kind == "scaling":
-            data = pictures.scaling_data(scaling_pages.read(path))
-        elif kind == "step_cost":
-            data = pictures.step_cost_data(json.loads(path.read_text(encoding="utf-8")))
-        elif kind == "lr_sensitivity":
-            results = Results.read(path)
-            data = pictures.lr_sensitivity_data(sensitivity.curves(results.records, results.settings["steps"]))
-        else:
-            data = pictures.time_to_accuracy_data(read_table(path))
-        if pictures.stored_fingerprint(path.with_suffix(".png")) != pictures.fingerprint(data):
+        if pictures.stored_fingerprint(path.with_suffix(".png")) != pictures.fingerprint(shown(path)):
             stale.append(f"benchmarks/results/{name.removesuffix('.json')}.png")
     return stale
 
@@ -466,7 +497,10 @@ def main(argv: list[str]) -> None:
     stale = []
     for page in args.pages:
         text = page.read_text(encoding="utf-8")
-        new = filled(text, draw=not args.check)
+        home = (
+            page.resolve().parent if page.resolve().is_relative_to(ROOT) else ROOT
+        )  # a copy elsewhere is read as README is
+        new = filled(text, home, draw=not args.check)
         if args.check:
             stale += [page.name] * (new != text) + stale_pictures(text)
         else:

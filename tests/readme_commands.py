@@ -1,4 +1,4 @@
-"""README's commands as they stand there: where they are run, PATH, PHOTOS and output/RUN are real.
+"""The commands of README and docs/measured.md as they stand there; PATH, PHOTOS and output/RUN are real.
 
 tests/test_readme.py runs them in this checkout, tests/check_dist.py with the installed wheel. No torch is needed here.
 """
@@ -9,7 +9,8 @@ import re
 import shlex
 from pathlib import Path
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
+README, MEASURED = ROOT / "README.md", ROOT / "docs" / "measured.md"
 _PROGRAMS = ("pip", "make", "python", "accelerate", "timm-decor", "train.py", "validate.py")
 # Later words override earlier ones, so that a command takes seconds.
 _SHORT = {
@@ -35,7 +36,8 @@ def blocks() -> list[str]:
 
 def inline() -> list[str]:
     """The commands within a line of text; a program's bare name is none."""
-    text = re.sub(r"^```.*?^```", "", README.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    text = "\n".join(page.read_text(encoding="utf-8") for page in (README, MEASURED))
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     return _commands(re.findall(r"`([^`]+)`", text))
 
 

@@ -11,7 +11,7 @@ import budget_curve
 import pytest
 import time_to_accuracy
 
-from study import curve, presets
+from study import curve, curve_pages, presets
 from study.results import Results
 from study.training import PLAIN, Record, Spec
 from timm_decor.errors import UserError
@@ -61,12 +61,33 @@ def test_speedups() -> None:
     plain = curve.Curve("sgd", PLAIN, {}, {1: (50,), 2: (60,), 4: (70,), 8: (80,)})
     mine = curve.Curve("sgd", "decorrelated", {}, {1: (60,), 2: (70,), 4: (75,)})
     found = curve.speedups(mine, plain, cost=1.25)
-    assert [(each.epochs, each.steps, each.seconds, each.gain) for each in found] == [
-        (1, None, None, 10),
-        (2, 2, 1.6, 10),
-        (4, 2, 1.6, 5),
-        (8, None, None, None),
+    assert [(each.epochs, each.steps, each.seconds) for each in found] == [
+        (1, None, None),
+        (2, 2, 1.6),
+        (4, 2, 1.6),
+        (8, None, None),
     ]
+
+
+def test_tables() -> None:
+    """The rival is set beside each plain curve, and decorrelated curves beside their own and the rival's."""
+    arms = [("sgd", PLAIN), ("sgd", "decorrelated"), ("adamw", PLAIN), ("adamw", "decorrelated"), ("muon", PLAIN)]
+    scores = [{1: (50 + number,), 2: (60 + number, 61 + number)} for number in range(len(arms))]
+    found = [curve.Curve(*arm, {1: 0.1, 2: 0.1}, of) for arm, of in zip(arms, scores, strict=True)]
+    beside = [(pair.target.name, pair.mine.name) for pair in curve_pages.pairs(found)]
+    assert beside == [
+        ("sgd, plain", "sgd, decorrelated"),
+        ("sgd, plain", "muon, plain"),
+        ("adamw, plain", "adamw, decorrelated"),
+        ("adamw, plain", "muon, plain"),
+        ("muon, plain", "sgd, decorrelated"),
+        ("muon, plain", "adamw, decorrelated"),
+    ]
+    head, rows = curve_pages.speedup_table(found, {arm: 1.0 + number for number, arm in enumerate(arms)})
+    assert head[-2:] == ["its 1 epoch", "its 2 epochs"]
+    assert rows[0][2:4] == ["2.00", "-"] and rows[0][4].startswith("1.07, 0.53"), rows[0]
+    head, rows = curve_pages.score_table(found)
+    assert rows[1] == ["sgd, decorrelated at 0.1", "51.0 (51.0)", "61.5 (61.0, 62.0)"]
 
 
 def test_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

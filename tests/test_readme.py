@@ -1,4 +1,4 @@
-"""What README tells a person to type is run, but for pip's lines."""
+"""What README, and the page of measurements, tell a person to type is run, but for pip's lines."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LAYERS = "timm-decor list --layers NAME"
 # What takes minutes, or what other files have runs of: by which tests.
 ELSEWHERE = {
     "make test": "test_readme.py",  # it runs this
-    "make readme": "test_benchmarks.py::test_readme_is_what_the_results_say",
+    "make readme": "test_benchmarks.py::test_pages_are_what_the_results_say",
     "make bench-cpu DATA=FOLDER": "test_time_to_accuracy.py",
     "make bench-gpu": "test_gpu_benchmark.py",
     "python train.py --device-modules timm_decor.hook --model decor_resnet18": (

@@ -53,7 +53,7 @@ def test_a_knob_has_its_default_and_its_help(site: dict[str, str]):
 
 
 def test_readme_is_the_index_and_links_lead_into_the_site(site: dict[str, str]):
-    assert "Models, optimizers, checkpoints and habits stay timm" in site["index.html"]
+    assert "Models, learning rates, checkpoints and habits stay timm" in site["index.html"]
     assert {"benchmarks/step_cost.py.html", "benchmarks/results.html", "examples/quickstart.ipynb.html"} <= site.keys()
     broken = [
         f"{page}: {target}"

@@ -127,17 +127,13 @@ class Speedup:
 
     Attributes:
         epochs: of the other.
-        level: its accuracy, %.
         steps: its steps over this arm's; None where this arm's curve does not cross the level.
         seconds: the same in seconds.
-        gain: points of accuracy at equal steps.
     """
 
     epochs: float
-    level: float
     steps: float | None
     seconds: float | None
-    gain: float | None
 
 
 def speedups(mine: Curve, other: Curve, cost: float) -> list[Speedup]:
@@ -150,9 +146,7 @@ def speedups(mine: Curve, other: Curve, cost: float) -> list[Speedup]:
     """
     found = []
     for epochs, level in other.means.items():
-        needed, own = mine.budget_to(level), mine.means.get(epochs)
+        needed = mine.budget_to(level)
         steps = epochs / needed if needed else None
-        found.append(
-            Speedup(epochs, level, steps, steps and steps / cost, None if own is None else own - level),
-        )
+        found.append(Speedup(epochs, steps, steps and steps / cost))
     return found
