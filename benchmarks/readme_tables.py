@@ -35,11 +35,13 @@ from study.verdict import DEFAULT_ARM, Measured
 from timm_decor.errors import UserError, exit_code
 from timm_decor.publishing.repository import plain_model
 from timm_decor.text import counted, markdown_table
+from timm_decor.training.foreign import read_mapping
 from timm_decor.training.seeing.compare import Side
 from timm_decor.training.seeing.plot import save_picture
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+RECIPE_STEPS = RESULTS / "step_cost" / "cpu_bfloat16.json"
 PAGES = [
     ROOT / "README.md",
     *(ROOT / "docs" / f"{name}.md" for name in ("measured", "decorrelation", "families", "finetuning", "scaling")),
@@ -176,15 +178,31 @@ def _ms(seconds: float) -> str:
 
 def budget_curve(path: Path, draw: bool) -> str:
     """budget_curve.py: accuracy over the budget, what that saves, and the picture."""
-    found, costs = _budget_curves(path)
+    found, costs = _curves(path)
     picture = path.with_suffix(".png")
     if draw:
         pictures.budget_curve_picture(found, costs, picture)
     return curve_pages.block(found, costs, picture.relative_to(ROOT))
 
 
-def _budget_curves(path: Path) -> tuple[list[Curve], dict[tuple[str, str], float]]:
-    return read_curves(path, path.with_name(f"{path.stem}_tune.json"), SHORT_TUNED)
+def _curves(path: Path) -> tuple[list[Curve], dict[tuple[str, str], float]]:
+    """Curves and costs of a step, of budget_curve.py or recipe_study.py, whose recipe has the result's name."""
+    if path.parent.name == "budget_curve":
+        return read_curves(path, path.with_name(f"{path.stem}_tune.json"), SHORT_TUNED)
+    recipe = read_mapping(str(ROOT / "recipes" / f"{path.stem}.yaml"), "recipe")
+    record = json.loads(RECIPE_STEPS.read_text(encoding="utf-8"))
+    costs = curve_pages.step_costs(record, recipe["img-size"], recipe["batch-size"])
+    return curve_pages.of_recipe(_runs(path)), costs
+
+
+def headline(folder: Path, draw: bool) -> str:
+    """README's first table; what has not been measured has no row."""
+    rows = []
+    for what, name, opt, epochs in HEADLINES:
+        path = folder / name
+        if path.is_file() and (row := curve_pages.headline(what, opt, epochs, *_curves(path))):
+            rows.append(row)
+    return markdown_table(curve_pages.HEADLINE, rows)
 
 
 def compare(path: Path, draw: bool) -> str:
@@ -403,6 +421,13 @@ def scaling(path: Path, part: str, draw: bool) -> str:
     return _image(picture, "the busiest GPU's part of a refresh, and what a step takes more, over the number of GPUs")
 
 
+HEADLINES = (  # network and data, result, optimizer, epochs
+    ("small ResNet, CIFAR-10", "budget_curve/cifar10.json", "sgd", 2),
+    ("small ResNet, CIFAR-10", "budget_curve/cifar10.json", "sgd", 16),
+    ("ResNet-18, CIFAR-10 at 64 px", "recipe/cifar10_64px_resnet18.json", "sgd", 20),
+    ("ResNet-18, Imagenette at 128 px", "recipe/imagenette_resnet18.json", "sgd", 20),
+    ("ResNet-18, Imagenette at 128 px", "recipe/imagenette_resnet18.json", "adamw", 20),
+)
 GRAFT_VARIANTS = {
     "plain": "plain",
     "none": "decorrelated, without the scale",
@@ -424,7 +449,8 @@ MAKERS = {
 # All that a result's picture shows, by the kind of the result.
 DRAWN: dict[str, Callable[[Path], Any]] = {
     "lr_sensitivity": lambda path: pictures.lr_sensitivity_data(_rate_curves(Results.read(path))),
-    "budget_curve": lambda path: pictures.budget_curve_data(*_budget_curves(path)),
+    "budget_curve": lambda path: pictures.budget_curve_data(*_curves(path)),
+    "recipe": lambda path: pictures.budget_curve_data(*_curves(path)),
     "time_to_accuracy": lambda path: pictures.time_to_accuracy_data(read_table(path)),
     "step_cost": lambda path: pictures.step_cost_data(json.loads(path.read_text(encoding="utf-8"))),
     "scaling": lambda path: pictures.scaling_data(scaling_pages.read(path)),
@@ -444,7 +470,8 @@ def block(name: str, draw: bool) -> str:
     """What stands between the marks of a result; its links are seen from the repository's root.
 
     Args:
-        name: the file or folder in benchmarks/results; `staged` for the project's own weights.
+        name: the file or folder in benchmarks/results; `staged` for the project's own weights, `headline` for what
+            several files say in README's first table.
         draw: draw its picture, too.
 
     Raises:
@@ -454,7 +481,7 @@ def block(name: str, draw: bool) -> str:
     if kind not in (*MAKERS, "scaling"):
         raise UserError(f"<!-- results: {name} -->: not known here; a name begins with {', '.join(MAKERS)} or scaling")
     file, _, part = name.partition("#")
-    path = ROOT / "hub" / "staged" if kind == "staged" else RESULTS / file
+    path = {"staged": ROOT / "hub" / "staged", "headline": RESULTS}.get(kind, RESULTS / file)
     if not path.exists():
         return f"Not measured yet: there is no `{path.relative_to(ROOT).as_posix()}`.\n"
     if kind == "scaling":

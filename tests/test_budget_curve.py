@@ -90,6 +90,42 @@ def test_tables() -> None:
     assert rows[1] == ["sgd, decorrelated at 0.1", "51.0 (51.0)", "61.5 (61.0, 62.0)"]
 
 
+def test_readmes_row(tmp_path: Path) -> None:
+    """From recipe_study's rows and step_cost's results; a held-out row is no result."""
+
+    def row(opt: str, arm: str, epochs: int, top1: float, seed: int = 0, on: str = "test") -> dict[str, Any]:
+        return {"opt": opt, "arm": arm, "lr": 0.1, "seed": seed, "epochs": epochs, "measured_on": on, "top1": top1}
+
+    runs = [row("sgd", PLAIN, 5, 70), row("sgd", PLAIN, 20, 82), row("sgd", PLAIN, 20, 80, seed=1)]
+    runs += [
+        row("sgd", "decorrelated", 5, 81),
+        row("sgd", "decorrelated", 20, 85),
+        row("sgd", PLAIN, 5, 1, on="held-out"),
+    ]
+    runs += [row("muon", PLAIN, 5, 77), row("muon", PLAIN, 20, 85)]
+    found = curve_pages.of_recipe(runs)
+    assert [each.name for each in found] == ["sgd, plain", "sgd, at plain's rate", "muon, plain"]
+    assert found[0].scores == {5: [70], 20: [82, 80]}
+    steps = [("sgd", 0.2, 1.25), ("muon", 0.4, 1.1)]
+    record = {
+        "results": [
+            {
+                "case": {"opt": opt, "img_size": size, "batch_size": 64},
+                "seconds": {"plain": seconds * size / 64},
+                "ratio": {"amortised": ratio},
+            }
+            for opt, seconds, ratio in steps
+            for size in (64, 128)
+        ]
+    }
+    costs = curve_pages.step_costs(record, 128, 64)
+    assert costs["sgd", "at plain's rate"] == 1.25 and costs["muon", PLAIN] == 2
+    cells = curve_pages.headline("a net, data", "sgd", 20, found, costs)
+    assert cells == ["a net, data, 20 epochs", "sgd", "81.0 %", "85.0 %", "85.0 %", "3.20x", "1.00x"]
+    assert curve_pages.headline("a net, data", "adamw", 20, found, costs) is None
+    assert curve_pages.headline("a net, data", "sgd", 10, found, costs) is None
+
+
 def test_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     small = dataclasses.replace(presets.PRESETS["smoke"], train_images=64, rival="muon", seeds=1, turn=1)
     monkeypatch.setitem(presets.PRESETS, "smoke", small)

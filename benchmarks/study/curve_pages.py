@@ -1,12 +1,16 @@
-"""What budget_curve.py's results say, as tables and as a block of docs/measured.md, from the result files alone."""
+"""What accuracy over the budget says: tables for docs/measured.md and README's, from the results of two scripts alone.
+
+budget_curve.py has a small network over five budgets; recipe_study.py a network at its real size over two or three.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from study.curve import Curve, speedups
+from study.curve import AT_PLAIN_RATE, Curve, speedups
 from study.training import PLAIN
 from timm_decor.text import markdown_table
 
@@ -92,6 +96,78 @@ def block(found: Sequence[Curve], costs: Costs, picture: Path) -> str:
     said = "As fast as the plain optimizer to its accuracy at each budget, in steps and in seconds:"
     tables = [markdown_table(*score_table(found)), said, markdown_table(*speedup_table(found, costs))]
     return "\n\n".join([*tables, f"![{alt}]({picture.as_posix()})"])
+
+
+def of_recipe(runs: Sequence[Mapping[str, Any]]) -> list[Curve]:
+    """The curves of recipe_study.py's rows; its decorrelated arm has plain training's rate."""
+    tested = [run for run in runs if run["measured_on"] == "test"]
+    found = []
+    for opt, arm in dict.fromkeys((run["opt"], run["arm"]) for run in tested):
+        mine = sorted((r for r in tested if (r["opt"], r["arm"]) == (opt, arm)), key=lambda r: (r["epochs"], r["seed"]))
+        scores: dict[float, list[float]] = {}
+        for run in mine:
+            scores.setdefault(run["epochs"], []).append(run["top1"])
+        lrs = {run["epochs"]: run["lr"] for run in mine}
+        found.append(Curve(opt, PLAIN if arm == PLAIN else AT_PLAIN_RATE, lrs, scores))
+    return found
+
+
+def step_costs(record: Mapping[str, Any], img_size: int, batch_size: int) -> dict[tuple[str, str], float]:
+    """Seconds of a step by (opt, role), in units of plain SGD's, from step_cost.py's results of one image size.
+
+    Raises:
+        KeyError: plain SGD was not measured with these sizes.
+    """
+    shape = {"img_size": img_size, "batch_size": batch_size}
+    cases = {each["case"]["opt"]: each for each in record["results"] if shape.items() <= each["case"].items()}
+    base = cases["sgd"]["seconds"]["plain"]
+    found: dict[tuple[str, str], float] = {}
+    for opt, each in cases.items():
+        found[opt, PLAIN] = each["seconds"]["plain"] / base
+        found[opt, AT_PLAIN_RATE] = found[opt, PLAIN] * each["ratio"]["amortised"]
+    return found
+
+
+HEADLINE = (
+    "network, data, epochs", "optimizer", "plain", "decorrelated, same rate", "plain Muon",
+    "as fast to plain's accuracy, in seconds", "Muon",
+)  # fmt: skip
+
+
+def headline(what: str, opt: str, epochs: float, found: Sequence[Curve], costs: Costs) -> list[str] | None:
+    """A row under HEADLINE: three accuracies at an equal budget, and how much faster two of them are to the first.
+
+    Args:
+        what: network and data.
+        opt: base optimizer.
+        epochs: the budget.
+        found: the curves.
+        costs: of a step.
+
+    Returns:
+        None where plain training, or its decorrelated twin, has not had this budget.
+    """
+    opts = {each.opt for each in found if each.role != PLAIN}
+    plain, mine, rival = (
+        next((each for each in found if test(each) and epochs in each.scores), None)
+        for test in (
+            lambda each: (each.opt, each.role) == (opt, PLAIN),
+            lambda each: (each.opt, each.role) == (opt, AT_PLAIN_RATE),
+            lambda each: each.opt not in opts,
+        )
+    )
+    if plain is None or mine is None:
+        return None
+
+    def faster(arm: Curve | None) -> str:
+        if arm is None:
+            return "-"
+        by_epochs = {each.epochs: each.seconds for each in speedups(arm, plain, Pair(arm, plain).cost(costs))}
+        seconds = by_epochs.get(epochs)
+        return f"{seconds:.2f}x" if seconds else "-"
+
+    means = [f"{arm.means[epochs]:.1f} %" if arm else "-" for arm in (plain, mine, rival)]
+    return [f"{what}, {_epochs(epochs)}", opt, *means, faster(mine), faster(rival)]
 
 
 def _epochs(number: float) -> str:
