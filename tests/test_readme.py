@@ -22,7 +22,8 @@ from timm_decor import cli
 from timm_decor.scripts import zoo
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-RECIPE = "train.py -c recipes/cifar10_resnet18.yaml --no-decor-graft --lr 0.8 --compare-lr 0.4 --data-dir ... --compare"
+RECIPE = "train.py -c recipes/cifar10_resnet18.yaml --no-decor-graft --decor-damping 1 "
+RECIPE += "--decor-sides input --no-decor-center --lr 0.8 --compare-lr 0.4 --data-dir ... --compare"
 SEARCH = "timm-decor train --find-lr LOW HIGH"
 TABLE = "python -m timm_decor.list --markdown"
 LAYERS = "timm-decor list --layers NAME"

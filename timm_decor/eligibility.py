@@ -23,8 +23,8 @@ _GATE_PARTS = {  # what else these have sees the whole map
 _GATE_NAME = "se"  # timm's name for them, whatever their class
 _FEWEST_POSITIONS = 49  # of a depthwise kernel: MobileNetV3's 3x3 and 5x5 lose, ConvNeXt's 7x7 gain
 
-_GATE = "a channel gate: decorrelated, it costs accuracy"
-_DEPTHWISE = "a depthwise convolution with a kernel below 7x7: decorrelated, it costs accuracy"
+_GATE = "a channel gate: it sees one vector an image, too few rows for R"
+_DEPTHWISE = "a depthwise convolution with a kernel below 7x7: in MobileNetV3 it cost accuracy"
 
 # Their matrices are multiplied inside of one fused call, or are no factor of their input.
 _UNSEEN = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)

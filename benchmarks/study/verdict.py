@@ -62,6 +62,8 @@ class Measured:
         return "gains" if self.gain > 0 else "loses"
 
     def words(self, example: str) -> str:
-        """For a table of families, whose row names a member: another one is named where that was measured."""
+        """For a table of families, whose row names a member; says where another model, or an adapted one, was taken."""
         model, opt = self.setting["model"], self.setting["opt"]
-        return f"{self.verdict}: {self.gain:+.1f} points ({opt if model == example else f'{model}, {opt}'})"
+        other = [] if model == example else [model]
+        adapted = ["adapted"] if self.setting["kwargs"] else []
+        return f"{self.verdict}: {self.gain:+.1f} points ({', '.join([*other, *adapted, opt])})"
