@@ -33,6 +33,6 @@ FAMILIES = (
     Family("efficientnet", "efficientnet_b0", measured="level: +1.2 points (tinynet_e, adamw)"),
     Family("vision_transformer", "vit_tiny_patch16_224", measured="gains: +8.4 points (adapted, adamw)"),
     Family("deit", "deit_tiny_patch16_224"),
-    Family("mlp_mixer", "mixer_s16_224"),
+    Family("mlp_mixer", "mixer_s16_224", measured="one seed: +8.5 points (adamw)"),
     Family("swin_transformer", "swin_tiny_patch4_window7_224", measured="gains: +6.5 points (adapted, adamw)"),
 )
