@@ -1,4 +1,4 @@
-"""Does the gain last? Accuracy against budget: 1 to 16 epochs of CIFAR-10, each with a schedule of its own.
+"""Does the gain last? Accuracy against budget: half an epoch to 16 of CIFAR-10, each with a schedule of its own.
 
     python benchmarks/budget_curve.py tune   --data-dir ../shared/data/cifar10
     python benchmarks/budget_curve.py report --data-dir ../shared/data/cifar10
@@ -36,7 +36,7 @@ from timm_decor.text import text_table
 
 RESULTS = TIME_TO_ACCURACY.parent / "budget_curve"
 SHORT_TUNED = TIME_TO_ACCURACY / "cpu_cifar10_tune.json"
-EPOCHS = (1.0, 2.0, 4.0, 8.0, 16.0)
+EPOCHS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 TUNED_AT = (2.0, 8.0)
 SEEDS = 2
 CONFIG = {PLAIN: None, curve.DECORRELATED: DecorConfig().to_json()}

@@ -120,7 +120,7 @@ def budget_curve_data(curves: Sequence[Curve], costs: Mapping[tuple[str, str], f
 def budget_curve_picture(curves: Sequence[Curve], costs: Mapping[tuple[str, str], float], path: Path) -> None:
     """Accuracy over the budget, in epochs and in seconds of plain SGD's; a panel an optimizer, the rival in each."""
     opts = list(dict.fromkeys(each.opt for each in curves if each.role != PLAIN))
-    title = "Test accuracy over the budget, each with a schedule of its own length"
+    title = "Test accuracy over the budget"
     with _figure(2, len(opts), (4.6 * len(opts) + 0.4, 7.4), title, sharey=True) as (figure, axes):
         for column, opt in enumerate(opts):
             mine = [each for each in curves if each.opt == opt or each.opt not in opts]
