@@ -20,11 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from budget_curve import SHORT_TUNED
-from budget_curve import read as read_curves
 from torch.utils.flop_counter import FlopCounterMode
 
-from study import curve_pages, pictures, scaling_pages, sensitivity, tables
+from study import budgets, curve_pages, pictures, scaling_pages, sensitivity, tables
 from study.curve import Curve
 from study.families import FAMILIES
 from study.protocol import Row
@@ -177,7 +175,7 @@ def _ms(seconds: float) -> str:
 
 
 def budget_curve(path: Path, draw: bool) -> str:
-    """budget_curve.py: accuracy over the budget, what that saves, and the picture."""
+    """budget_curve.py and recipe_study.py: accuracy over the budget, what that saves, and the picture."""
     found, costs = _curves(path)
     picture = path.with_suffix(".png")
     if draw:
@@ -188,7 +186,7 @@ def budget_curve(path: Path, draw: bool) -> str:
 def _curves(path: Path) -> tuple[list[Curve], dict[tuple[str, str], float]]:
     """Curves and costs of a step, of budget_curve.py or recipe_study.py, whose recipe has the result's name."""
     if path.parent.name == "budget_curve":
-        return read_curves(path, path.with_name(f"{path.stem}_tune.json"), SHORT_TUNED)
+        return budgets.read(path, path.with_name(f"{path.stem}_tune.json"), budgets.SHORT_TUNED)
     recipe = read_mapping(str(ROOT / "recipes" / f"{path.stem}.yaml"), "recipe")
     record = json.loads(RECIPE_STEPS.read_text(encoding="utf-8"))
     costs = curve_pages.step_costs(record, recipe["img-size"], recipe["batch-size"])
@@ -423,7 +421,7 @@ def scaling(path: Path, part: str, draw: bool) -> str:
 
 HEADLINES = (  # network and data, result, optimizer, epochs
     ("small ResNet, CIFAR-10", "budget_curve/cifar10.json", "sgd", 2),
-    ("small ResNet, CIFAR-10", "budget_curve/cifar10.json", "sgd", 16),
+    ("small ResNet, CIFAR-10", "budget_curve/cifar10.json", "sgd", 8),
     ("ResNet-18, CIFAR-10 at 64 px", "recipe/cifar10_64px_resnet18.json", "sgd", 20),
     ("ResNet-18, Imagenette at 128 px", "recipe/imagenette_resnet18.json", "sgd", 20),
     ("ResNet-18, Imagenette at 128 px", "recipe/imagenette_resnet18.json", "adamw", 20),
@@ -437,12 +435,8 @@ GRAFT_VARIANTS = {
 }
 MAKERS = {
     **{"lr_sensitivity": lr_sensitivity, "graft": graft, "knobs": knobs},
-    **{
-        "budget_curve": budget_curve,
-        "time_to_accuracy": time_to_accuracy,
-        "step_cost": step_cost,
-        "cifar10_resnet18": compare,
-    },
+    **{"headline": headline, "budget_curve": budget_curve, "recipe": budget_curve},
+    **{"time_to_accuracy": time_to_accuracy, "step_cost": step_cost, "cifar10_resnet18": compare},
     **{"zoo": zoo, "zoo_layers": zoo_layers, "muon": muon, "finetune": finetune, "staged": staged},
 }
 

@@ -103,6 +103,34 @@ def test_pages_are_what_the_results_say(tmp_path: Path) -> None:
     assert "Not measured yet" in page.read_text(encoding="utf-8")
 
 
+def test_a_recipes_result_has_its_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As recipe_study.py writes it, in docs/measured.md and in README's first table."""
+    rows = [
+        {"opt": "sgd", "arm": arm, "lr": 0.1, "seed": 0, "epochs": epochs, "measured_on": "test", "top1": top1}
+        for arm, scores in (("plain", (70.0, 80.0)), ("decorrelated", (75.0, 82.0)))
+        for epochs, top1 in zip((5, 20), scores, strict=True)
+    ]
+    case = {"opt": "sgd", "img_size": 64, "batch_size": 128}
+    steps = {"results": [{"case": case, "seconds": {"plain": 0.2}, "ratio": {"amortised": 1.2}}]}
+    root, results = readme_tables.ROOT, tmp_path / "results"
+    (results / "recipe").mkdir(parents=True)
+    (results / "recipe" / "cifar10_64px_resnet18.json").write_text(json.dumps({"runs": rows}))
+    (results / "steps.json").write_text(json.dumps(steps))
+    monkeypatch.setattr(readme_tables, "RESULTS", results)
+    monkeypatch.setattr(readme_tables, "RECIPE_STEPS", results / "steps.json")
+    row = "| ResNet-18, CIFAR-10 at 64 px, 20 epochs | sgd | 80.0 % | 82.0 % | - | 1.24x | - |"
+    assert row in readme_tables.block("headline", draw=False)
+    monkeypatch.setattr(readme_tables, "ROOT", tmp_path)
+    (tmp_path / "recipes").symlink_to(root / "recipes")
+    text = readme_tables.block("recipe/cifar10_64px_resnet18.json", draw=True)
+    assert "| sgd, at plain's rate at 0.1 | 75.0 (75.0) | 82.0 (82.0) |" in text
+    mark = "<!-- results: recipe/cifar10_64px_resnet18.json -->\n<!-- end of results -->"
+    assert not readme_tables.stale_pictures(mark)
+    rows[0]["top1"] = 71.0
+    (results / "recipe" / "cifar10_64px_resnet18.json").write_text(json.dumps({"runs": rows}))
+    assert len(readme_tables.stale_pictures(mark)) == 1
+
+
 def test_legends_of_pictures_cover_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = ROOT / "benchmarks" / "results" / "time_to_accuracy" / "cpu_cifar10.json"
     tune = Results.read(study.with_name("cpu_cifar10_tune.json"))

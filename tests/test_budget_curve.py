@@ -11,7 +11,7 @@ import budget_curve
 import pytest
 import time_to_accuracy
 
-from study import curve, curve_pages, presets
+from study import budgets, curve, curve_pages, presets
 from study.results import Results
 from study.training import PLAIN, Record, Spec
 from timm_decor.errors import UserError
@@ -90,7 +90,7 @@ def test_tables() -> None:
     assert rows[1] == ["sgd, decorrelated at 0.1", "51.0 (51.0)", "61.5 (61.0, 62.0)"]
 
 
-def test_readmes_row(tmp_path: Path) -> None:
+def test_readmes_row() -> None:
     """From recipe_study's rows and step_cost's results; a held-out row is no result."""
 
     def row(opt: str, arm: str, epochs: int, top1: float, seed: int = 0, on: str = "test") -> dict[str, Any]:
@@ -120,6 +120,8 @@ def test_readmes_row(tmp_path: Path) -> None:
     }
     costs = curve_pages.step_costs(record, 128, 64)
     assert costs["sgd", "at plain's rate"] == 1.25 and costs["muon", PLAIN] == 2
+    with pytest.raises(UserError, match="no step of plain SGD was timed at 224 px, batch 64"):
+        curve_pages.step_costs(record, 224, 64)
     cells = curve_pages.headline("a net, data", "sgd", 20, found, costs)
     assert cells == ["a net, data, 20 epochs", "sgd", "81.0 %", "85.0 %", "85.0 %", "3.20x", "1.00x"]
     assert curve_pages.headline("a net, data", "adamw", 20, found, costs) is None
@@ -129,8 +131,8 @@ def test_readmes_row(tmp_path: Path) -> None:
 def test_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     small = dataclasses.replace(presets.PRESETS["smoke"], train_images=64, rival="muon", seeds=1, turn=1)
     monkeypatch.setitem(presets.PRESETS, "smoke", small)
-    monkeypatch.setattr(budget_curve, "EPOCHS", (1.0, 2.0))
-    monkeypatch.setattr(budget_curve, "SEEDS", 1)
+    monkeypatch.setattr(budgets, "EPOCHS", (1.0, 2.0))
+    monkeypatch.setattr(budgets, "SEEDS", 1)
     sgd = dataclasses.replace(presets.OPTIMIZERS["sgd"], lrs=(0.02, 0.1, 0.5))
     monkeypatch.setitem(presets.OPTIMIZERS, "sgd", sgd)
     short, tuned, out = tmp_path / "short_tune.json", tmp_path / "tune.json", tmp_path / "curve.json"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from study import cluster
-from study.curve import AT_PLAIN_RATE, DECORRELATED, Curve
+from study.curve import AT_PLAIN_RATE, Curve
 from study.presets import OPTIMIZERS
 from study.protocol import Row
 from study.sensitivity import Curves, plain_best
@@ -126,10 +126,8 @@ def budget_curve_picture(curves: Sequence[Curve], costs: Mapping[tuple[str, str]
             mine = [each for each in curves if each.opt == opt or each.opt not in opts]
             for line, (axis, unit) in enumerate(zip(axes[:, column], ("epochs", "seconds"), strict=True)):
                 for each in mine:
-                    kind = (
-                        "rival" if each.opt not in opts else "decorrelated" if each.role == AT_PLAIN_RATE else each.role
-                    )
-                    style = OTHERS[0] if each.role == DECORRELATED else STYLES[kind]
+                    kind = each.role if each.opt in opts else "rival"
+                    style = OTHERS[0] if each.role == AT_PLAIN_RATE else STYLES[kind]
                     cost = costs[each.opt, each.role] / costs[opt, PLAIN] if unit == "seconds" else 1.0
                     xs = [epochs * cost for epochs in each.scores]
                     axis.plot(xs, list(each.means.values()), label=each.name, linewidth=1.8, markersize=5, **style)
