@@ -80,6 +80,15 @@ def test_the_same_as_the_model_says(run: Path, photos: Path, tmp_path: Path):
         assert row["names"] == [(metadata.label_names or [str(i) for i in range(10)])[i] for i in row["labels"]]
 
 
+def test_emulated_bfloat16_is_said(
+    run: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    call(run, photos, "--amp", "--amp-dtype", "bfloat16")
+    captured = capsys.readouterr()
+    assert "emulated" in captured.err and "emulated" not in captured.out
+
+
 def test_every_format_says_the_same(run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     for name in ("out.jsonl", "out.csv", "out.parquet"):
         call(run / "last.safetensors", photos, "--output", tmp_path / name, "--top", 2)

@@ -17,6 +17,7 @@ from training_runs import DECOR, TINY, history, reset_accelerate, train
 
 from timm_decor.errors import UserError
 from timm_decor.training import arm as arm_module
+from timm_decor.training import validation
 from timm_decor.training.keeping.folder import RunFolder, read_resume
 from timm_decor.training.run import main, parse
 from timm_decor.training.runtime import follow_launcher
@@ -158,6 +159,21 @@ class TestLauncher:
         run = train(tmp_path / "run", "--epochs", 1)
         assert history(run)[-1]["steps"] == 2
         assert yaml.safe_load((run / "args.yaml").read_text())["grad_accum_steps"] == 2
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_bfloat16_without_its_instructions_is_said(
+    supported: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    run = train(tmp_path / "run", "--epochs", 1, "--amp", "--amp-dtype", "bfloat16")
+    line = "--amp-dtype bfloat16 is emulated on this CPU"
+    assert (line in capsys.readouterr().out) is not supported
+    weights, words = str(run / "last.safetensors"), ["--dataset", "digits", "--device", "cpu", "-j", "0"]
+    for precision, said in (["--amp-dtype", "bfloat16", "--amp"], not supported), (["--no-amp"], False):
+        reset_accelerate()
+        validation.main(["--checkpoint", weights, *words, *precision])
+        assert (line in capsys.readouterr().err) is said
 
 
 class TestPeak:

@@ -21,7 +21,7 @@ from timm_decor.training.args import predict_parser
 from timm_decor.training.data.loaders import eval_loader
 from timm_decor.training.keeping.folder import RunFolder
 from timm_decor.training.options import DeviceOptions, LoaderOptions, PredictOptions
-from timm_decor.training.runtime import make_accelerator
+from timm_decor.training.runtime import make_accelerator, slow_precision
 from timm_decor.training.seeing.drawing import label
 from timm_decor.training.seeing.mistakes import MOST_PICTURES, write_sheet
 
@@ -65,6 +65,9 @@ def main(argv: Sequence[str], prog: str) -> None:
     paths = find_images(options.paths)
     accelerator = make_accelerator(options.device.device, options.device.amp, options.device.amp_dtype)
     main_process = accelerator.is_main_process
+    if main_process:
+        for line in slow_precision(accelerator):
+            print(f"{prog}: {line}", file=sys.stderr)
     for file in (options.output, options.picture):
         if file:
             RunFolder(Path(file).parent, main_process)

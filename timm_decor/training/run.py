@@ -47,6 +47,7 @@ from timm_decor.training.runtime import (
     others_needed,
     restarts,
     seed_everything,
+    slow_precision,
     versions,
 )
 from timm_decor.training.seeing import compare, ending, trackers
@@ -114,7 +115,7 @@ def _main(argv: Sequence[str], prog: str) -> None:
             told.append(
                 f"accelerate's FSDP is for several GPUs, and not followed on {kind}: each process has the whole model"
             )
-        for line in told:
+        for line in told + slow_precision(accelerator):
             accelerator.print(line)
         _run(options, record, accelerator, folder, decorrelated)
 

@@ -76,6 +76,22 @@ def make_accelerator(
     return accelerator
 
 
+def slow_precision(accelerator: Accelerator) -> list[str]:
+    """A line where the device has no instructions for bfloat16: it is emulated, and costs time instead of saving it."""
+    device = accelerator.device
+    if accelerator.mixed_precision != "bf16":
+        return []
+    if device.type == "cpu":
+        known = torch.backends.mkldnn.is_available()
+        emulated = known and not torch.ops.mkldnn._is_mkldnn_bf16_supported()  # there is no public name for it
+        name = "CPU"
+    else:
+        emulated = device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0)
+        name = "GPU"
+    line = f"--amp-dtype bfloat16 is emulated on this {name}: many times slower than float32 (--no-amp)"
+    return [line] if emulated else []
+
+
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether the model that it prepares is cut over the processes, by FSDP2."""
     return bool(getattr(accelerator, "is_fsdp2", False))

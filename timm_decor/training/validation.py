@@ -28,7 +28,7 @@ from timm_decor.training.evaluate import evaluate
 from timm_decor.training.keeping.folder import EMA_SUFFIX, RESUME_FILES, RunFolder
 from timm_decor.training.keeping.metadata import CheckpointMetadata
 from timm_decor.training.options import CreateOptions, ImageOptions, ResultOptions, ValidateOptions
-from timm_decor.training.runtime import make_accelerator, others_needed, seed_everything
+from timm_decor.training.runtime import make_accelerator, others_needed, seed_everything, slow_precision
 from timm_decor.training.seeing.mistakes import class_names, confusion, write_confusion, write_sample, write_worst
 
 Row = dict[str, Any]
@@ -66,6 +66,8 @@ def _main(argv: Sequence[str], prog: str) -> None:
         raise UserError(f"{' and '.join(result.pictures)}: for one checkpoint, not several")
     accelerator = make_accelerator(device.device, device.amp, device.amp_dtype, timeout=options.dist_timeout)
     say = partial(_say, prog) if accelerator.is_main_process else _nothing
+    for line in slow_precision(accelerator):
+        say(line)
     for file in (result.results_file, *result.pictures.values()):
         if file:
             RunFolder(Path(file).parent, accelerator.is_main_process)
