@@ -67,7 +67,7 @@ def test_readme_is_the_index_and_links_lead_into_the_site(site: dict[str, str]):
 
 def test_pictures_are_in_it(site: dict[str, str]):
     pictures = re.findall(r'<img [^>]*src="([^"]+)"', site["index.html"])
-    assert "benchmarks/results/time_to_accuracy/cpu_cifar10.png" in pictures and set(pictures) <= site.keys()
+    assert "benchmarks/results/budget_curve/cifar10.png" in pictures and set(pictures) <= site.keys()
 
 
 def test_a_reader_fetches_nothing_from_elsewhere(site: dict[str, str]):
