@@ -64,6 +64,15 @@ def test_an_optimizer_that_cannot_be_tried_has_no_scale(caplog):
     assert "may need tuning" in caplog.text
 
 
+def test_attach_leaves_random_states_alone(monkeypatch):
+    model = timm_decor.decorrelate(net())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    seeded, before = [], torch.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    timm_decor.attach(model, optimizer)
+    assert torch.equal(torch.get_rng_state(), before) and not seeded
+
+
 def test_the_step_is_as_long_as_plain_sgds():
     """With the gradients that it was measured with its length is plain's; without the scale it is a part of that."""
     lengths = {}

@@ -91,7 +91,7 @@ def _power(optimizer: Optimizer, number: int, dim: int) -> Power | None:
         start, gradients = _small(dim)
         lengths = []
         for weight, gradient in ((_SMALL, 1.0), (_SMALL, _LARGER), (_LARGER * _SMALL, 1.0)):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the GPUs as well
             twin = _twin(optimizer, number, weight * start, _HARDLY)
             (parameter,) = twin.param_groups[0]["params"]
             many = [gradient * gradients[i % len(gradients)] for i in range(_SETTLED)]
@@ -134,7 +134,7 @@ def _weights_in_state(optimizer: Optimizer, number: int, dim: int) -> str:
         start, gradients = _small(dim)
         states = []
         for sign in (1, -1):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             states.append(_state_after(_twin(optimizer, number, sign * start), gradients))
     for path, tensor in states[0].items():
         other = states[1].get(path)
