@@ -591,3 +591,19 @@ def test_a_step_between_refreshes_never_waits_for_the_device(opt):
         "the count would miss a refresh's look"
     )
     assert decorrelated[1:4] + decorrelated[5:] == plain_looks[1:4] + plain_looks[5:]
+
+
+@pytest.mark.parametrize("value", [0.1, 0.5, 3.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inputs_that_are_all_the_same_have_nothing_to_whiten(value, dtype, caplog):
+    """Behind a BatchNorm their centred moment is zero, of which rounding leaves some noise."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 5))
+    timm_decor.decorrelate(model.to(dtype), DecorConfig(every=1, sample=1.0))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    handle = timm_decor.attach(model, optimizer)
+    for _ in range(2):
+        model(torch.full((8, 3, 6, 6), value, dtype=dtype)).square().mean().backward()
+        optimizer.step()
+    first = handle.report().rows[0]
+    assert (first.refreshes, first.skips) == (0, 2) and "all zero, or all the same" in caplog.text

@@ -14,6 +14,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import timm_decor
 from timm_decor import DecorConfig, DecorConv2d, DecorLinear
+from timm_decor.convert import decor_layers
 
 
 class OddConv(nn.Conv2d):
@@ -234,6 +235,25 @@ def test_space_leaves_pointwise_layers_plain():
     model = timm_decor.decorrelate(small_net(), DecorConfig(structure="space"))
     assert [row.name for row in model.decor_report.decorrelated] == ["0"]
     assert all("one position" in row.plain_reason for row in model.decor_report.plain)
+
+
+def test_layers_have_their_own_names_whatever_wraps_the_model():
+    """`module` is DDP's, but it may be anybody's attribute."""
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.module = nn.Linear(4, 4), nn.ModuleDict({"fc": nn.Linear(4, 4)})
+
+    model = timm_decor.decorrelate(Own())
+    assert [name for name, _ in decor_layers(model)] == ["fc", "module.fc"]
+    wrapped = object.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapped)
+    wrapped.module = model
+    assert [name for name, _ in decor_layers(wrapped)] == ["fc", "module.fc"]
+    both = nn.Module()
+    both.a = wrapped
+    assert [name for name, _ in decor_layers(both)] == ["a.fc", "a.module.fc"]
 
 
 def test_a_second_call_replaces_the_configuration():

@@ -121,3 +121,19 @@ def test_nothing_waits_but_a_refresh(rule: str, structure: str, opt: str) -> Non
         looks = more.pop("look", 0)
         assert not more, f"step {step} waits: {more}"
         assert looks == (step % EVERY == 0), f"step {step}: {looks} looks"
+
+
+@pytest.mark.parametrize("opt", OPTIMIZERS)
+def test_a_model_on_two_devices_takes_its_steps(opt: str) -> None:
+    with FakeTensorMode():
+        model = nn.Sequential(nn.Linear(40, 40, device="cuda:0"), nn.Linear(40, 5, device="cuda:1"))
+        timm_decor.decorrelate(model, DecorConfig(every=4))
+        optimizer = OPTIMIZERS[opt](model.parameters())
+        handle = timm_decor.attach(model, optimizer)
+        for _ in range(STEPS):
+            model[1](model[0](torch.randn(30, 40, device="cuda:0")).to("cuda:1"))
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+        for group, device in zip(handle._groups, ("cuda:0", "cuda:1"), strict=True):
+            assert {str(tensor.device) for tensor in group.sides.tensors().values()} == {device}

@@ -73,6 +73,26 @@ def test_attach_leaves_random_states_alone(monkeypatch):
     assert torch.equal(torch.get_rng_state(), before) and not seeded
 
 
+def test_torchs_default_device_changes_nothing():
+    """Small tensors that the engine makes for itself are on the CPU, or where the weights are."""
+
+    def trained(device):
+        torch.manual_seed(0)
+        model = timm_decor.decorrelate(nn.Sequential(nn.Linear(400, 6)), DecorConfig(every=1, sample=1.0))
+        optimizer = sgd(model, momentum=0.9)
+        batches = [(torch.randn(64, 400), torch.arange(64) % 6) for _ in range(4)]
+        with torch.device(device):
+            handle = timm_decor.attach(model, optimizer)
+            for x, y in batches:
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x), y).backward()
+                optimizer.step()
+            return model[0].weight, handle.scale, handle.report()
+
+    (weight, scale, report), (other, its, its_report) = trained("cpu"), trained("meta")  # nothing comes back from it
+    assert torch.equal(weight, other) and scale == its != 1 and report == its_report
+
+
 def test_the_step_is_as_long_as_plain_sgds():
     """With the gradients that it was measured with its length is plain's; without the scale it is a part of that."""
     lengths = {}

@@ -199,3 +199,34 @@ class TestLossScaling:
         assert both.r.keys() == good.r.keys() and all(map(torch.equal, both.r.values(), good.r.values()))
         (row,) = both.handle.report().rows
         assert row.skips == 0 and row.refreshes == (3 if every == 2 else 1)
+
+    @pytest.mark.skipif(torch.__version__ < (2, 4), reason="this torch fuses on GPUs alone")
+    @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+    def test_one_layer_that_overflows_is_enough(self, kind: type[torch.optim.Optimizer]):
+        """A fused optimizer finds out on the device: until then the other layers' gradients look like a step's."""
+
+        def trained(steps: list[bool]) -> tuple[list[Tensor], dict[str, Any]]:
+            torch.manual_seed(0)
+            model = timm_decor.decorrelate(nn.Sequential(nn.Linear(6, 7), nn.Linear(7, 5)), DecorConfig(every=3))
+            more = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+            optimizer = kind(model.parameters(), 0.05, fused=True, **more)
+            handle, scaler = timm_decor.attach(model, optimizer), torch.amp.GradScaler("cpu", init_scale=4.0)
+            for number, is_good in enumerate(steps):
+                x = torch.randn(9, 6, generator=torch.Generator().manual_seed(sum(steps[:number])))
+                optimizer.zero_grad()
+                scaler.scale(model(x).square().mean()).backward()
+                if not is_good:
+                    model[1].weight.grad.fill_(math.inf)
+                scaler.step(optimizer)
+                scaler.update(4.0)
+                assert handle.step == sum(steps[: number + 1])  # else the engine asks at the next refresh alone
+            return [p.detach().clone() for p in model.parameters()], handle.state()
+
+        # Step 1 measures the scale, and each one looks at the outputs' errors.
+        weights, state = trained([True, True, False, True, True, False])
+        good, wanted = trained([True] * 4)
+        assert all(map(torch.equal, weights, good)) and state["step"] == wanted["step"] == 4
+        for name, layer in wanted["layers"].items():
+            for part in ("r", "moments"):
+                for key, tensor in layer[part].items():
+                    assert torch.equal(state["layers"][name][part][key], tensor), (name, key)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import itertools
 import logging
+import weakref
 
 import pytest
 import timm
@@ -80,8 +82,8 @@ class TestOutsideWrites:
         for seed in range(3):
             step(model, optimizer, seed)
         entries = optimizer.state_dict()["timm_decor"]["layers"].values()
-        assert all(set(e) == {"shape", "structure", "rank", "outputs", "r", "moments", "recorded", "refreshes", "skips"}
-                   for e in entries)  # fmt: skip
+        facts = {"shape", "structure", "rank", "outputs", "refreshes", "skips", "late"}
+        assert all(set(entry) == {*facts, "r", "moments", "recorded"} for entry in entries)
 
 
 class TestHooks:
@@ -161,6 +163,20 @@ class TestHooks:
             step(model, optimizer, 3)
             assert handle.step == 3
         assert not [each for each in recwarn if "lr_scheduler" in str(each.message)]
+
+    def test_a_scheduler_does_not_keep_what_was_detached(self):
+        model, optimizer, handle = bound("linear")
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        step(model, optimizer, 0)
+        handle.detach()
+        gone = weakref.ref(handle)
+        del handle
+        gc.collect()
+        assert gone() is None
+        before = weights(model)
+        step(model, optimizer, 1)
+        scheduler.step()
+        assert not same(before, weights(model))
 
 
 class TestFailure:
@@ -326,6 +342,22 @@ class TestOptimizers:
 
 
 class TestWrappers:
+    @pytest.mark.skipif(torch.__version__ < (2, 6), reason="compiling an optimizer's step is young")
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_a_compiled_step_is_the_same(self, kind):
+        """Dynamo must not trace the hooks: it would step from what the weights held before them."""
+        (eager, its, handle), (model, optimizer, other) = bound(kind), bound(kind)
+        compiled = torch.compile(optimizer.step, backend="eager")
+        for seed in range(5):
+            step(eager, its, seed)
+            optimizer.zero_grad()
+            F.cross_entropy(model(batch(seed)[0]), batch(seed)[1]).backward()
+            compiled()
+        for a, b in zip(eager.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(a, b)
+        assert handle.step == other.step == 5
+        assert [row.refreshes for row in other.report().rows] == [3, 3, 3]
+
     def test_around_the_inner_optimizer_are_taken_off(self):
         for name in ("optimizer", "optim", "base_optimizer", "_base_optimizer"):
             model = timm_decor.decorrelate(net(), CONFIG)
@@ -535,6 +567,103 @@ class TestChanges:
         assert all(row.refreshes == 2 and not row.skips for name, row in rows.items() if name != "fc")
         saved = optimizer.state_dict()
         assert saved["timm_decor"]["layers"].keys() == rows.keys()
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_unfrozen_layers_go_on_with_their_r(self, kind):
+        """Who resumes attaches as before, with frozen layers, loads, and unfreezes again."""
+
+        def begun():
+            model = net()
+            model[0].requires_grad_(False)
+            return bound(kind, model=model)
+
+        model, optimizer, handle = begun()
+        step(model, optimizer, 0)
+        model.requires_grad_(True)
+        for seed in range(1, 6):
+            step(model, optimizer, seed)
+        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        again, its, other = begun()
+        again.load_state_dict(saved[0])
+        its.load_state_dict(saved[1])
+        assert same_tree(its.state_dict(), saved[1])
+        again.requires_grad_(True)
+        for seed in range(6, 9):
+            step(model, optimizer, seed)
+            step(again, its, seed)
+        assert same(weights(model), weights(again)) and other.report() == handle.report()
+        assert again.decor_report == model.decor_report
+
+    def test_layers_that_have_no_part_in_a_refreshs_step_have_their_r(self):
+        """Two heads that train in turns: every refresh falls on a step of the first."""
+
+        class Heads(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.body, self.heads = nn.Linear(8, 8), nn.ModuleList(nn.Linear(8, 3) for _ in range(3))
+
+            def forward(self, x, head):
+                return self.heads[head](self.body(x).relu())
+
+        def trained(steps, saved=None):
+            torch.manual_seed(0)
+            model, optimizer, handle = bound("linear", DecorConfig(every=4, sample=1.0), Heads())
+            if saved is not None:
+                model.load_state_dict(saved[0])
+                optimizer.load_state_dict(saved[1])
+            for seed in steps:
+                generator = torch.Generator().manual_seed(seed)
+                optimizer.zero_grad()
+                F.cross_entropy(model(torch.randn(9, 8, generator=generator), seed % 2), torch.arange(9) % 3).backward()
+                optimizer.step()
+            return model, handle, copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+
+        model, handle, _ = trained(range(12))
+        rows = {row.name: row for row in handle.report().rows}
+        assert rows["body"].refreshes == rows["heads.0"].refreshes == 3
+        assert rows["heads.1"].refreshes >= 1 and rows["heads.1"].correlation_after is not None
+        assert rows["heads.2"].refreshes == 0 and not any(row.skips for row in rows.values())
+        again, its, _ = trained(range(6, 12), trained(range(6))[2])  # saved while the second one records
+        assert same(weights(model), weights(again)) and its.report() == handle.report()
+
+    def test_a_step_without_a_gradient_is_none(self):
+        model, optimizer, handle = bound("linear")
+        optimizer.step()
+        assert handle.step == 0
+        step(model, optimizer, 0)
+        assert [row.refreshes for row in handle.report().rows] == [1, 1, 1]
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_a_replaced_weight_is_plain_and_named_once(self, kind, caplog):
+        model, optimizer, handle = bound(kind)
+        step(model, optimizer, 0)
+        model[2].weight = nn.Parameter(model[2].weight.detach().clone())
+        before = model[2].weight.detach().clone()
+        for seed in range(1, 4):
+            step(model, optimizer, seed)
+        assert handle.step == 4 and torch.equal(model[2].weight, before)
+        assert caplog.text.count("layer 2 is plain: its weight was replaced after attach") == 1
+        optimizer.state_dict()
+
+    def test_a_refused_state_changes_nothing(self):
+        saved = bound("linear")
+        for seed in range(3):
+            step(*saved[:2], seed)
+        model = timm_decor.decorrelate(net(), CONFIG)
+        groups = [{"params": [p for p in model.parameters() if p.dim() == d]} for d in (1, 2, 4)]
+        optimizer = torch.optim.SGD(groups, 0.05, momentum=0.9)
+        handle = timm_decor.attach(model, optimizer)
+        step(model, optimizer, 7)
+        before = copy.deepcopy(optimizer.state_dict())
+        with pytest.raises(ValueError, match="different number of parameter groups"):
+            optimizer.load_state_dict(saved[1].state_dict())
+        assert same_tree(optimizer.state_dict(), before) and handle.step == 1
+
+    def test_a_refused_attach_leaves_the_config(self):
+        model = timm_decor.decorrelate(net(), DecorConfig(damping=0.5))
+        with pytest.raises(ValueError, match="does not hold the weight"):
+            timm_decor.attach(model, torch.optim.SGD([nn.Parameter(torch.zeros(2))], 0.1), DecorConfig(damping=2.0))
+        assert timm_decor.attach(model, torch.optim.SGD(model.parameters(), 0.1)).config.damping == 0.5
 
     def test_added_and_frozen_ones_are_named_once(self, caplog):
         model, optimizer, _ = bound("decaying")

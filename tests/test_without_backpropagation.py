@@ -53,6 +53,16 @@ def test_the_estimates_mean_is_the_kernels_gradient(sides: str, estimator: str) 
     assert error < 0.2, error  # by chance about sqrt(28 / 3000) = 0.1
 
 
+def test_weights_that_are_perturbed_are_no_sign_of_another_optimizer(caplog: pytest.LogCaptureFixture) -> None:
+    model, handle = layer(DecorConfig(every=1, sample=1.0))
+    assert handle is not None
+    with handle.recording(), torch.no_grad():
+        for _ in range(4):
+            model[0].weight.add_(1e-3)
+            model(batch()[0])
+    assert "training is plain" not in caplog.text
+
+
 def test_the_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "digits.json"
     study.main(["--smoke", "--steps", "40", "--json", str(out)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import logging
@@ -134,6 +135,18 @@ def reconverted(model: nn.Module, config: DecorConfig | None = None) -> Conversi
     return owner.decor_report  # type: ignore[return-value]
 
 
+@contextlib.contextmanager
+def report_kept_on_error(model: nn.Module) -> Iterator[None]:
+    """An exception leaves the model's report, and so its config, what it was."""
+    owner = _owner(model)
+    before = owner.decor_report
+    try:
+        yield
+    except BaseException:
+        owner.decor_report = before
+        raise
+
+
 def _owner(model: nn.Module) -> nn.Module:
     """The module that went through `decorrelate`."""
     owner = next((module for module in model.modules() if "decor_report" in vars(module)), None)
@@ -144,10 +157,16 @@ def _owner(model: nn.Module) -> nn.Module:
 
 def decor_layers(model: nn.Module) -> Iterator[tuple[str, DecorLayer]]:
     """(name, layer) of every decorrelated layer, named as in the unwrapped model."""
+    wrapped: list[str] = []  # where DDP keeps a model: what begins so has DDP's `module.` in its name
     for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            wrapped.append(f"{name}.module." if name else "module.")
         # The exact type: one whose weight became a computed one is a subclass by then.
         if isinstance(module, DecorConv2d | DecorLinear) and class_of(module) in PLAIN_TYPES:
-            yield own_name(name).removeprefix("module."), module
+            for prefix in reversed(wrapped):
+                if name.startswith(prefix):
+                    name = prefix.removesuffix("module.") + name.removeprefix(prefix)
+            yield own_name(name), module
 
 
 def norms_behind(model: nn.Module) -> dict[nn.Module, BatchNorm]:

@@ -127,7 +127,8 @@ class DecorMixin:
             if not _is_plain(x):
                 self.unrecorded += 1
                 return
-            self._notice_writes()
+            if not self.without_grad:  # weight perturbation moves the weights between its forward passes
+                self._notice_writes()
         if x.numel() == 0:
             return
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -161,7 +162,8 @@ class DecorMixin:
         (stored,) = self.stored or (self.weight,)
         weight = getattr(stored, "_local_tensor", stored).detach().flatten()
         now = weight[:: max(1, len(weight) // _LOOKED_AT)].clone()
-        if self.passes > 1 and not torch.equal(now, self.glimpse):
+        is_there = self.passes > 1 and (now.device, now.dtype) == (self.glimpse.device, self.glimpse.dtype)
+        if is_there and not torch.equal(now, self.glimpse):
             self.moves += 1
             tell = self.on_outside() if self.moves == 2 and self.on_outside is not None else None
             if tell is not None:

@@ -56,7 +56,8 @@ def reported_entries(size: int, device: torch.device) -> Tensor:
     """
     if size <= REPORTED_ENTRIES:
         return torch.arange(size, device=device)
-    drawn = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:REPORTED_ENTRIES]
+    generator = torch.Generator("cpu").manual_seed(0)  # whatever torch.set_default_device says
+    drawn = torch.randperm(size, generator=generator, device="cpu")[:REPORTED_ENTRIES]
     return drawn.sort().values.to(device)
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from timm_decor.config import DecorConfig
-from timm_decor.convert import any_attached, decor_layers, reconverted
+from timm_decor.convert import any_attached, decor_layers, reconverted, report_kept_on_error
 from timm_decor.engine import shards
 from timm_decor.engine.checkpoint import STATE_KEY
 from timm_decor.engine.handle import DecorHandle, attached_optimizers
@@ -43,13 +43,13 @@ def attach(model: nn.Module, optimizer: Optimizer, config: DecorConfig | None = 
     is skipped, counted in `report()` and, the first time, logged with its step and layer. Weights written from outside
     between steps (a checkpoint, EMA, Lookahead, `.data`) are followed. A closure is evaluated once, before the step. A
     step that fails, or that a gradient scaler skips, moves nothing and is not counted; nor is one at a learning rate of
-    zero.
+    zero, or without a single gradient.
 
     Args:
         model: a model that went through `decorrelate` (every `decor_*` model has); DDP and torch.compile may wrap it,
             and fully_shard (FSDP2) may have cut its weights: then all processes attach together.
         optimizer: a `torch.optim.Optimizer`; Accelerate's, Lightning's, timm's and torch's wrappers are fine.
-        config: that given to `decorrelate` if None.
+        config: that given to `decorrelate` (or to an earlier attach) if None.
 
     Returns:
         A handle with `report()` and `detach()`.
@@ -69,6 +69,11 @@ def attach(model: nn.Module, optimizer: Optimizer, config: DecorConfig | None = 
     if torch.__version__ < (2, 5):  # type: ignore[operator]
         # There torch.compile takes a module's attributes for constants unless told; `recording` changes with the steps.
         importlib.import_module("torch._dynamo").config.guard_nn_modules = True  # imported late: it takes seconds
+    with report_kept_on_error(model):
+        return _attach(model, inner, config)
+
+
+def _attach(model: nn.Module, inner: Optimizer, config: DecorConfig | None) -> DecorHandle:
     config = reconverted(model, config).config
     trained = [(name, layer) for name, layer in decor_layers(model) if layer.weight.requires_grad]
     if not trained:

@@ -28,7 +28,7 @@ from timm_decor.engine.shards import is_cut
 from timm_decor.layers import DecorLayer
 from timm_decor.plan import LayerPlan
 from timm_decor.shape import parts
-from timm_decor.structures import SCALE
+from timm_decor.structures import SCALE, is_of_outputs
 
 STATE_KEY = "timm_decor"  # in optimizer.state_dict(), and in the entries of the layers' weights there
 STATE_FORMAT = 5
@@ -52,6 +52,7 @@ def layer_state(group: LayerGroup, position: int) -> dict[str, Any]:
         "recorded": layer.recorded(),
         "refreshes": group.refreshes[position],
         "skips": group.skips[position],
+        "late": position in group.late,
     }
 
 
@@ -64,9 +65,10 @@ def take_over(group: LayerGroup, saved: Mapping[str, Mapping[str, Any]]) -> None
     """Continue from saved layers, whatever device or grouping they were saved from; the plans agree.
 
     What is saved of the other side is left, and what is missing, or a layer that is, starts from the identity: SGD and
-    AdamW can begin with each other's R.
+    AdamW can begin with each other's R, and a head of other classes with the R of its inputs.
     """
-    entries, count = [saved.get(name, {}) for name in group.names], len(group.names)
+    count = len(group.names)
+    entries = [_fitting(saved.get(name, {}), layer) for name, layer in zip(group.names, group.layers, strict=True)]
 
     def together(kind: str, now: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {
@@ -82,6 +84,17 @@ def take_over(group: LayerGroup, saved: Mapping[str, Mapping[str, Any]]) -> None
     group.sides = group.sides.with_tensors(together("r", group.sides.tensors()))
     group.moments = together("moments", group.moments)
     group.refreshes, group.skips = ([entry.get(key, 0) for entry in entries] for key in ("refreshes", "skips"))
+    group.late = [i for i, entry in enumerate(entries) if entry.get("late")]
+
+
+def _fitting(entry: Mapping[str, Any], layer: DecorLayer) -> Mapping[str, Any]:
+    """A saved layer without its output side where it has other outputs: tensor by tensor, some would fit by chance."""
+    if not entry or entry["shape"] == list(layer.weight.shape):
+        return entry
+    of_inputs = {
+        part: {name: value for name, value in entry[part].items() if not is_of_outputs(name)} for part in _PARTS
+    }
+    return {**entry, **of_inputs}
 
 
 def restore_recorded(group: LayerGroup, saved: Mapping[str, Mapping[str, Any]]) -> None:
@@ -102,7 +115,9 @@ def with_entries(optimizer: Optimizer, state_dict: dict[str, Any], weights: Mapp
     saved, state = state_dict[STATE_KEY], dict(state_dict["state"])
     common = {key: value for key, value in saved.items() if key != "layers"}
     for name, weight in weights.items():
-        number, layer = position[id(weight)], saved["layers"][name]
+        number, layer = position.get(id(weight)), saved["layers"][name]
+        if number is None:  # it was replaced after attach
+            continue
         # A weight's first step fills an entry that is empty, and would take ours for the optimizer's.
         if state.get(number) or not any(state.values()):
             # Of sharded weights each process recorded its own sums, and entries are taken to be the same everywhere.

@@ -299,14 +299,22 @@ def step_type(optimizer: Optimizer) -> type[StepOnW]:
     return Decaying if type(optimizer) in DECAYING else General
 
 
-def moves(step: StepOnW, new: Sides, optimizer: Optimizer, preserve_function: bool) -> list[Move]:
-    """What else must change when L and R do, for the layers of a step that has not landed.
+def moves(
+    weights: Sequence[Weight], old: Sides, new: Sides, optimizer: Optimizer, ends: Callable[[], list[Tensor]] | None
+) -> list[Move]:
+    """What else must change when L and R do.
 
     A stays, unless the function is not to be preserved. State that is kept in A's coordinates (SGD's momentum) stays
     what it is in W's: m <- L' L^-1 m R^-1 R'.
+
+    Args:
+        weights: of the layers.
+        old: L and R as they are.
+        new: what they become.
+        optimizer: that holds the weights.
+        ends: gives what A is before the change, where the function is not to be preserved; None where it is.
     """
-    weights = step.weights
-    old, new = step.sides.unit, new.unit  # the scale is the same before and after
+    old, new = old.unit, new.unit  # the scale is the same before and after
 
     def turned(sources: Sequence[Tensor]) -> Tensor:
         return transformed(weights, lambda rows: new.apply(old.apply_inverse(rows)), sources)
@@ -317,10 +325,10 @@ def moves(step: StepOnW, new: Sides, optimizer: Optimizer, preserve_function: bo
         kept = [state.get(name) for state in states]
         if any(value is not None for value in kept):  # one that has none yet, because it was frozen, moves a zero
             momenta = [
-                torch.zeros_like(a) if m is None else weight.local(m)
-                for weight, m, a in zip(weights, kept, step.kernels, strict=True)
+                torch.zeros_like(weight.value) if m is None else weight.local(m)
+                for weight, m in zip(weights, kept, strict=True)
             ]
             found.append((momenta, turned(momenta)))
-    if not preserve_function:
-        found.append((step.kernels, turned(step.result())))
+    if ends is not None:
+        found.append(([weight.value for weight in weights], turned(ends())))
     return found

@@ -28,7 +28,8 @@ class StepInFlight:
     Args:
         groups: of all attached layers.
         optimizer: that steps.
-        counts: whether this is a step of the training; at a learning rate of zero it is none, and changes no statistic.
+        counts: whether this may be a step of the training; at a learning rate of zero it is none, nor without a single
+            gradient, and changes no statistic.
         look: let this step's gradients into the moments of the output errors.
         power: the optimizer's.
         measures: find out how long this step is beside the plain one.
@@ -46,9 +47,11 @@ class StepInFlight:
         power: Power,
         measures: bool = False,
     ) -> None:
-        self.groups, self.counts, self._power, self._measures = groups, counts, power, measures
+        self.groups, self._power, self._measures = groups, power, measures
         self.scale: Tensor | None = None
-        self.active = [group.active() for group in groups]
+        held = {id(p) for each in optimizer.param_groups for p in each["params"]}
+        self.active = [group.active(held) for group in groups]
+        self.counts = counts and any(self.active)
         # What a gradient scaler leaves with a fused optimizer, which then finds out on the device whether it steps.
         found = getattr(optimizer, "found_inf", None)
         self.skipped: Tensor | None = found != 0 if isinstance(found, Tensor) else None
@@ -109,6 +112,8 @@ class StepInFlight:
             step.land(self.skipped)
         for number, group in enumerate(self.groups):
             group.moments = self._moments(number)
+        if self.skipped is not None and self.scale is not None:
+            self.scale = torch.where(self.skipped.to(self.scale.device), float("nan"), self.scale)
         self._steps = {}
 
     def abort(self) -> None:
@@ -118,5 +123,10 @@ class StepInFlight:
         self._steps = {}
 
     def _moments(self, number: int) -> dict[str, Any]:
-        looked = {OUTPUT_MOMENT: self._looked[number]} if number in self._looked else {}
-        return {**self.groups[number].moments, **looked}
+        before = self.groups[number].moments
+        if number not in self._looked:
+            return dict(before)
+        looked = self._looked[number]
+        if self.skipped is not None:  # other layers' gradients were finite, but of a step that is none
+            looked = torch.where(self.skipped.to(looked.device), before[OUTPUT_MOMENT], looked)
+        return {**before, OUTPUT_MOMENT: looked}

@@ -6,7 +6,7 @@ group. On a CPU a group is one layer (see `_STACKED_ELEMENTS`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from timm_decor.config import DecorConfig
 from timm_decor.engine.coordinates import Move, StepOnW, moves, transformed, write
 from timm_decor.engine.optimizers import LINEAR
-from timm_decor.engine.shards import weight_of
+from timm_decor.engine.shards import Weight, weight_of
 from timm_decor.layers import DecorLayer, Outside
 from timm_decor.moments import OUTPUT_MOMENT, gradient_moment, looked_at, mean_correlation, moment_shape
 from timm_decor.plan import LayerPlan
@@ -40,14 +40,14 @@ class Refreshed(NamedTuple):
     Attributes:
         sides: L and R of all layers.
         moments: that they came from.
-        moves: what else changes with them, of the layers that made this step.
+        moves: what else changes with them, each with the layers that it is of.
         flags: (3, n) bool on the group's device: layers that can move; that saw rows in training mode, all of them
             finite; some of whose inputs were not zero.
     """
 
     sides: dict[str, Tensor]
     moments: dict[str, Tensor]
-    moves: list[Move]
+    moves: list[tuple[Sequence[int], Move]]
     flags: Tensor
 
 
@@ -71,6 +71,8 @@ class LayerGroup:
             looked at between refreshes, as they are now.
         refreshes: of each layer's R so far.
         skips: refreshes of each layer that were due but left R alone.
+        late: layers that had seen nothing at the last refresh: they record until the next one, because it may be that
+            they have no part in the steps that end with one.
     """
 
     def __init__(
@@ -95,15 +97,25 @@ class LayerGroup:
         self._here: tuple[Sides, Sides] | None = None  # those, and what they are for the rows that are here
         self.moments = {name: _repeated(t, len(layers)) for name, t in plan.first_moments(weight.device).items()}
         self.refreshes, self.skips = [0] * len(layers), [0] * len(layers)
+        self.late: list[int] = []
 
     @property
     def is_misplaced(self) -> bool:
         """Whether a weight was moved to another device or precision, or cut, since this group was made."""
         return any(weight.place != self._place for weight in self.weights)
 
-    def active(self) -> list[int]:
-        """Which layers take part in a step: those with a gradient."""
-        return [i for i, weight in enumerate(self.weights) if weight.parameter.grad is not None]
+    def active(self, held: Container[int]) -> list[int]:
+        """Which layers take part in a step: those with a gradient.
+
+        Args:
+            held: ids of the parameters that the optimizer steps on; a weight that was replaced is none of them.
+        """
+        parameters = [weight.parameter for weight in self.weights]
+        return [i for i, p in enumerate(parameters) if p.grad is not None and id(p) in held]
+
+    def idle(self, active: Sequence[int]) -> list[int]:
+        """Which layers take no part in a step that has those, but may in others: R follows what they saw."""
+        return [i for i, w in enumerate(self.weights) if i not in active and w.parameter.requires_grad]
 
     def sides_of(self, index: Sequence[int], sides: dict[str, Tensor] | None = None) -> Sides:
         """L and R of some layers: the present ones if none are given."""
@@ -123,14 +135,24 @@ class LayerGroup:
 
     def start_recording(self, on_outside: Outside) -> None:
         """Record the statistics of the next training forward passes; see `DecorMixin.start_recording`."""
-        for layer, weight in zip(self.layers, self.weights, strict=True):
-            stored = None if weight.cut is None else weight.parameter
-            layer.start_recording(self._recorded, self._config.sample, self._config.max_rows, on_outside, stored)
+        for i, layer in enumerate(self.layers):
+            if not (i in self.late and layer.recording):
+                self._start(i, on_outside)
 
     def stop_recording(self) -> None:
-        """Record no more."""
-        for layer in self.layers:
-            layer.stop_recording()
+        """Record no more, but for those that are late."""
+        for i, layer in enumerate(self.layers):
+            if i not in self.late:
+                layer.stop_recording()
+                continue
+            if not layer.recording:
+                self._start(i, None)
+            layer.on_outside = None  # steps of the optimizer do not end what this one records
+
+    def _start(self, position: int, on_outside: Outside | None) -> None:
+        layer, weight = self.layers[position], self.weights[position]
+        stored = None if weight.cut is None else weight.parameter
+        layer.start_recording(self._recorded, self._config.sample, self._config.max_rows, on_outside, stored)
 
     def look_at_outputs(self, index: Sequence[int]) -> Tensor:
         """The running moment of the output errors with this step's gradients; those that cannot be used are left out.
@@ -171,8 +193,9 @@ class LayerGroup:
         """A refresh's moments from what `recorded` gave, summed over processes; NaN for a layer that saw no row."""
         averages = {name: totals[name] / of_layers(totals["rows"], totals[name]) for name in self._recorded}
         # A frozen norm's statistics are not the batch's, so that the gradient does see the mean.
-        blind = torch.tensor([float(norm is not None and norm.training) for norm in self._norms])
-        return self._rule.averaged(averages, blind.to(totals["rows"]), self.plan.shape)
+        blind = [float(norm is not None and norm.training) for norm in self._norms]
+        like = totals["rows"]
+        return self._rule.averaged(averages, torch.tensor(blind, dtype=like.dtype, device=like.device), self.plan.shape)
 
     def running(self, fresh: dict[str, Tensor], moments: dict[str, Tensor]) -> dict[str, Tensor]:
         """The statistics to refresh L and R from.
@@ -181,7 +204,7 @@ class LayerGroup:
             fresh: of the inputs, from `averaged`.
             moments: the present ones, with this step's look at the outputs.
         """
-        started = torch.tensor([count > 0 for count in self.refreshes]).to(self._device)
+        started = torch.tensor([count > 0 for count in self.refreshes], device=self._device)
         return {**moments, **self._rule.running(moments, fresh, started)}
 
     def refreshed(self, moments: dict[str, Tensor], index: Sequence[int] | None = None) -> dict[str, Tensor]:
@@ -213,22 +236,27 @@ class LayerGroup:
         seen = self._finite(fresh)
         alive = torch.stack([parts(value, count).flatten(1).any(1) for value in fresh.values()]).all(0)
         can = seen & self._finite(sides)
-        changes: list[Move] = []
-        if step is not None:
-            changes = moves(step, self.sides_here(index, sides), self._optimizer, self._config.preserve_function)
-            good = [parts(self.sides_of(index, sides).inputs.is_invertible(), len(index)).all(1)]
-            good += [torch.isfinite(parts(values, len(index))).flatten(1).all(1) for _, values in changes]
-            can = can & self._scattered(torch.stack(good).all(0), index)
-        else:
-            can = torch.zeros_like(can)
-        return Refreshed(sides, moments, changes, torch.stack([can, seen, alive]))
+        changes: list[tuple[Sequence[int], Move]] = []
+        able = torch.zeros_like(can)
+        for some in (index, self.idle(index)):
+            if not some:
+                continue
+            weights, old, new = [self.weights[i] for i in some], self.sides_here(some), self.sides_here(some, sides)
+            stay = _values(weights) if some is not index or step is None else step.result
+            ends = None if self._config.preserve_function else stay
+            found = moves(weights, old, new, self._optimizer, ends)
+            good = [parts(self.sides_of(some, sides).inputs.is_invertible(), len(some)).all(1)]
+            good += [torch.isfinite(parts(values, len(some))).flatten(1).all(1) for _, values in found]
+            able = able | self._scattered(torch.stack(good).all(0), some)
+            changes += [(some, move) for move in found]
+        return Refreshed(sides, moments, changes, torch.stack([can & able, seen, alive]))
 
-    def accept(self, refreshed: Refreshed, index: Sequence[int]) -> None:
+    def accept(self, refreshed: Refreshed) -> None:
         """Take a refresh over, in those layers that can."""
         can = refreshed.flags[0]
-        some = can if len(index) == len(self.layers) else can[list(index)]
-        weights = [self.weights[i] for i in index]
-        for targets, values in refreshed.moves:
+        for index, (targets, values) in refreshed.moves:
+            some = can if len(index) == len(self.layers) else can[list(index)]
+            weights = [self.weights[i] for i in index]
             before = torch.cat([weight.grouped(t) for weight, t in zip(weights, targets, strict=True)])
             write(weights, _where(some, values.to(before), before), targets)
         old = self.sides.tensors()
@@ -250,8 +278,9 @@ class LayerGroup:
         """
         old = self.sides.scale
         assert old is not None
+        scale = scale.to(old)  # of a model on several devices it was found on the first layer's
         started = torch.tensor([count > 0 for count in self.refreshes], device=old.device)
-        new = torch.where(of_layers(started, old) & torch.isfinite(scale), scale.to(old), old)
+        new = torch.where(of_layers(started, old) & torch.isfinite(scale), scale, old)
         for weight, factor in zip(self.weights, parts(new / old, len(self.layers)).flatten(1)[:, 0], strict=True):
             state = self._optimizer.state.get(weight.parameter, {})
             for name in LINEAR.get(type(self._optimizer), ()):
@@ -301,6 +330,11 @@ class LayerGroup:
         """(n,): whether all of a layer's entries are finite."""
         count = len(self.layers)
         return torch.stack([torch.isfinite(parts(t, count)).flatten(1).all(1) for t in tensors.values()]).all(0)
+
+
+def _values(weights: Sequence[Weight]) -> Callable[[], list[Tensor]]:
+    """Copies of the weights, when they are asked for."""
+    return lambda: [weight.value.clone() for weight in weights]
 
 
 def _repeated(tensor: Tensor, count: int) -> Tensor:

@@ -66,8 +66,10 @@ class DecorHandle:
         self._step_hooks = StepHooks(optimizer, self._before_step, self._after_step, self._abort)
         self._hooks = [
             optimizer.register_state_dict_post_hook(self._save),
-            optimizer.register_load_state_dict_pre_hook(self._load),
+            optimizer.register_load_state_dict_pre_hook(self._before_load),
+            optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
+        self._loading: tuple[Mapping[str, Mapping[str, Any]], int] = {}, 0  # layers and step of a state that is loaded
         # Looked up on the instance by copy and pickle, which keep neither hooks nor what hangs on them.
         vars(optimizer).update(zip(_ON_INSTANCE, (self._copy_optimizer, self._pickled_optimizer), strict=True))
         attached_optimizers.add(optimizer)
@@ -342,8 +344,11 @@ class DecorHandle:
         self._settle()
         if self._counted == counted:
             for group, each, flags, index in zip(self._groups, proposed, looked, flight.active, strict=True):
-                group.accept(each, index)
-                self._tell_skips(group, flags, index)
+                group.accept(each)
+                _, seen, _ = flags
+                group.late = [i for i in range(len(seen)) if not seen[i]]
+                idle = [i for i in group.idle(index) if seen[i]]  # one that saw nothing either was not meant
+                self._tell_skips(group, flags, [*index, *idle])
             self._watch.look()
             self._set_recording()
         elif not self.refresh_due:
@@ -392,14 +397,13 @@ class DecorHandle:
     def _follow(self) -> None:
         """Follow what happened to the model since the last step: layers that train now, weights that were moved."""
         new = self._watch.unfrozen()
+        self._watch.replaced(self._weights)
         if new or any(group.is_misplaced for group in self._groups):
             if any(shards.is_cut(layer.weight) for _, layer in (*self._layers, *new)):  # perhaps since the last step
                 check_held(self._optimizer, self._layers)
             shards.check_cuts([*self._layers, *new])
             saved = self.state()["layers"]
-            self._layers += new
-            for _, layer in new:
-                mark_attached(layer, self)
+            self._take_in(new)
             self._regroup(saved)
             if new and self.refresh_due:  # what they saw for this step was not recorded; the next refresh is theirs
                 _logger.info("taken in at step %d: %s", self._counted, ", ".join(name for name, _ in new))
@@ -422,20 +426,39 @@ class DecorHandle:
         state_dict[checkpoint.STATE_KEY] = self.state()
         return checkpoint.with_entries(optimizer, state_dict, self._weights)
 
-    def _load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        rest, saved = checkpoint.without_entries(optimizer, state_dict, self._weights)
+    def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Look at the state that is to be loaded; nothing changes yet, because torch may refuse it."""
+        weights = self._weights | {name: layer.weight for name, layer in self._watch.held_back()}
+        rest, saved = checkpoint.without_entries(optimizer, state_dict, weights)
         if saved is None:
             _logger.warning("the optimizer state has no decorrelation state: R starts from the identity")
-            self._continue({}, 0)
+            self._loading = {}, 0
         else:
-            checkpoint.check_loadable(saved, self._kind, self._layers, self.config)
-            self._continue(saved["layers"], saved["step"])
+            checkpoint.check_loadable(saved, self._kind, [*self._layers, *self._late(saved)], self.config)
+            self._loading = saved["layers"], saved["step"]
         return rest
+
+    def _after_load(self, optimizer: Optimizer) -> None:
+        (layers, step), self._loading = self._loading, ({}, 0)
+        late = self._late({"layers": layers})
+        self._take_in(late)
+        self._watch.taken_in(late)
+        self._continue(layers, step)
+
+    def _late(self, saved: Mapping[str, Any]) -> list[tuple[str, DecorLayer]]:
+        """Layers that trained when a state was saved, and were frozen at this attach: they have their R from it."""
+        return [(name, layer) for name, layer in self._watch.held_back() if name in saved["layers"]]
+
+    def _take_in(self, layers: Sequence[tuple[str, DecorLayer]]) -> None:
+        self._layers += layers
+        for _, layer in layers:
+            mark_attached(layer, self)
 
     def _continue(self, saved: Mapping[str, Mapping[str, Any]], step: int) -> None:
         """Go on from the state of every layer (or, where it is empty, from the identity)."""
         self._regroup(saved)
         self._counted, self._not_made = step, None
+        replan(self._model, {name: group.plan for group in self._groups for name in group.names})
         self._set_recording()
         for group in self._groups:
             checkpoint.restore_recorded(group, saved)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 # (optimizer, args, kwargs) to new (args, kwargs) or None
@@ -73,6 +74,8 @@ class StepHooks:
             hooks = getattr(self._optimizer, name)
             if isinstance(hooks, _StepHooks):
                 hooks.own, hooks.is_nested = [], lambda: False
+        # A scheduler that was made since keeps the guarded step, and with it this object: let nothing else hang on it.
+        self._before, self._after, self._abort = _nothing, _nothing, _nothing
         if vars(self._optimizer).get("step") is self._guarded:
             if self._had_own_step:
                 self._optimizer.step = self._inner_step  # type: ignore[method-assign]
@@ -114,6 +117,9 @@ class StepHooks:
             return True
         return False
 
+    # A compiled step (`torch.compile(optimizer.step)`) breaks its graph here: Dynamo would take what the weights hold
+    # before the hook for what the optimizer steps from.
+    @torch.compiler.disable
     def _enter(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -121,6 +127,11 @@ class StepHooks:
         self._running = True
         return changed
 
+    @torch.compiler.disable
     def _leave(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._running = False
         self._after(optimizer, args, kwargs)
+
+
+def _nothing(*args: Any) -> None:
+    """What a removed hook does."""

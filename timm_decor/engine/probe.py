@@ -118,10 +118,10 @@ def _kinds(optimizer: Optimizer, weights: Iterable[Tensor]) -> list[tuple[int, i
 
 def _small(dim: int) -> tuple[Tensor, list[Tensor]]:
     """A weight of some dimensions, and gradients."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)  # whatever torch.set_default_device says
     shape = (6, 5, 1, 1)[:dim] if dim <= 4 else (6, 5, *[1] * (dim - 2))
-    start = torch.randn(shape, generator=generator)
-    return start, [torch.randn(shape, generator=generator) for _ in range(_STEPS)]
+    start = torch.randn(shape, generator=generator, device="cpu")
+    return start, [torch.randn(shape, generator=generator, device="cpu") for _ in range(_STEPS)]
 
 
 def _weights_in_state(optimizer: Optimizer, number: int, dim: int) -> str:

@@ -1,11 +1,14 @@
-"""What people do to a model after `attach`: layers that are unfrozen, frozen, added. Followed, or said once."""
+"""What people do to a model after `attach`: layers that are unfrozen, frozen, added, weights that are replaced.
+
+Followed, or said once.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from timm_decor.convert import convertible, decor_layers
@@ -34,14 +37,34 @@ class Watch:
         ready = [(name, layer) for name, layer in self._frozen if layer.weight.grad is not None]
         if not ready:
             return []
-        held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        held = self._held()
         for name, layer in ready:
             if id(layer.weight) not in held:
                 self._tell(name, "it has a gradient, and the attached optimizer does not hold its weight")
         ready = [(name, layer) for name, layer in ready if id(layer.weight) in held]
-        taken = {id(layer) for _, layer in ready}
-        self._frozen = [(name, layer) for name, layer in self._frozen if id(layer) not in taken]
+        self.taken_in(ready)
         return ready
+
+    def held_back(self) -> list[tuple[str, DecorLayer]]:
+        """Layers that are not attached, because they were frozen, and whose weights the optimizer holds."""
+        held = self._held()
+        return [(name, layer) for name, layer in self._frozen if id(layer.weight) in held]
+
+    def taken_in(self, layers: Sequence[tuple[str, DecorLayer]]) -> None:
+        """Those are attached from now on."""
+        taken = {id(layer) for _, layer in layers}
+        self._frozen = [(name, layer) for name, layer in self._frozen if id(layer) not in taken]
+
+    def replaced(self, weights: Mapping[str, Tensor]) -> None:
+        """Say of attached layers whose weight the optimizer does not hold any more: it is another parameter now.
+
+        Args:
+            weights: of the attached layers, by name.
+        """
+        held = self._held()
+        for name, weight in weights.items():
+            if id(weight) not in held:
+                self._tell(name, "its weight was replaced after attach, and the attached optimizer does not hold it")
 
     def look(self) -> None:
         """Say of layers that came or were frozen since, once each; at a refresh, because it walks over the model."""
@@ -56,6 +79,9 @@ class Watch:
         """The weights move, and no step ends: the attached optimizer is not the one that steps."""
         kind = type(self._optimizer).__name__
         self._tell("", f"the weights move, but step() of the attached {kind} is not called: training is plain")
+
+    def _held(self) -> set[int]:
+        return {id(p) for group in self._optimizer.param_groups for p in group["params"]}
 
     def _not_attached(self) -> list[tuple[str, DecorLayer]]:
         mine = {id(layer) for _, layer in self._attached}

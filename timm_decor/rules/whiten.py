@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from timm_decor.moments import MEAN, mean_moment, normalized
 from timm_decor.rules.base import Rule, of_layers
 from timm_decor.shape import LayerShape
 from timm_decor.structures import Structure
+
+_ROUNDING = 16  # units in the last place, by which sums of a batch's squares and of its mean may differ
 
 
 class Whiten(Rule):
@@ -33,7 +36,7 @@ class Whiten(Rule):
         if mean is None:
             return averages
         return {
-            name: moment - of_layers(blind, moment) * mean_moment(name, mean, shape)
+            name: _cleared(moment - of_layers(blind, moment) * mean_moment(name, mean, shape), moment)
             for name, moment in averages.items()
         }
 
@@ -45,3 +48,10 @@ class Whiten(Rule):
 
     def refreshed(self, r: Structure, moments: Mapping[str, Tensor]) -> Structure:
         return r.whitened(moments, self.config.damping)
+
+
+def _cleared(centred: Tensor, moment: Tensor) -> Tensor:
+    """Zero where nothing but rounding is left of a moment: inputs that are all the same have none to whiten."""
+    left, whole = (each.diagonal(dim1=-2, dim2=-1).sum(-1).abs() for each in (centred, moment))
+    is_noise = left <= _ROUNDING * torch.finfo(moment.dtype).eps * whole
+    return torch.where(is_noise[:, None, None], torch.zeros_like(centred), centred)

@@ -30,8 +30,9 @@ def leading_eigenpairs(sigma: Tensor, rank: int, start: Tensor | None = None) ->
     if size <= _EXACT_SHARE * (rank + _OVERSAMPLING):
         values, basis = eigenpairs(sigma)
         return values[..., size - rank :], basis[..., size - rank :]
-    generator = torch.Generator().manual_seed(0)
-    fresh = torch.randn(size, _OVERSAMPLING if start is not None else rank + _OVERSAMPLING, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)  # whatever torch.set_default_device says
+    width = _OVERSAMPLING if start is not None else rank + _OVERSAMPLING
+    fresh = torch.randn(size, width, generator=generator, device="cpu")
     fresh = fresh.to(sigma).expand(len(sigma), -1, -1)
     basis = fresh if start is None else torch.cat([start, fresh], -1)
     for _ in range(_ITERATIONS):

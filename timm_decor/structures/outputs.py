@@ -29,6 +29,11 @@ def has_outputs(shape: LayerShape, max_dim: int) -> bool:
     return 1 < shape.outputs <= min(max_dim, _MOST_OUTPUTS * shape.dim)
 
 
+def is_of_outputs(name: str) -> bool:
+    """Whether a layer's tensor with that name, in R and L or in their moments, is of its output side."""
+    return name.startswith(_PREFIX) or name == OUTPUT_MOMENT
+
+
 class NoOutputs:
     """L = I, and nothing is kept of it."""
 
