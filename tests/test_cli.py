@@ -27,6 +27,7 @@ from timm_decor.training import run as train_module
 from timm_decor.training import validation
 from timm_decor.training.args import as_recipe, decor_config, train_parser
 from timm_decor.training.run import parse
+from timm_decor.training.without_effect import idle
 
 DIGITS = ("--dataset", "digits", "--device", "cpu", "-j", "0", "--split", "test[:70]")
 
@@ -71,7 +72,23 @@ TRAIN_ERRORS = [
     ("--epochs x", "argument --epochs: invalid count value: 'x'"),
     ("--lr nan", "argument --lr: must be 0 or more, not nan"),
     ("--clip-grad 0", "argument --clip-grad: must be above 0, not 0"),
-    ("--smoothing 2", "argument --smoothing: must be in [0, 1], not 2"),
+    ("--smoothing 1", "argument --smoothing: must be in [0, 1), not 1"),
+    ("--crop-pct 20", "argument --crop-pct: must be in [0.1, 10], not 20"),
+    ("--std 0", "argument --std: must be above 0, not 0"),
+    ("--mean nan", "argument --mean: must be finite, not nan"),
+    ("--head-init-bias nan", "argument --head-init-bias: must be finite, not nan"),
+    ("--sched step --decay-epochs 0", "argument --decay-epochs: must be above 0, not 0"),
+    ("--lr-cycle-mul 0", "argument --lr-cycle-mul: must be above 0, not 0"),
+    ("--cutmix-minmax 0.8 0.2", "argument --cutmix-minmax: the smaller one first, not 0.8 0.2"),
+    ("--train-crop-mode rkrc --scale 0 1", "argument --scale: must be above 0, not 0"),
+    ("--opt adamw --opt-betas 0.9", "optimizer adamw: list index out of range; --opt-betas has too few values for it"),
+    ("--torchcompile inducter", "--torchcompile inducter: no backend of torch.compile; near: inductor"),
+    ("--model-kwargs features_only=True", "FeatureListNet is no classifier: it says no number of classes"),
+    ("--compare-lr 0.1", "--compare-lr does nothing without --compare"),
+    ("--find-updates 5", "--find-updates does nothing without --find-lr"),
+    ("--task-loss-weight 0.5", "--task-loss-weight does nothing without --kd-model-name"),
+    ("--class-map names.txt", "--class-map numbers the classes of folders and of wds/, not those of --dataset digits"),
+    ("--model vit_tiny_patch16_224 --img-size 48", "; --model-kwargs img_size=48 makes it for such images"),
     ("--batch-size 200", "the training split has 128"),
     (
         "--progressive-size 48",
@@ -114,6 +131,29 @@ def test_train_refuses_in_one_line(words: str, expected: str, tmp_path: Path, ca
     output = [] if "--output" in extra else ["--output", str(tmp_path.parent / f"{tmp_path.name}-out")]
     line = refused(train_module.main, "train.py", [*TINY, "--epochs", "1", *output, *extra], capsys)
     assert expected in line
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--clip-mode agc", "--clip-mode does nothing without --clip-grad"),
+        ("--clip-mode agc --clip-grad 0.1", ""),
+        ("--bce-target-thresh 0.2", "--bce-target-thresh does nothing without --bce-loss"),
+        ("--input-size 3 32 32", "--img-size does nothing beside --input-size"),
+        ("--kd-temperature 2", "--kd-temperature does nothing without --kd-model-name"),
+    ],
+)
+def test_what_waits_for_another_argument_is_told_of(words: str, line: str):
+    parser = train_parser()
+    assert idle(parser.parse([*TINY, *words.split()]), parser) == [line] * bool(line)
+
+
+def test_a_recipe_without_augmentation_can_be_undone(tmp_path: Path):
+    (tmp_path / "r.yaml").write_text("no_aug: true")
+    recipe = ["-c", str(tmp_path / "r.yaml")]
+    assert parse(recipe).no_aug is True and parse([*recipe, "--aug"]).no_aug is False
+    (tmp_path / "r.yaml").write_text("no_aug: false")
+    assert parse(recipe).no_aug is False and parse([*recipe, "--no-aug"]).no_aug is True
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -277,6 +277,12 @@ class TestFolders:
         with pytest.raises(UserError, match="val, split validation: no images"):
             open_source(args, "validation", "RGB")
 
+    @pytest.mark.parametrize("split", ["train[:3]", "train[50%:]", "train[2:4]"])
+    def test_a_part_would_lack_classes(self, root: Path, split: str):
+        with pytest.raises(UserError, match="a part of a folder would lack whole classes; give the whole, train"):
+            open_source(data_options("--data-dir", str(root)), split, "RGB")
+        assert len(open_source(data_options("--data-dir", str(root)), "train[:]", "RGB")) == 6
+
     def test_an_undecodable_image_is_named_and_not_skipped(self, root: Path):
         broken = root / "train" / "dog" / "1.png"
         broken.write_bytes(b"not an image")

@@ -386,7 +386,8 @@ def test_variables_reach_the_config():
 import dataclasses
 import timm_decor.hook as hook
 from timm_decor.knobs import from_environment
-assert from_environment({"TIMM_DECOR_RULE": "dbp", "OTHER": "x"}) == {"rule": "dbp"}
+others = {"OTHER": "x", "TIMM_DECOR_HUB_OWNER": "somebody"}
+assert from_environment({"TIMM_DECOR_RULE": "dbp", **others}) == {"rule": "dbp"}
 model = decor(rank=5, max_dim=100)
 optimizer = sgd(model)
 config = hook.handles()[0].config

@@ -250,6 +250,14 @@ class TestReport:
         ]
         context = {"config": {}, "versions": {}, "machine": {"gpu": None, "cpu": "a CPU", "processes": 1}}
         text = report.render(arms, "one and two", "train.py", context)
+        averaged = {**rows[0], "ema_top1": 70.0, "ema_loss": 0.5}
+        for metric, words in (
+            ("ema_top1", "one is best in epoch 1 of 1: 70.00 % top-1 of the averaged weights"),
+            ("eval_loss", "one is best by eval_loss in epoch 1 of 1: 50.00 % top-1"),
+        ):
+            side = Side("one", "one", "sgd", 0.1, 1, [averaged], metric=metric)
+            told = report.render([report.Seen(side, nothing, ())], "title", "command", context)
+            assert words in told and ("Evaluation top-1 of the averaged weights" in told) == metric.startswith("ema")
         assert "two: &lt;the loss&gt; is not finite" in text and "one is best in epoch 1 of 1: 50.00 %" in text
         assert Page(text).tags.count("svg") == 4
 

@@ -15,7 +15,19 @@ from timm_decor.errors import UserError
 from timm_decor.knobs import dest
 from timm_decor.training.args import export_parser, predict_parser, train_parser, validate_parser
 from timm_decor.training.options import ExportOptions, Options, PredictOptions, TrainOptions, ValidateOptions
-from timm_decor.training.parser import KeyValues, amount, count, index, positive, seed, share, sizes
+from timm_decor.training.parser import (
+    KeyValues,
+    amount,
+    below_one,
+    count,
+    crop,
+    finite,
+    index,
+    positive,
+    seed,
+    share,
+    sizes,
+)
 
 OF_THE_DOOR = {"help", "config"}  # they are done with before there are options
 OF_THE_LAUNCHER = {"grad_accum_steps"}  # None until `follow_launcher` has been asked
@@ -29,6 +41,9 @@ TYPES = {
     index: int,
     seed: int,
     sizes: str,
+    below_one: float,
+    crop: float,
+    finite: float,
 }
 PARSERS = pytest.mark.parametrize(
     "parser,options",
@@ -92,6 +107,7 @@ def test_values_are_taken_by_name_and_knobs_as_their_config():
 def test_parsed_arguments_stay_at_the_door():
     """Whatever else reads an argument takes the group that has it."""
     training = ROOT / "timm_decor" / "training"
-    door = {"args.py", "parser.py", "options.py", "run.py", "runtime.py", "keeping/privacy.py", "keeping/record.py"}
+    door = {"args.py", "parser.py", "options.py", "run.py", "runtime.py", "without_effect.py"}
+    door |= {"keeping/privacy.py", "keeping/record.py"}
     readers = [file for file in training.rglob("*.py") if "Namespace" in file.read_text()]
     assert {file.relative_to(training).as_posix() for file in readers} == door

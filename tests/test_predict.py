@@ -19,6 +19,7 @@ from timm_decor.inference import predict, weights
 from timm_decor.inference.files import BROKEN, FINE, Files, find_images
 from timm_decor.training.data.digits import Digits
 from timm_decor.training.keeping.metadata import CheckpointMetadata
+from timm_decor.training.validation import main as validate
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,24 @@ def test_emulated_bfloat16_is_said(
     call(run, photos, "--amp", "--amp-dtype", "bfloat16")
     captured = capsys.readouterr()
     assert "emulated" in captured.err and "emulated" not in captured.out
+
+
+def test_the_launchers_precision_is_followed(
+    run: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    call(run, photos)
+    assert "emulated" in capsys.readouterr().err
+    reset_accelerate()
+    words = ["--checkpoint", str(run / "last.safetensors"), "--dataset", "digits", "--split", "test[:70]"]
+    validate([*words, "--device", "cpu", "-j", "0"])
+    assert "emulated" in capsys.readouterr().err
+    call(run, photos, "--no-amp")
+    said = capsys.readouterr().err
+    assert (
+        "emulated" not in said and "accelerate's mixed precision bf16 is not followed: this run says --no-amp" in said
+    )
 
 
 def test_every_format_says_the_same(run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -21,8 +21,10 @@ from training_runs import DECOR, ROOT, reset_accelerate, train
 
 from timm_decor.digest import sha256
 from timm_decor.errors import UserError, exit_code
+from timm_decor.publishing.datasets import known
 from timm_decor.publishing.publish import main
 from timm_decor.publishing.repository import FILES
+from timm_decor.publishing.trained import Trained
 from timm_decor.training import validation
 
 REPO = "me/digits"
@@ -90,13 +92,20 @@ def test_the_card_tells_what_the_model_knows_and_how_it_was_trained(run: Path, t
     assert image.width > 1000, "six images in a row"
 
 
+@pytest.mark.parametrize("workers", [0, None])
 @pytest.mark.parametrize(("load", "told"), [(1.1, False), (8.0, True), (None, False)])
-def test_the_card_says_when_the_machine_was_shared(run: Path, tmp_path: Path, load: float | None, told: bool) -> None:
+def test_the_card_says_when_the_machine_was_shared(
+    run: Path, tmp_path: Path, load: float | None, told: bool, workers: int | None
+) -> None:
     copy = shutil.copytree(run, tmp_path / "run")
     file = copy / "decorrelated" / "results.json"
     results = json.loads(file.read_text())
     assert results["load"] > 0 and results["images"] == {"training": 128, "evaluation": 70}
     threads = results["machine"]["torch_threads"]
+    assert results["machine"]["workers"] == 0
+    if workers is None:  # as most people train: what that came to is in results.json
+        args = yaml.safe_load((copy / "args.yaml").read_text())
+        (copy / "args.yaml").write_text(yaml.safe_dump({**args, "workers": None}))
     file.write_text(json.dumps(results | {"load": load and load * threads}))
     card = (staged(copy, tmp_path, "--no-eval") / "README.md").read_text()
     assert ("Other work ran on that machine" in card) == told
@@ -280,9 +289,6 @@ def test_what_cannot_be_published(run: Path, tmp_path: Path) -> None:
             publish(copy, *no_hub, *words)
         with pytest.raises(UserError, match="whose license decides: say --license"):
             publish(copy, *no_hub, "--base-model", "none")
-    (copy / "args.yaml").write_text(yaml.safe_dump({**args, "bn_eps": 0.1}))
-    with pytest.raises(UserError, match="--bn-eps, which timm's config.json cannot say"):
-        publish(copy)
     (copy / "args.yaml").write_text(yaml.safe_dump({**args, "dataset": "parquet", "data_dir": str(tmp_path / "gone")}))
     with pytest.raises(UserError, match="--data-dir says where the data are"):
         publish(copy, *no_hub)
@@ -406,10 +412,49 @@ def test_the_published_model_must_do_what_training_measured(run: Path, tmp_path:
         publish(copy / "plain", "--dry-run", str(tmp_path / "out"))
 
 
+def test_a_recipe_that_was_changed_on_the_way_is_not_said_to_repeat_the_run(tmp_path: Path) -> None:
+    folder = train(tmp_path / "run", "--epochs", 1)
+    publish(folder, "--dry-run", str(tmp_path / "before"))
+    assert "`train.py -c recipe.yaml` repeats it" in (tmp_path / "before" / "README.md").read_text()
+    train(folder, "--resume", folder, "--epochs", 2, "--lr", "0.01", base=[])
+    publish(folder, "--dry-run", str(tmp_path / "after"))
+    card = " ".join((tmp_path / "after" / "README.md").read_text().split())
+    assert "It was gone on with by other arguments (after 4 updates epochs 1 -> 2, lr 0.05 -> 0.01)" in card
+    assert "and does not repeat it" in card and "repeats it" not in card
+
+
+def test_a_pull_request_is_on_main(run: Path) -> None:
+    with pytest.raises(UserError, match="--create-pr opens a pull request on main: leave out --revision"):
+        publish(run / "plain", "--create-pr", "--revision", "v2")
+
+
+def test_a_folder_in_the_place_of_a_hub_name_stays_private(tmp_path: Path) -> None:
+    for place in ("/home/me/my secret photos/cats", "~/my secret photos/cats", "../photos/cats"):
+        for kind in ("hfds", "hfids"):
+            found = known(f"{kind}/{place}", is_folder=False)
+            assert (found.name, found.hub_id) == ("cats", "")
+    assert known("hfds/me/cats:config", is_folder=False).hub_id == "me/cats"
+    assert known("hfids/me/cats", is_folder=False).hub_id == "me/cats"
+    trained = object.__new__(Trained)
+    for args, name in (
+        ({"dataset": "hfds//home/me/my photos/cats"}, "cats"),
+        ({"dataset": "hfids/~/cats"}, "cats"),
+        ({"dataset": "hfds/me/cats"}, "hfds/me/cats"),
+        ({"dataset": "wds/", "data_dir": "https://host/shards/cats/"}, "cats"),
+        ({"dataset": "parquet", "data_dir": str(tmp_path / "cats")}, "cats"),
+        ({"dataset": None, "data_dir": None}, "digits"),
+    ):
+        object.__setattr__(trained, "args", args)
+        assert trained.data_name == name
+
+
 def test_pooling_tag_license_and_base_model_are_published(tmp_path: Path) -> None:
-    folder = train(tmp_path / "run", "--epochs", 1, "--gp", "max")
+    folder = train(tmp_path / "run", "--epochs", 1, "--gp", "max", "--bn-eps", 0.3)
     words = ["--tag", "mine", "--license", "mit", "--base-model", "me/base", "--dry-run", str(tmp_path / "out")]
-    publish(folder, *words)  # validate.py would find another accuracy with another pooling
+    publish(folder, *words)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    # with another pooling, or eps, validate.py would find another loss
+    assert results["evaluated"]["loss"] == pytest.approx(results["evaluated_in_training"]["loss"], abs=1e-4)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_args"] == {"global_pool": "max"} and config["pretrained_cfg"]["tag"] == "mine"
     card = ModelCard.load(tmp_path / "out" / "README.md")

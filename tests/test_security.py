@@ -168,6 +168,15 @@ class TestPaths:
             "--mean -0.1"
         )
         assert published_command("train.py", ["-c", "/home/me/r.yaml"]) == "train.py -c .../r.yaml"
+        assert published_command("train.py", ["-c/home/me/r.yaml", "-b", "4"]) == "train.py -c=.../r.yaml -b 4"
+
+    @pytest.mark.parametrize("place", ["/home/my name/the data/cats", "~/the data/cats", r"C:\my name\the data\cats"])
+    def test_spaces_do_not_end_them(self, place: str):
+        words = ["--dataset", f"hfds/{place}", f"--kd-model-name=local-dir:{place}", "--teacher", place]
+        told = published_command("train.py", words)
+        assert told == "train.py --dataset hfds/.../cats --kd-model-name=local-dir:.../cats --teacher .../cats"
+        args = argparse.Namespace(dataset=f"hfids/{place}", model=f"local-dir:{place}", kinds=[place])
+        assert published(args) == {"dataset": "hfids/.../cats", "model": "local-dir:.../cats", "kinds": [".../cats"]}
 
     def test_nested_values(self):
         args = argparse.Namespace(model_kwargs={"a": ["/home/me/x", 1]}, data_dir="/home/me/data", lr=0.1)

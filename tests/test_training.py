@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,11 +22,13 @@ from training_runs import DECOR, ROOT, TINY, history, options, reset_accelerate,
 
 from timm_decor import DecorHandle
 from timm_decor.errors import UserError
+from timm_decor.inference.weights import open_model
 from timm_decor.reporting import AttachReport
 from timm_decor.training import arm as arm_module
 from timm_decor.training import run as run_module
 from timm_decor.training.data.batches import Batches
 from timm_decor.training.keeping import folder as folder_module
+from timm_decor.training.options import CreateOptions, ImageOptions
 from timm_decor.training.seeing.compare import Side, markdown, summary, verdict
 from timm_decor.training.seeing.losswatch import NonFiniteLoss
 from timm_decor.training.validation import main as validate
@@ -37,6 +40,11 @@ def weights(folder: Path, name: str = "last") -> dict[str, torch.Tensor]:
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def options_of_a_model() -> tuple[ImageOptions, CreateOptions]:
+    """Those of a command line that says nothing."""
+    return ImageOptions(*[None] * len(dataclasses.fields(ImageOptions))), CreateOptions(None, {}, None)
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +216,77 @@ class TestResume:
         assert (run / "args.yaml").read_text() == before
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three epochs; nothing may write into it."""
+    return train(tmp_path_factory.mktemp("runs") / "begun", "--epochs", 3, "--sched", "constant")
+
+
+class TestChangesOnTheWay:
+    """A run that goes on with other arguments says of itself what is true."""
+
+    @staticmethod
+    def gone_on(begun: Path, tmp_path: Path, *words: object) -> Path:
+        shutil.copytree(begun, tmp_path / "run")
+        return train(tmp_path / "run", "--resume", tmp_path / "run", "--epochs", 5, *words, base=[])
+
+    @staticmethod
+    def epoch(run: Path, name: str) -> int:
+        with safe_open(run / f"{name}.safetensors", "pt") as file:
+            return int(file.metadata()["epoch"])
+
+    def test_an_average_from_now_on_leaves_the_earlier_checkpoints(self, begun: Path, tmp_path: Path):
+        run = self.gone_on(begun, tmp_path, "--model-ema", "--model-ema-decay", "0.5")
+        names = {file.stem for file in run.glob("checkpoint-*")}
+        assert names == {*(f"checkpoint-{i}" for i in range(1, 6)), "checkpoint-4-ema", "checkpoint-5-ema"}
+        best = json.loads((run / "results.json").read_text())["best"]
+        assert best == max(json.loads(json.dumps(history(run)[3:])), key=lambda row: row["ema_top1"])
+        assert self.epoch(run, "best-ema") == self.epoch(run, "best") == best["epoch"]
+
+    def test_without_an_average_from_now_on_none_stays_behind(self, tmp_path: Path):
+        first = train(tmp_path / "first", "--epochs", 2, "--sched", "constant", "--model-ema")
+        assert (first / "last-ema.safetensors").is_file()
+        run = self.gone_on(first, tmp_path, "--no-model-ema")
+        names = {file.stem for file in run.glob("*-ema.safetensors")}
+        assert names <= {"checkpoint-1-ema", "checkpoint-2-ema", "best-ema"}
+        best = max(history(run), key=lambda row: row["eval_top1"])["epoch"]
+        assert self.epoch(run, "best") == best == json.loads((run / "results.json").read_text())["best"]["epoch"]
+        assert ("best-ema" in names) == (best <= 2)
+
+    def test_best_is_what_the_metric_of_now_says(self, begun: Path, tmp_path: Path):
+        state = torch.load(begun / "resume.pt", weights_only=True)
+        other = 1 + self.epoch(begun, "best") % 3
+        for row in state["history"]:
+            row["eval_loss"] = 0.001 if row["epoch"] == other else 0.5
+        shutil.copytree(begun, tmp_path / "made")
+        torch.save(state, tmp_path / "made" / "resume.pt")
+        run = self.gone_on(tmp_path / "made", tmp_path, "--eval-metric", "loss")
+        assert self.epoch(run, "best") == json.loads((run / "results.json").read_text())["best"]["epoch"] == other
+        shutil.rmtree(tmp_path / "run")
+        (tmp_path / "made" / f"checkpoint-{other}.safetensors").unlink()
+        said = f"by eval_loss epoch {other} was the best, and checkpoint-{other} was not kept: go on"
+        with pytest.raises(UserError, match=said):
+            self.gone_on(tmp_path / "made", tmp_path, "--eval-metric", "loss")
+
+    def test_they_are_kept_in_results(self, begun: Path, tmp_path: Path):
+        run = self.gone_on(begun, tmp_path, "--lr", "0.01", "-j", "0", "--log-interval", "3")
+        changed = {"epochs": "3 -> 5", "lr": "0.05 -> 0.01"}
+        assert json.loads((run / "results.json").read_text())["changed"] == [{"steps": 12, "changed": changed}]
+        assert json.loads((begun / "results.json").read_text())["changed"] == []
+
+
 class TestRunFolders:
+    def test_of_a_refused_run_nothing_stays(self, tmp_path: Path):
+        both = ["--compare", *DECOR, "--eval-metric", "top5", "--num-classes", 3]
+        for words in (["--opt-kwargs", "nonsense=1"], both, ["--compare", *DECOR, "--opt-kwargs", "nonsense=1"]):
+            with pytest.raises(UserError):
+                train(tmp_path / "run", "--epochs", 1, *words)
+            assert not (tmp_path / "run").exists()
+        (tmp_path / "run").mkdir()
+        with pytest.raises(UserError):
+            train(tmp_path / "run", "--epochs", 1, "--opt-kwargs", "nonsense=1")
+        assert (tmp_path / "run").is_dir()  # somebody made it
+
     def test_sizes_go_on_where_they_were(self, tmp_path: Path, capsys: pytest.CaptureFixture):
         words = [*DECOR, "--progressive-size", "16:0.67,32:0.33", "--epochs", 3]
         whole = train(tmp_path / "whole", *words)
@@ -243,6 +321,30 @@ class TestRunFolders:
 
 
 class TestCheckpoints:
+    @pytest.mark.parametrize(
+        ("words", "average"),
+        [("--gp max", ""), ("--bn-eps 0.3", ""), ("--bn-eps 0.3 --model-ema --model-ema-decay 0.5", "-ema")],
+    )
+    def test_what_changes_the_model_is_in_them(self, words: str, average: str, tmp_path: Path):
+        """validate.py, predict and export need no arguments, and timm only what it can say itself."""
+        run = train(tmp_path / "run", "--epochs", 2, *words.split())
+        kind = "ema" if average else "eval"
+        validate(
+            ["--checkpoint", str(run / f"last{average}.safetensors"), "--dataset", "digits", "--split", "test[:70]"]
+            + ["--device", "cpu", "-j", "0", "--results-file", str(tmp_path / "row.json")]
+        )
+        row, last = json.loads((tmp_path / "row.json").read_text()), history(run)[-1]
+        assert row["top1"] == pytest.approx(last[f"{kind}_top1"], abs=1e-3)
+        assert row["loss"] == pytest.approx(last[f"{kind}_loss"], abs=1e-4)
+        opened = open_model(str(run / f"last{average}.safetensors"), None, False, *options_of_a_model())
+        pool = {"global_pool": "max"} if "--gp" in words else {}
+        assert opened.model_kwargs == pool
+        timms = timm.create_model(
+            "test_resnet", num_classes=10, checkpoint_path=str(run / f"last{average}.safetensors"), **pool
+        )
+        x = torch.rand(4, 3, 32, 32)
+        assert torch.allclose(timms.eval()(x), opened.model.eval()(x), atol=1e-6)
+
     def test_the_plain_architecture_loads_them(self, tmp_path: Path):
         run = train(tmp_path / "run", *DECOR, "--epochs", 1, "--channels-last")
         model = timm.create_model("test_resnet", num_classes=10, checkpoint_path=str(run / "best.safetensors"))

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from torch import nn
 from training_runs import DECOR, history, reset_accelerate, train
 
 from timm_decor.errors import UserError
-from timm_decor.training import validation
+from timm_decor.training import build, validation
 from timm_decor.training.data.digits import Digits
 from timm_decor.training.data.libraries import TimmDataset
 from timm_decor.training.seeing.mistakes import confusion
@@ -127,6 +128,29 @@ class TestMistakes:
             Image.new("RGB", (4, 4)).save(tmp_path / name / "1.png")
         source = TimmDataset(create_dataset("", root=str(tmp_path), class_map={"ant": 1, "bee": 0}), "", "RGB")
         assert source.class_names == ["bee", "ant"] and Digits("test", "L").class_names[3] == "3"
+
+
+def test_timms_weights_at_the_size_of_their_tests(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """As timm's validate.py; a checkpoint of train.py is evaluated as it says itself."""
+    created = build.create
+
+    def pretrained(*given: Any, **options: Any) -> Any:
+        model = created(*given, **{**options, "pretrained": False})
+        sizes = {"test_input_size": (3, 48, 48), "test_crop_pct": 1.0, "num_classes": 10}
+        model.pretrained_cfg = {**model.pretrained_cfg, **sizes}
+        return model
+
+    monkeypatch.setattr(build, "create", pretrained)
+    found = {}
+    for words in ([], ["--use-train-size"], ["--img-size", "40"]):
+        reset_accelerate()
+        validated("--model", "test_resnet", "--num-classes", 10, *words)
+        row = json.loads(capsys.readouterr().out)
+        found[" ".join(words)] = row["img_size"], row["crop_pct"]
+    its = timm.create_model("test_resnet").pretrained_cfg
+    assert found == {
+        "": (48, 1.0), "--use-train-size": (its["input_size"][-1], its["crop_pct"]), "--img-size 40": (40, 1.0)
+    }  # fmt: skip
 
 
 class TestLargerImages:

@@ -15,6 +15,7 @@ from timm_decor.config import REMOVED_DEFAULTS, REMOVED_KNOBS, RULE_STRUCTURES, 
 from timm_decor.text import closest
 
 VARIABLE_PREFIX = "TIMM_DECOR_"
+HUB_OWNER_VARIABLE = "TIMM_DECOR_HUB_OWNER"  # begins like those of knobs, and is none: see models/staged.py
 _TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
@@ -77,6 +78,8 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     fields = {VARIABLE_PREFIX + spec.name.upper(): spec for spec in dataclasses.fields(DecorConfig)}
     values: dict[str, Any] = {}
     for variable in sorted(name for name in environ if name.startswith(VARIABLE_PREFIX)):
+        if variable == HUB_OWNER_VARIABLE:
+            continue
         name = variable.removeprefix(VARIABLE_PREFIX).lower()
         if name in REMOVED_KNOBS:
             raise ValueError(f"environment variable {variable} was removed: {REMOVED_KNOBS[name]}")

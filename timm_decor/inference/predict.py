@@ -21,9 +21,10 @@ from timm_decor.training.args import predict_parser
 from timm_decor.training.data.loaders import eval_loader
 from timm_decor.training.keeping.folder import RunFolder
 from timm_decor.training.options import DeviceOptions, LoaderOptions, PredictOptions
-from timm_decor.training.runtime import make_accelerator, slow_precision
+from timm_decor.training.runtime import follow_launcher, make_accelerator, slow_precision
 from timm_decor.training.seeing.drawing import label
 from timm_decor.training.seeing.mistakes import MOST_PICTURES, write_sheet
+from timm_decor.training.without_effect import idle
 
 _FORMATS = (".csv", ".jsonl", ".parquet")
 _MOST_NAMED = 20  # broken images that are named one by one
@@ -59,14 +60,17 @@ def main(argv: Sequence[str], prog: str) -> None:
         UserError: anything that the person who called can put right, in one line; no image could be decoded. Images
             that could not, among others that could, are named on stderr.
     """
-    options = PredictOptions.of(predict_parser(prog).parse(argv))
+    parser = predict_parser(prog)
+    args = parser.parse(argv)
+    told = follow_launcher(args) + idle(args, parser)
+    options = PredictOptions.of(args)
     if options.output and Path(options.output).suffix not in _FORMATS:
         raise UserError(f"--output {options.output}: its ending says the format: {', '.join(_FORMATS)}")
     paths = find_images(options.paths)
     accelerator = make_accelerator(options.device.device, options.device.amp, options.device.amp_dtype)
     main_process = accelerator.is_main_process
     if main_process:
-        for line in slow_precision(accelerator):
+        for line in told + slow_precision(accelerator):
             print(f"{prog}: {line}", file=sys.stderr)
     for file in (options.output, options.picture):
         if file:

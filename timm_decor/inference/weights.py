@@ -83,7 +83,7 @@ def open_model(
     # a repository's name says nothing of the architecture; its config.json does
     known_as = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture") or name)
     data_config = build.data_config(image, model, channels)
-    return Opened(model, build.architecture(known_as), create.model_kwargs, names, data_config)
+    return Opened(model, build.architecture(known_as), create.arguments, names, data_config)
 
 
 def _checkpoint(weights: str) -> str | None:

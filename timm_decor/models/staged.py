@@ -18,9 +18,10 @@ from timm.models import PretrainedCfg
 
 from timm_decor.digest import RESULTS_FILE, check_digest
 from timm_decor.errors import UserError
+from timm_decor.knobs import HUB_OWNER_VARIABLE
 
 # The Hub's account that the weights are under; a fork names its own by the variable.
-HUB_OWNER = os.environ.get("TIMM_DECOR_HUB_OWNER", "timm-decor")
+HUB_OWNER = os.environ.get(HUB_OWNER_VARIABLE, "timm-decor")
 WEIGHTS = "model.safetensors"
 
 _PACKAGE = Path(__file__).resolve().parents[1]

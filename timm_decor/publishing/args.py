@@ -68,6 +68,8 @@ def refuse_others(args: argparse.Namespace) -> None:
         raise UserError(f"--space publishes the demo, not {args.checkpoint}: publish that without --space")
     if not args.space and not args.checkpoint:
         raise UserError("CHECKPOINT is needed: what train.py left; or --space, for the demo")
+    if args.revision and args.create_pr:
+        raise UserError("--create-pr opens a pull request on main: leave out --revision, or --create-pr")
     name = next((name for name in (_OF_WEIGHTS if args.space else _OF_SPACE) if getattr(args, name)), None)
     if name:
         whose = "the weights', and --space publishes the demo" if args.space else "the Space's: add --space"

@@ -59,6 +59,7 @@ def render(trained: Trained, results: dict[str, Any], options: Options, repo_id:
         with_r=(folder / R_FILE).is_file(),
         how_trained=_how_trained(trained),
         command=_command(trained),
+        changed=_changed_on_the_way(trained),
         left_out=", ".join(trained.left_out),
         limits=_limits(trained),
         license=options.license,
@@ -111,12 +112,12 @@ def _rows(trained: Trained, results: dict[str, Any]) -> list[dict[str, str]]:
     rows = [row("**this model**", score(results), trained.side)]
     if trained.twin is not None:
         twin = trained.twin
-        last = twin.evaluated[-1] if twin.evaluated else {}
+        last, prefix = (twin.evaluated[-1] if twin.evaluated else {}), "ema" if trained.averaged else "eval"
         kind = "plain twin" if trained.decorrelated else "decorrelated twin"
         chance = 100 / trained.metadata.num_classes
-        word = "" if last.get("eval_top1", 100.0) > _CHANCE * chance else " (no better than guessing)"
+        word = "" if last.get(f"{prefix}_top1", 100.0) > _CHANCE * chance else " (no better than guessing)"
         failed = f" ({markdown_cell(twin.outcome)})" if twin.failure else word
-        rows.append(row(f"its {kind}{failed}", {key: last.get(f"eval_{key}") for key in score(results)}, twin))
+        rows.append(row(f"its {kind}{failed}", {key: last.get(f"{prefix}_{key}") for key in score(results)}, twin))
     return rows
 
 
@@ -197,6 +198,15 @@ def _beside(trained: Trained) -> str:
 def _command(trained: Trained) -> str:
     words = ["train.py", "-c", "recipe.yaml", *(["--data-dir", "FOLDER"] if trained.args.get("data_dir") else [])]
     return " ".join(words)
+
+
+def _changed_on_the_way(trained: Trained) -> str:
+    """What resuming with other arguments changed; "" where the recipe is that of the whole run."""
+    return "; ".join(
+        f"after {counted(change['steps'], 'update')} "
+        + ", ".join(f"{markdown_text(name)} {markdown_text(words)}" for name, words in change["changed"].items())
+        for change in trained.results["changed"]
+    )
 
 
 def _limits(trained: Trained) -> list[str]:

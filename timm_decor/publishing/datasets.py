@@ -81,6 +81,11 @@ DIGITS = Data(
 )
 
 
+def is_place(name: str) -> bool:
+    """Whether what stands behind hfds/ or hfids/ is a folder of somebody's machine, and no name on the Hub."""
+    return name.startswith(("/", ".", "~")) or "\\" in name or name[1:2] == ":"
+
+
 def known(name: str, is_folder: bool) -> Data:
     """The data set of a name such as cifar10, torch/cifar10, hfds/uoft-cs/cifar10 or hfids/...; of another, its name.
 
@@ -91,7 +96,8 @@ def known(name: str, is_folder: bool) -> Data:
     if name == "digits" and not is_folder:
         return DIGITS
     kind, _, rest = name.partition("/")
-    hub_id = rest.split(":")[0] if kind in ("hfds", "hfids") else ""
+    is_streamed = kind in ("hfds", "hfids")
+    hub_id = rest.split(":")[0] if is_streamed and not is_place(rest) else ""
     key = (hub_id or name).rstrip("/").rsplit("/", 1)[-1].lower().replace("_", "-")
     short = "".join(letter for letter in key if letter.isalnum()) or "data"
     license_ = "Its license is that of its makers; this card knows nothing of it."

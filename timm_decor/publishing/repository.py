@@ -31,7 +31,7 @@ from timm_decor.publishing.upload import Contents
 from timm_decor.training import build, validation
 from timm_decor.training.keeping.folder import RESUME_FILE, RunFolder, read_resume
 from timm_decor.training.keeping.metadata import stored_metadata
-from timm_decor.training.keeping.privacy import PRIVATE, without_paths
+from timm_decor.training.keeping.privacy import PRIVATE, cleaned
 from timm_decor.training.seeing.plot import save_picture
 
 WEIGHTS, CONFIG, R_FILE, RECIPE, RESULTS, PICTURE, SAMPLES, CARD = FILES = (
@@ -165,8 +165,6 @@ def timm_config(trained: Trained, options: Options) -> dict[str, Any]:
         },
     }
     model_args = dict(trained.metadata.model_kwargs)
-    if trained.args.get("gp"):
-        model_args["global_pool"] = trained.args["gp"]
     if size[0] != 3:
         model_args["in_chans"] = size[0]
     if model_args:
@@ -220,14 +218,14 @@ def contents(folder: Path) -> Contents:
 
 def recipe(trained: Trained) -> str:
     """recipe.yaml: train.py -c reads it; only the places of the data, and `left_out`, are missing."""
-    kept = {key: value for key, value in trained.args.items() if key not in PRIVATE and value is not None}
-    return without_paths(yaml.safe_dump(kept, sort_keys=True))
+    kept = {key: cleaned(value) for key, value in trained.args.items() if key not in PRIVATE and value is not None}
+    return yaml.safe_dump(kept, sort_keys=True)
 
 
 def _evaluated(trained: Trained, path: Path, options: Options) -> dict[str, Any]:
     """validate.py's row for the file as it will be published; and its picture, where that is wanted."""
     args = trained.args
-    given = {name: args.get(name) for name in ("dataset", "class_map", "input_key", "target_key", "gp")}
+    given = {name: args.get(name) for name in ("dataset", "class_map", "input_key", "target_key")}
     given["data_dir"] = options.data_dir or args.get("data_dir")
     words = ["--checkpoint", str(path / WEIGHTS), "--split", args["val_split"], "--workers", "0", "--device", "cpu"]
     for name, value in given.items():

@@ -12,7 +12,7 @@ from typing import Any
 from timm_decor.digest import check_digest
 from timm_decor.errors import UserError, first_line, message
 from timm_decor.models import PREFIX
-from timm_decor.publishing.datasets import Data, known
+from timm_decor.publishing.datasets import Data, is_place, known
 from timm_decor.training.args import as_recipe, decor_config
 from timm_decor.training.foreign import Fields, read_json, read_mapping, read_text
 from timm_decor.training.keeping.folder import ARGS_FILE, EMA_SUFFIX, SUMMARY_FILE
@@ -95,7 +95,8 @@ class Trained:
     @property
     def beside_others(self) -> bool:
         """Whether the machine had much more to do than this run while it trained."""
-        machine, workers = self.results["machine"], self.args["workers"]
+        machine = self.results["machine"]
+        workers = machine.get("workers", self.args["workers"])
         if self.results["load"] is None or machine["gpu"] or workers is None:
             return False
         own = machine["processes"] * (machine["torch_threads"] + workers)
@@ -108,11 +109,14 @@ class Trained:
 
     @property
     def data_name(self) -> str:
-        """The data set's name: that of --dataset, or the last part of --data-dir."""
-        dataset = self.args.get("dataset") or ("folder" if self.args.get("data_dir") else "digits")
-        if dataset in ("parquet", "folder"):
-            return Path(self.args["data_dir"]).resolve().name
-        return str(dataset)
+        """The data set's name: that of --dataset, or the last part of where it is on the machine that trained."""
+        dataset = str(self.args.get("dataset") or ("folder" if self.args.get("data_dir") else "digits"))
+        kind, _, rest = dataset.partition("/")
+        if kind in ("hfds", "hfids") and is_place(rest):
+            return _last_part(rest)
+        if kind in ("parquet", "folder", "wds") and self.args.get("data_dir"):
+            return _last_part(self.args["data_dir"])
+        return dataset
 
     @property
     def data(self) -> Data:
@@ -142,6 +146,13 @@ class Trained:
         return f"{how}_{self.data.short}_r{self.data_config['input_size'][-1]}"
 
 
+def _last_part(place: str) -> str:
+    """What a folder, or an address, is called."""
+    if "://" in place or place.startswith("pipe:"):
+        return place.split()[-1].rstrip("/").rsplit("/", 1)[-1]
+    return Path(place).expanduser().resolve().name
+
+
 def find(path: Path) -> list[Path]:
     """The checkpoints that a path stands for: itself, or those of the runs in a folder and below it.
 
@@ -164,8 +175,7 @@ def read(checkpoint: Path) -> Trained:
     """Read a run by one of its checkpoints.
 
     Raises:
-        UserError: it is not of train.py, files of the run are missing or damaged, or it is a model that a config.json
-            of timm cannot describe.
+        UserError: it is not of train.py, or files of the run are missing or damaged.
     """
     if checkpoint.suffix != ".safetensors":
         raise UserError(f"{checkpoint} is no safetensors file: nothing else is published (a pickle can run code)")
@@ -190,10 +200,6 @@ def read(checkpoint: Path) -> Trained:
         ) from error
     if results.get("failure"):
         raise UserError(f"{checkpoint}: training failed ({results['failure']})")
-    if args.get("bn_eps") is not None:
-        raise UserError(
-            f"{checkpoint} was trained with --bn-eps, which timm's config.json cannot say: no use to others"
-        )
     return Trained(checkpoint, metadata, results, args, side, next((each for each in sides if each is not side), None))
 
 
@@ -238,7 +244,14 @@ def _results(path: Path) -> dict[str, Any]:
         found.fields("images").whole("training")
     if "load" in found:
         found.number("load", 0)
-    extra = {"base_model": None, "ms_per_update": None, "images": None, "load": None}
+    if "workers" in machine:
+        machine.whole("workers", 0)
+    for change in found.objects("changed") if "changed" in found else ():
+        change.whole("steps")
+        words = change.fields("changed")
+        for name in words.values:
+            words.text(name)
+    extra: dict[str, Any] = {"base_model": None, "ms_per_update": None, "images": None, "load": None, "changed": []}
     return {**extra, **found.values, "machine": {"gpu": None, **machine.values}}
 
 

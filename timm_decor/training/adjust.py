@@ -1,20 +1,53 @@
-"""What the arguments change in a model after it was made: its head's start, its BatchNorm layers."""
+"""What the arguments change in a model after it was made: its head's start, its BatchNorm layers.
+
+A checkpoint is one of timm's, which cannot say an eps: `weights_for_timm` lets its running variances make up for it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_decor.errors import UserError
 
+_OWN_EPS = "eps_of_architecture"  # of a model: the eps of its BatchNorm layers before --bn-eps, by name
+
 
 def set_batch_norm(model: nn.Module, momentum: float | None, eps: float | None) -> None:
     """Override momentum and eps of every BatchNorm layer; None leaves them. timm's own arguments reach few families."""
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            module.momentum = module.momentum if momentum is None else momentum
-            module.eps = module.eps if eps is None else eps
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    for module in layers.values():
+        module.momentum = module.momentum if momentum is None else momentum
+    if eps is not None:
+        # by name: --sync-bn makes other modules of them; on the model, so that its copies have it
+        vars(model)[_OWN_EPS] = {name: module.eps for name, module in layers.items()}
+        for module in layers.values():
+            module.eps = eps
+
+
+def weights_for_timm(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's weights for the same architecture with its own eps: variance + eps stays what it is.
+
+    Args:
+        model: that may have another eps, from `set_batch_norm`.
+        weights: its state, or some of it.
+    """
+    found = dict(weights)
+    for name, own in vars(model).get(_OWN_EPS, {}).items():
+        key = f"{name}.running_var"
+        if found.get(key) is not None:
+            found[key] = found[key] + (model.get_submodule(name).eps - own)  # type: ignore[operator]
+    return found
+
+
+def with_own_eps(model: nn.Module) -> nn.Module:
+    """Take back what `set_batch_norm` did to eps, in place: for weights that `weights_for_timm` made."""
+    for name, own in vars(model).pop(_OWN_EPS, {}).items():
+        model.get_submodule(name).eps = own
+    return model
 
 
 @torch.no_grad()

@@ -13,7 +13,22 @@ from typing import Any
 from timm_decor import knobs
 from timm_decor.config import DecorConfig
 from timm_decor.errors import UserError
-from timm_decor.training.parser import KeyValues, Names, Parser, amount, count, index, positive, seed, share, sizes
+from timm_decor.training.parser import (
+    KeyValues,
+    Names,
+    Parser,
+    Rising,
+    amount,
+    below_one,
+    count,
+    crop,
+    finite,
+    index,
+    positive,
+    seed,
+    share,
+    sizes,
+)
 
 _SWITCH = argparse.BooleanOptionalAction
 _SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "constant", "none")
@@ -56,7 +71,7 @@ def train_parser(prog: str = "train.py") -> Parser:
     group.add_argument("--bn-momentum", type=share, metavar="X", help="of every BatchNorm; default: the model's")
     group.add_argument("--bn-eps", type=positive, metavar="X", help="of every BatchNorm; default: the model's")
     group.add_argument("--head-init-scale", type=amount, metavar="X", help="multiply the head's weight and bias")
-    group.add_argument("--head-init-bias", type=float, metavar="X", help="set the head's bias")
+    group.add_argument("--head-init-bias", type=finite, metavar="X", help="set the head's bias")
     group.add_argument("--sync-bn", action=_SWITCH, default=False, help="BatchNorm over the images of all processes")
     group.add_argument("--grad-checkpointing", action=_SWITCH, default=False, help="trade compute for memory")
     _add_decor_arguments(parser)
@@ -86,6 +101,12 @@ def validate_parser(prog: str = "validate.py") -> Parser:
     parser.add_argument("--use-ema", action=_SWITCH, default=False, help="the checkpoint's averaged weights")
     parser.add_argument(
         "--test-pool", action=_SWITCH, default=False, help="pool test-time images larger than training's"
+    )
+    parser.add_argument(
+        "--use-train-size",
+        action=_SWITCH,
+        default=False,
+        help="evaluate timm's weights at training's size, not at tests'",
     )
     parser.add_argument("--results-file", metavar="FILE", help="write the rows here as well, the best first")
     parser.add_argument(
@@ -178,10 +199,10 @@ def _add_image_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--img-size", type=count, metavar="N", help="default: the model's")
     group.add_argument("--in-chans", type=count, metavar="N", help="image channels: 3 (default) or 1")
     group.add_argument("--input-size", nargs=3, type=count, metavar=("C", "H", "W"), help="instead of the two above")
-    group.add_argument("--crop-pct", type=amount, metavar="PCT", help="centre crop at evaluation; default: the model's")
+    group.add_argument("--crop-pct", type=crop, metavar="PCT", help="centre crop at evaluation; default: the model's")
     group.add_argument("--crop-mode", choices=("center", "squash", "border"), help="that crop's; default: the model's")
-    group.add_argument("--mean", type=float, nargs="+", help="mean pixel value; default: the model's")
-    group.add_argument("--std", type=float, nargs="+", help="deviation of pixel values; default: the model's")
+    group.add_argument("--mean", type=finite, nargs="+", help="mean pixel value; default: the model's")
+    group.add_argument("--std", type=positive, nargs="+", help="deviation of pixel values; default: the model's")
     group.add_argument("--interpolation", metavar="NAME", help="resize interpolation; default: the model's")
 
 
@@ -228,7 +249,7 @@ def _add_optimizer_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("optimizer")
     group.add_argument("--opt", default="sgd", metavar="NAME", help="one of timm's optimizers")
     group.add_argument("--opt-eps", type=amount, metavar="EPS", help="default: the optimizer's")
-    group.add_argument("--opt-betas", type=float, nargs="+", metavar="BETA", help="default: the optimizer's")
+    group.add_argument("--opt-betas", type=below_one, nargs="+", metavar="BETA", help="default: the optimizer's")
     group.add_argument("--momentum", type=amount, default=0.9, help="optimizer momentum")
     group.add_argument("--weight-decay", type=amount, default=2e-5, help="not applied to biases and norms")
     group.add_argument("--clip-grad", type=positive, metavar="NORM", help="clip gradients; default: no")
@@ -253,10 +274,10 @@ def _add_schedule_arguments(parser: Parser) -> None:
     group.add_argument("--lr-base", type=amount, default=0.1, help="lr = lr_base * global_batch / lr_base_size")
     group.add_argument("--lr-base-size", type=count, default=256, metavar="N", help="see --lr-base")
     group.add_argument("--lr-base-scale", choices=("linear", "sqrt"), help="default: by optimizer, as timm does")
-    group.add_argument("--lr-noise", type=float, nargs="+", help="epoch shares at which noise goes on and off")
+    group.add_argument("--lr-noise", type=finite, nargs="+", help="epoch shares at which noise goes on and off")
     group.add_argument("--lr-noise-pct", type=amount, default=0.67, help="limit of that noise")
     group.add_argument("--lr-noise-std", type=amount, default=1.0, help="deviation of that noise")
-    group.add_argument("--lr-cycle-mul", type=amount, default=1.0, help="factor of a cycle's length")
+    group.add_argument("--lr-cycle-mul", type=positive, default=1.0, help="factor of a cycle's length")
     group.add_argument("--lr-cycle-decay", type=amount, default=0.5, help="factor of the learning rate, per cycle")
     group.add_argument("--lr-cycle-limit", type=count, default=1, help="number of cycles")
     group.add_argument("--lr-k-decay", type=amount, default=1.0, help="k-decay of cosine and poly")
@@ -267,17 +288,22 @@ def _add_schedule_arguments(parser: Parser) -> None:
     group.add_argument("--min-lr", type=amount, default=0.0, help="lower bound")
     group.add_argument("--epochs", type=count, default=300, metavar="N", help="epochs to train")
     group.add_argument("--decay-milestones", type=count, nargs="+", default=[90, 180, 270], help="multistep's epochs")
-    group.add_argument("--decay-epochs", type=amount, default=90, metavar="N", help="step's interval")
+    group.add_argument("--decay-epochs", type=positive, default=90, metavar="N", help="step's interval")
     group.add_argument("--decay-rate", "--dr", type=amount, default=0.1, help="step's factor; poly's power")
     group.add_argument("--patience-epochs", type=index, default=10, metavar="N", help="plateau's patience")
 
 
 def _add_augmentation_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("augmentation and loss")
+    group.add_argument("--aug", dest="no_aug", action="store_false", default=False, help="take back a recipe's no_aug")
     group.add_argument("--no-aug", action="store_true", help="no training augmentation at all")
     group.add_argument("--train-crop-mode", choices=("rrc", "rkrc", "rkrr"), help="default: rrc, a random resized crop")
-    group.add_argument("--scale", type=amount, nargs=2, default=[0.08, 1.0], help="share of the area a crop takes")
-    group.add_argument("--ratio", type=amount, nargs=2, default=[3 / 4, 4 / 3], help="a crop's aspect ratio")
+    group.add_argument(
+        "--scale", type=positive, nargs=2, action=Rising, default=[0.08, 1.0], help="share of the area a crop takes"
+    )
+    group.add_argument(
+        "--ratio", type=positive, nargs=2, action=Rising, default=[3 / 4, 4 / 3], help="a crop's aspect ratio"
+    )
     group.add_argument("--hflip", type=share, default=0.5, help="chance of a horizontal flip")
     group.add_argument("--vflip", type=share, default=0.0, help="chance of a vertical flip")
     group.add_argument("--color-jitter", type=amount, default=0.4, help="strength of colour jitter")
@@ -290,7 +316,9 @@ def _add_augmentation_arguments(parser: Parser) -> None:
     group.add_argument("--recount", type=count, default=1, help="blocks to erase")
     group.add_argument("--mixup", type=amount, default=0.0, metavar="ALPHA", help="mixup, if above 0")
     group.add_argument("--cutmix", type=amount, default=0.0, metavar="ALPHA", help="cutmix, if above 0")
-    group.add_argument("--cutmix-minmax", type=share, nargs=2, help="cutmix's smallest and largest share")
+    group.add_argument(
+        "--cutmix-minmax", type=share, nargs=2, action=Rising, help="cutmix's smallest and largest share"
+    )
     group.add_argument("--mixup-prob", type=share, default=1.0, help="chance that a batch is mixed")
     group.add_argument("--mixup-switch-prob", type=share, default=0.5, help="chance of cutmix where both are on")
     group.add_argument("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="what shares a mix")
@@ -302,7 +330,7 @@ def _add_augmentation_arguments(parser: Parser) -> None:
         metavar="SIZES",
         help="training images by shares of the epochs, smaller ones first, as 48:0.4,64:0.6",
     )
-    group.add_argument("--smoothing", type=share, default=0.1, help="label smoothing")
+    group.add_argument("--smoothing", type=below_one, default=0.1, help="label smoothing")
     group.add_argument("--bce-loss", action=_SWITCH, default=False, help="binary cross-entropy")
     group.add_argument("--bce-target-thresh", type=share, help="threshold for softened targets of --bce-loss")
     group.add_argument("--bce-sum", action=_SWITCH, default=False, help="--bce-loss sums over classes")

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 import timm_decor
 from timm_decor.errors import UserError, first_line
-from timm_decor.training.build import class_count, place
+from timm_decor.training.build import class_count, compiled, place
 from timm_decor.training.data.loaders import of_epoch, told
 from timm_decor.training.data.sources import Source
 from timm_decor.training.evaluate import Metrics, evaluate
@@ -127,8 +127,7 @@ class Arm:
                 raise UserError(f"{name}: {error}") from error
         # R is the same on every process: one looks at it
         self.observer = Observer(self.handle if accelerator.is_main_process else None, accelerator.device)
-        if device.torchcompile:
-            self._wrapped = torch.compile(self._wrapped, backend=device.torchcompile, mode=device.torchcompile_mode)
+        self._wrapped = compiled(self._wrapped, device)
         self._second_order = bool(getattr(optimizer, "is_second_order", False))
         self._loss = make_loss(options.loss, options.label).to(accelerator.device)
         self._updates_per_epoch = -(-len(train_loader) // update.grad_accum_steps)

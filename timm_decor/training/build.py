@@ -28,8 +28,8 @@ from timm_decor.models import PREFIX, plain_name
 from timm_decor.text import closest, near
 from timm_decor.training.adjust import init_head, set_batch_norm
 from timm_decor.training.keeping.folder import EMA_SUFFIX, RESUME_FILES
-from timm_decor.training.keeping.privacy import without_paths
-from timm_decor.training.options import CreateOptions, ImageOptions, LayerOptions, StartOptions
+from timm_decor.training.keeping.privacy import without_path
+from timm_decor.training.options import CreateOptions, DeviceOptions, ImageOptions, LayerOptions, StartOptions
 
 # What timm raises on arguments that it cannot follow.
 CREATION_ERRORS = (
@@ -244,8 +244,15 @@ def _in_evaluation_mode(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def class_count(model: nn.Module) -> int:
-    """The number of classes of a timm model."""
-    return cast(int, model.num_classes)
+    """The number of classes of a timm model.
+
+    Raises:
+        UserError: it has none, as with --model-kwargs features_only=True.
+    """
+    count = getattr(model, "num_classes", None)
+    if not count:
+        raise UserError(f"{type(model).__name__} is no classifier: it says no number of classes")
+    return cast(int, count)
 
 
 def refuse_new_head(model: nn.Module, name: str, num_classes: int | None) -> None:
@@ -311,10 +318,31 @@ def check_images(
         with autocast():
             model(torch.zeros(1, *input_size, device=device))
     except CREATION_ERRORS as error:
-        raise UserError(f"{what} does not take images of {tuple(input_size)}: {first_line(error)}") from error
+        fixed = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        size = input_size[-1] if input_size[-1] == input_size[-2] else f"({input_size[-2]},{input_size[-1]})"
+        hint = f"; --model-kwargs img_size={size} makes it for such images" if fixed else ""
+        raise UserError(f"{what} does not take images of {tuple(input_size)}: {first_line(error)}{hint}") from error
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def compiled(model: Any, options: DeviceOptions) -> Any:
+    """The model under torch.compile, where that was asked for.
+
+    Raises:
+        UserError: torch does not know the backend or the mode.
+    """
+    backend, mode = options.torchcompile, options.torchcompile_mode
+    if not backend:
+        return model
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        raise UserError(f"--torchcompile {backend}: no backend of torch.compile{near(backend, known)}")
+    try:
+        return torch.compile(model, backend=backend, mode=mode)
+    except RuntimeError as error:
+        raise UserError(f"--torchcompile {backend}, mode {mode}: {first_line(error)}") from error
 
 
 def plain_twin(model: nn.Module) -> nn.Module:
@@ -338,8 +366,8 @@ def side_name(name: str, decorrelated: bool) -> str:
     """What a side of a run is called: by its model, which --decor leaves as it is."""
     twin = twin_name(name)
     if not decorrelated:
-        return without_paths(twin)
-    return without_paths(name if name != twin else f"decorrelated {name}")
+        return without_path(twin)
+    return without_path(name if name != twin else f"decorrelated {name}")
 
 
 def architecture(name: str) -> str:
@@ -350,8 +378,14 @@ def architecture(name: str) -> str:
     return str(split_model_name_tag(plain)[0])
 
 
-def data_config(options: ImageOptions, model: nn.Module, in_chans: int) -> dict[str, Any]:
+def data_config(options: ImageOptions, model: nn.Module, in_chans: int, use_test_size: bool = False) -> dict[str, Any]:
     """timm's data configuration (input_size, mean, std, interpolation, crop) for the number of channels in use.
+
+    Args:
+        options: what the command line says.
+        model: whose pretrained configuration says the rest.
+        in_chans: image channels.
+        use_test_size: take the weights' size for tests, and its crop, where they have one.
 
     Raises:
         UserError: --mean or --std of another length than the channels.
@@ -359,7 +393,7 @@ def data_config(options: ImageOptions, model: nn.Module, in_chans: int) -> dict[
     for name, given in (("mean", options.mean), ("std", options.std)):
         if given is not None and len(given) not in (1, in_chans):
             raise UserError(f"--{name} takes 1 or {in_chans} values, not {len(given)}")
-    config = resolve_data_config(dataclasses.asdict(options), model=model)
+    config = resolve_data_config(dataclasses.asdict(options), model=model, use_test_size=use_test_size)
     config["input_size"] = (in_chans, *config["input_size"][1:])
     for name in ("mean", "std"):
         if len(config[name]) != in_chans:  # timm's defaults are for RGB

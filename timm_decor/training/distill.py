@@ -136,12 +136,21 @@ def _teacher(name: str, path: str | None, classes: int, channels: int) -> nn.Mod
         )
     try:
         with build.weights_only():
-            teacher = timm.create_model(name, pretrained=not path, num_classes=classes, in_chans=channels)
+            teacher = timm.create_model(
+                name, pretrained=not path, num_classes=classes, in_chans=channels, **_arguments(name, path)
+            )
     except build.CREATION_ERRORS as error:
         raise UserError(f"cannot create teacher {name}: {build.reason(error)}") from error
     if path:
         build.load_weights(teacher, path)
     return teacher
+
+
+def _arguments(name: str, path: str | None) -> dict[str, Any]:
+    """What else the teacher's checkpoint says that it was made with."""
+    saved = CheckpointMetadata.read(path or "")
+    is_its = saved is not None and build.architecture(saved.architecture) == build.architecture(name)
+    return saved.model_kwargs if saved is not None and is_its else {}
 
 
 def _renormalisation(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[Tensor, Tensor]:

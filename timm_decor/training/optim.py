@@ -38,8 +38,9 @@ def make_optimizer(options: OptimizerOptions, model: nn.Module, lr: float) -> Op
         raise UserError(f"unknown optimizer '{options.opt}'{near(name, known)}")
     try:
         return create_optimizer_v2(model, **optimizer_kwargs(replace(options, lr=lr)), **options.opt_kwargs)
-    except (TypeError, ValueError, AssertionError, RuntimeError, ImportError) as error:
-        raise UserError(f"optimizer {options.opt}: {first_line(error)}") from error
+    except (TypeError, ValueError, AssertionError, RuntimeError, ImportError, LookupError, ArithmeticError) as error:
+        few = "; --opt-betas has too few values for it" if isinstance(error, LookupError) and options.opt_betas else ""
+        raise UserError(f"optimizer {options.opt}: {first_line(error)}{few}") from error
 
 
 def make_loss(options: LossOptions, label: LabelOptions) -> nn.Module:

@@ -133,6 +133,11 @@ class CreateOptions(Options):
     model_kwargs: dict[str, Any]
     gp: str | None
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What a model is made with beside its classes and channels, as a checkpoint says it."""
+        return {**self.model_kwargs, **({"global_pool": self.gp} if self.gp else {})}
+
 
 @dataclass(frozen=True)
 class StartOptions(Options):
@@ -404,6 +409,7 @@ class ValidateOptions(Options):
     split: str
     num_samples: int | None
     test_pool: bool
+    use_train_size: bool
     data: DataOptions
     image: ImageOptions
     loader: LoaderOptions

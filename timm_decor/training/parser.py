@@ -144,6 +144,15 @@ class Names(argparse.Action):
         setattr(namespace, self.dest, names)
 
 
+class Rising(argparse.Action):
+    """Two numbers, the second not below the first."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        if values[0] > values[1]:
+            parser.error(f"argument {self.option_strings[0]}: the smaller one first, not {values[0]:g} {values[1]:g}")
+        setattr(namespace, self.dest, values)
+
+
 def count(text: str) -> int:
     """A whole number, 1 or more."""
     return _at_least(int(text), 1)
@@ -183,6 +192,33 @@ def share(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must be in [0, 1], not {text}")
+    return value
+
+
+def below_one(text: str) -> float:
+    """A number in [0, 1)."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1), not {text}")
+    return value
+
+
+def finite(text: str) -> float:
+    """A finite number."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be finite, not {text}")
+    return value
+
+
+CROP_PCT = (0.1, 10.0)  # smallest and largest, here and in a checkpoint's metadata
+
+
+def crop(text: str) -> float:
+    """A share of an image's side that an evaluation takes: what a checkpoint may say of itself."""
+    value = float(text)
+    if not CROP_PCT[0] <= value <= CROP_PCT[1]:
+        raise argparse.ArgumentTypeError(f"must be in [{CROP_PCT[0]:g}, {CROP_PCT[1]:g}], not {text}")
     return value
 
 

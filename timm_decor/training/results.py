@@ -17,10 +17,11 @@ from timm_decor.errors import UserError, first_line, message
 from timm_decor.reporting import AttachReport
 from timm_decor.text import markdown_text, wrapped
 from timm_decor.training import build
+from timm_decor.training.adjust import with_own_eps
 from timm_decor.training.arm import Arm
 from timm_decor.training.keeping.folder import EMA_SUFFIX, REPORT_FILE, RESULTS_FILE, RunFolder
 from timm_decor.training.keeping.metadata import CheckpointMetadata
-from timm_decor.training.keeping.privacy import without_paths
+from timm_decor.training.keeping.privacy import without_path, without_paths
 from timm_decor.training.optim import group_options
 from timm_decor.training.options import TrainOptions
 from timm_decor.training.runtime import decided_by_one, is_sharded
@@ -130,7 +131,7 @@ def _mistakes_of_best(arm: Arm, folder: RunFolder) -> Mistakes | None:
     accelerator, file = arm.accelerator, folder.path / f"best{EMA_SUFFIX if arm.ema else ''}.safetensors"
     if is_sharded(accelerator):  # a whole copy may be more than a device holds
         raise UserError("the model is cut over the processes; validate.py writes them of a checkpoint")
-    model = build.plain_copy(arm.model)
+    model = with_own_eps(build.plain_copy(arm.model))
 
     def load() -> int | None:
         build.load_weights(model, str(file))
@@ -147,14 +148,14 @@ def _mistakes_of_best(arm: Arm, folder: RunFolder) -> Mistakes | None:
 
 
 def _title(options: TrainOptions, arms: Sequence[Arm]) -> str:
-    data = without_paths(options.data.dataset or Path(options.data.data_dir or "digits").name)
+    data = without_path(options.data.dataset or Path(options.data.data_dir or "digits").name)
     return f"{' and '.join(arm.name for arm in arms)} on {data}"
 
 
 def _side(arm: Arm) -> compare.Side:
     return compare.Side(
         arm.name, without_paths(arm.options.model), arm.options.optimizer.opt, arm.schedule.peak_lr, arm.epochs,
-        arm.history, arm.failure, arm.chance, len(arm.evaluation_source),
+        arm.history, arm.failure, arm.chance, len(arm.evaluation_source), arm.metric_column,
     )  # fmt: skip
 
 

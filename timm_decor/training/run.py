@@ -24,7 +24,7 @@ from timm_decor.training import build, find_lr, results
 from timm_decor.training.args import decor_config, train_parser
 from timm_decor.training.arm import Arm
 from timm_decor.training.data.datasets import open_splits
-from timm_decor.training.data.loaders import eval_loader, train_loader
+from timm_decor.training.data.loaders import eval_loader, train_loader, worker_count
 from timm_decor.training.data.names import check_labels
 from timm_decor.training.data.progressive import Progression
 from timm_decor.training.distill import make_distillation
@@ -53,6 +53,7 @@ from timm_decor.training.runtime import (
 from timm_decor.training.seeing import compare, ending, trackers
 from timm_decor.training.seeing.losswatch import NonFiniteLoss
 from timm_decor.training.seeing.timeleft import TimeLeft
+from timm_decor.training.without_effect import idle, refuse_class_map, refuse_forgotten
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -75,6 +76,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if str(args.data_dir).startswith("pipe:") and not given:
             raise UserError(f"recipe {recipe}: --data-dir is a command to run: give it on the command line")
     refuse_secrets(args)
+    refuse_forgotten(args, parser)
+    refuse_class_map(args)
     return args
 
 
@@ -102,7 +105,7 @@ def _main(argv: Sequence[str], prog: str) -> None:
         raise UserError(f"--initial-r does nothing for plain {args.model}: use a {build.PREFIX} model, or --decor")
     trackers.check_available(args.log_with)
     decor_config(args)  # refuse a bad knob before the data are read
-    told = restarts() + follow_launcher(args)
+    told = restarts() + follow_launcher(args) + idle(args, train_parser())
     options, record = TrainOptions.of(args), Record.of(prog, argv, args)
     accelerator = _accelerator(options)
     folder = decided_by_one(accelerator, lambda: _open_folder(options))
@@ -117,6 +120,7 @@ def _main(argv: Sequence[str], prog: str) -> None:
             )
         for line in told + slow_precision(accelerator):
             accelerator.print(line)
+        stack.callback(folder.remove_if_empty)  # of a run that is refused nothing stays
         _run(options, record, accelerator, folder, decorrelated)
 
 
@@ -140,7 +144,8 @@ def _run(
     if options.folder.resume:
         resume.refuse_other_start(record.recipe, folder)
     made = _make(options, accelerator)
-    context: dict[str, Any] = {"config": record.config, "versions": versions(), "machine": machine(accelerator)}
+    on = machine(accelerator) | {"workers": worker_count(options.loader)}
+    context: dict[str, Any] = {"config": record.config, "versions": versions(), "machine": on}
     if options.search.find_lr:
         context = {"command": record.command, **context}
         find_lr.search(options, made.model, made.loaders, made.distillation, decorrelated, folder, context)
@@ -148,7 +153,7 @@ def _run(
     context["images"] = dict(zip(("training", "evaluation"), made.images, strict=True))
     arms = _make_arms(options, made, accelerator, decorrelated)
     folders = _arm_folders(options, folder, accelerator.is_main_process)
-    metadata = _metadata(options.model, options.create.model_kwargs, made.model, made.data_config, made.class_names)
+    metadata = _metadata(options.model, options.create.arguments, made.model, made.data_config, made.class_names)
     if options.folder.resume:
         resume.go_on(options.folder.resume, record.recipe, arms, folder, folders, metadata)
         if resume.is_finished(arms, folders):
@@ -156,6 +161,7 @@ def _run(
             accelerator.print(f"{ending.here(folder.path)} is finished: {done} epochs; --epochs N trains on")
             accelerator.end_training()
             return
+    context["changed"] = folder.changes()
     _announce(options, made, arms)
     if options.compare.compare:
         _warm_up(arms, made.data_config["input_size"], options.loader.batch_size)

@@ -49,7 +49,10 @@ class Schedule:
         self._scheduler, self.epochs = _timm_scheduler(
             options, optimizer, updates_per_epoch, layer_decay, eval_metric, seed
         )
-        self.begin(0, None)
+        try:
+            self.begin(0, None)
+        except (ValueError, AssertionError, TypeError, ArithmeticError) as error:
+            raise UserError(f"schedule {options.sched}: {first_line(error)}") from error
 
     @property
     def lr(self) -> float:

@@ -28,8 +28,15 @@ from timm_decor.training.evaluate import evaluate
 from timm_decor.training.keeping.folder import EMA_SUFFIX, RESUME_FILES, RunFolder
 from timm_decor.training.keeping.metadata import CheckpointMetadata
 from timm_decor.training.options import CreateOptions, ImageOptions, ResultOptions, ValidateOptions
-from timm_decor.training.runtime import make_accelerator, others_needed, seed_everything, slow_precision
+from timm_decor.training.runtime import (
+    follow_launcher,
+    make_accelerator,
+    others_needed,
+    seed_everything,
+    slow_precision,
+)
 from timm_decor.training.seeing.mistakes import class_names, confusion, write_confusion, write_sample, write_worst
+from timm_decor.training.without_effect import idle, refuse_class_map
 
 Row = dict[str, Any]
 _NARROW = ("checkpoint", "top1", "top5", "loss")  # columns of the table on a terminal; others where there is room
@@ -54,7 +61,11 @@ def main(argv: Sequence[str], prog: str = "validate.py") -> None:
 
 
 def _main(argv: Sequence[str], prog: str) -> None:
-    options = ValidateOptions.of(validate_parser().parse(argv))
+    parser = validate_parser()
+    args = parser.parse(argv)
+    refuse_class_map(args)
+    told = follow_launcher(args) + idle(args, parser)
+    options = ValidateOptions.of(args)
     weights, result, device = options.weights, options.result, options.device
     if weights.checkpoint and weights.pretrained:
         raise UserError("--checkpoint and --pretrained exclude each other")
@@ -66,7 +77,7 @@ def _main(argv: Sequence[str], prog: str) -> None:
         raise UserError(f"{' and '.join(result.pictures)}: for one checkpoint, not several")
     accelerator = make_accelerator(device.device, device.amp, device.amp_dtype, timeout=options.dist_timeout)
     say = partial(_say, prog) if accelerator.is_main_process else _nothing
-    for line in slow_precision(accelerator):
+    for line in told + slow_precision(accelerator):
         say(line)
     for file in (result.results_file, *result.pictures.values()):
         if file:
@@ -162,7 +173,8 @@ def _evaluate(
         build.refuse_new_head(model, name, wanted)
     if ignored:  # not before the weights fit: a refusal stays one line
         say(ignored)
-    data_config = build.data_config(options.image, model, channels)
+    # timm's own weights are evaluated as timm's validate.py does: where they have a size for tests, at that
+    data_config = build.data_config(options.image, model, channels, metadata is None and not options.use_train_size)
     classes = build.class_count(model)
     names, whose = (metadata.label_names if metadata else []), str(checkpoint)
     if not checkpoint:
@@ -174,9 +186,7 @@ def _evaluate(
         model = pooled_over_windows(model, trained_size, data_config["input_size"])
     build.place(model, accelerator.device, device.channels_last)
     build.check_images(model, data_config["input_size"], accelerator.device, accelerator.autocast, name)
-    runnable: Any = model
-    if device.torchcompile:
-        runnable = torch.compile(model, backend=device.torchcompile, mode=device.torchcompile_mode)
+    runnable = build.compiled(model, device)
     seen: list[torch.Tensor] | None = [] if options.result.pictures else None
     metrics = evaluate(runnable, loader, accelerator, device.channels_last, seen)
     if seen and accelerator.is_main_process:
@@ -207,10 +217,13 @@ def completed(
         image = replace(image, in_chans=saved["input_size"][0])
     names = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
     image = replace(image, **{name: saved[name] for name in names if getattr(image, name) is None})
+    model_kwargs = {**metadata.model_kwargs, **create.model_kwargs}
+    its_pool = model_kwargs.pop("global_pool", None)
     create = replace(
         create,
         num_classes=create.num_classes or metadata.num_classes,
-        model_kwargs=create.model_kwargs or metadata.model_kwargs,
+        model_kwargs=model_kwargs,
+        gp=create.gp or its_pool,
     )
     return image, create
 

@@ -16,7 +16,7 @@ from PIL import Image
 from timm_decor.errors import UserError
 from timm_decor.text import listed
 from timm_decor.training.data.decoding import decode
-from timm_decor.training.data.sources import EVAL_NAMES, TRAIN_NAMES, rows_of, split_of
+from timm_decor.training.data.sources import EVAL_NAMES, TRAIN_NAMES, split_of
 
 
 class Folder:
@@ -26,16 +26,18 @@ class Folder:
 
     Args:
         root: with a folder for each split.
-        split: name, with rows if wanted.
+        split: its name; no part of it.
         mode: PIL colour mode.
         class_map: text file, a class name a line, by label; None numbers the training split's folders as timm does.
 
     Raises:
-        UserError: no such split, no images, or a class folder that the training split does not have.
+        UserError: no such split, a part of one, no images, or a class folder that the training split does not have.
     """
 
     def __init__(self, root: Path, split: str, mode: str, class_map: Path | None = None) -> None:
         name, rows = split_of(split)
+        if rows != slice(None, None):  # they are in the order of their classes, so that a part would lack some
+            raise UserError(f"split {split!r}: a part of a folder would lack whole classes; give the whole, {name}")
         folder = _split_folder(root, name)
         self._mode = mode
         self.notes: list[str] = []
@@ -68,9 +70,10 @@ class Folder:
             source = f", which class map {class_map} names" if class_map else ""
             self.notes.append(f"{folder} has no images of {listed(empty)}{source}")
         found.sort(key=lambda item: name_order(item[0]))
-        chosen = rows_of(rows, len(found), f"{folder}, split {split}")
-        self._paths = [found[i][0] for i in chosen]
-        self.labels: np.ndarray | None = np.array([found[i][1] for i in chosen])
+        if not found:
+            raise UserError(f"{folder}, split {split}: no images")
+        self._paths = [path for path, _ in found]
+        self.labels: np.ndarray | None = np.array([label for _, label in found])
 
     def __len__(self) -> int:
         return len(self._paths)

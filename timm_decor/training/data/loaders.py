@@ -163,7 +163,7 @@ def _loader(
         loader = _torch_loader(dataset, options, batch_size=size, shuffle=shuffle, drop_last=shuffle)
         return accelerator.prepare_data_loader(loader)
     processes, process = accelerator.num_processes, accelerator.process_index
-    stream = Stream(dataset, shards, size, _workers(options), processes, process, shuffle, seed)
+    stream = Stream(dataset, shards, size, worker_count(options), processes, process, shuffle, seed)
     loader = _torch_loader(stream, options, batch_size=None)
     # As of one process: the stream has shared its batches out, which Accelerate would do by reading all on each
     return prepare_data_loader(
@@ -171,12 +171,13 @@ def _loader(
     )
 
 
-def _workers(options: LoaderOptions) -> int:
+def worker_count(options: LoaderOptions) -> int:
+    """Loader processes of one training process."""
     return default_workers() if options.workers is None else options.workers
 
 
 def _torch_loader(dataset: Dataset[Any], options: LoaderOptions, **more: Any) -> DataLoader[Any]:
-    workers = _workers(options)
+    workers = worker_count(options)
     return DataLoader(
         dataset,
         num_workers=workers,

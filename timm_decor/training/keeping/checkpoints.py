@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from timm_decor.errors import Stopped, UserError
 from timm_decor.text import counted, listed, wrapped
+from timm_decor.training.adjust import weights_for_timm
 from timm_decor.training.keeping.folder import EMA_SUFFIX, EPOCH_FILE, RESUME_FILE, RunFolder, find_resume, read_resume
 from timm_decor.training.keeping.progress import is_whole
 from timm_decor.training.keeping.stopping import StopRequest
@@ -108,14 +110,20 @@ class Keeper:
         row, best, column = arm.history[-1], arm.best, arm.metric_column
         metadata = self._metadata | {"epoch": str(row["epoch"]), "metric": column, "value": str(row.get(column))}
         writes = arm.accelerator.is_main_process
-        folder.write_weights("last", whole_weights(arm.model, writes), metadata)
+        folder.write_weights("last", weights_for_timm(arm.model, whole_weights(arm.model, writes)), metadata)
         if arm.ema:
-            folder.write_weights(f"last{EMA_SUFFIX}", whole_weights(arm.ema.module, writes), metadata)
+            average = arm.ema.module
+            weights = weights_for_timm(average, whole_weights(average, writes))
+            folder.write_weights(f"last{EMA_SUFFIX}", weights, metadata)
+        else:  # a run that was resumed without its average
+            folder.forget_average("last")
         if best is row:
             folder.link_weights("last", "best")
         folder.link_weights("last", f"checkpoint-{row['epoch']}")
         kept = {row["epoch"] for row in arm.ranked[: self._keep.checkpoint_hist]}
-        folder.forget_epochs(row["epoch"] for row in arm.history if row["epoch"] not in kept)
+        # a run that was resumed with another metric, or with an average, cannot rank those before: they stay
+        unranked = {row["epoch"] for row in arm.history if column not in row and _was_evaluated(row)}
+        folder.forget_epochs(row["epoch"] for row in arm.history if row["epoch"] not in kept | unranked)
         self._write_resume()
         folder.keep_epoch()
         folder.write_summary(arm.history)
@@ -123,6 +131,10 @@ class Keeper:
     def _write_resume(self) -> None:
         self.folder.write_resume(self.arm.state() | {"label_names": json.loads(self._metadata["label_names"])})
         self._saved = self.arm.steps
+
+
+def _was_evaluated(row: Mapping[str, Any]) -> bool:
+    return any(column.startswith(("eval_", "ema_")) for column in row)
 
 
 def load_states(
@@ -157,6 +169,8 @@ def load_states(
             if state:
                 arm.load_state(state, name)
                 _tell_of_processes(arm, state.get("plan"))
+    for arm, folder in zip(arms, folders, strict=True):
+        decided_by_one(accelerator, partial(_pick_best, arm, folder))
     accelerator.wait_for_everyone()  # none must look while one tidies up
     for arm, folder, (file, wrong) in zip(arms, folders, found, strict=True):
         folder.remove_unfinished()
@@ -168,6 +182,24 @@ def load_states(
         if arm.history:
             folder.write_summary(arm.history)  # it comes after the checkpoint, and may have been forestalled
     return any(file is not None for file, _ in found)
+
+
+def _pick_best(arm: Trained, folder: RunFolder) -> None:
+    """Let best.safetensors be the best by what decides now, where another metric decided before.
+
+    Raises:
+        UserError: its checkpoint is not there.
+    """
+    row, before = arm.best, folder.metric_of("best")
+    if row is None or before in (None, arm.metric_column):
+        return
+    name = f"checkpoint-{row['epoch']}"
+    if not (folder.path / f"{name}.safetensors").is_file():
+        raise UserError(
+            f"{folder.path}: by {arm.metric_column} epoch {row['epoch']} was the best, and {name} was not kept: go on "
+            f"with what decided before, {before}"
+        )
+    folder.link_weights(name, "best")
 
 
 def _newest(accelerator: Accelerator, path: Path) -> tuple[Path | None, str, dict[str, Any]]:

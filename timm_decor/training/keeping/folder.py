@@ -24,13 +24,13 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from timm_decor.digest import RESULTS_FILE, sha256
 from timm_decor.errors import UserError, first_line, load_failure
-from timm_decor.training.keeping.lock import locked
+from timm_decor.training.keeping.lock import LOCK_FILE, locked
 
 RESUME_FILE = "resume.pt"
 PREVIOUS_FILE = "resume-previous.pt"
@@ -38,6 +38,7 @@ EPOCH_FILE = "resume-epoch.pt"
 DAMAGED_FILE = "resume-damaged.pt"
 RESUME_FILES = (RESUME_FILE, PREVIOUS_FILE, EPOCH_FILE, DAMAGED_FILE)
 ARGS_FILE = "args.yaml"
+CHANGES_FILE = "changes.json"  # what was changed on the way, by resuming with other arguments
 SUMMARY_FILE = "summary.csv"
 REPORT_FILE = "report.html"
 COMPARISON_FILES = ("compare.json", "compare.md", "compare.png")
@@ -59,6 +60,7 @@ class RunFolder:
     def __init__(self, path: Path, writes: bool = True) -> None:
         self.path = path
         self._writes = writes
+        self._is_new = writes and not path.exists()
         if writes:
             try:
                 path.mkdir(parents=True, exist_ok=True)
@@ -80,12 +82,21 @@ class RunFolder:
                 folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
                 try:
                     folder.mkdir()  # not asked for before: another run may begin in the same second
-                    break
                 except FileExistsError:
                     continue
+                made = cls(folder)
+                made._is_new = True
+                return made
         except OSError as error:
             raise UserError(f"cannot make output folder {path}: {error.strerror}") from error
-        return cls(folder)
+        raise AssertionError("the numbers do not end")
+
+    def remove_if_empty(self) -> None:
+        """Remove the folder if it was made here and holds nothing but empty ones."""
+        found = list(self.path.rglob("*")) if self._is_new else []
+        if self._is_new and all(path.is_dir() or path.name == LOCK_FILE for path in found):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(self.path)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -105,6 +116,26 @@ class RunFolder:
     def write_args(self, recipe: Mapping[str, Any]) -> None:
         """args.yaml, which `-c` reads back."""
         self.write_text(ARGS_FILE, yaml.safe_dump(dict(recipe), sort_keys=True))
+
+    def changes(self) -> list[dict[str, Any]]:
+        """What `note_changes` wrote: `steps`, and `changed`, which says `before -> now` by argument."""
+        try:
+            found = json.loads((self.path / CHANGES_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return []
+        return found if isinstance(found, list) else []
+
+    def note_changes(self, steps: int, changed: Mapping[str, str]) -> None:
+        """Keep that the run went on with other arguments after so many updates."""
+        before = self.changes()
+        # nothing was trained in between: of two changes at one place, what was before the first and after the second
+        here: dict[str, str] = next((change["changed"] for change in before if change["steps"] == steps), {})
+        ways = {
+            name: f"{here.get(name, words).partition(' -> ')[0]} -> {words.partition(' -> ')[2]}"
+            for name, words in changed.items()
+        }
+        done = [change for change in before if change["steps"] < steps]
+        self.write_json(CHANGES_FILE, [*done, {"steps": steps, "changed": {**here, **ways}}])
 
     def write_json(self, name: str, value: Any) -> None:
         """A JSON file."""
@@ -135,12 +166,26 @@ class RunFolder:
     def link_weights(self, name: str, other: str) -> None:
         """Let `<other>.safetensors` be what `<name>.safetensors` is now (a hard link, or a copy where there are none).
 
-        The averaged weights follow, where there are any.
+        The averaged weights follow; where there are none, those of before go.
         """
         for suffix in ("", EMA_SUFFIX):
             source = self.path / f"{name}{suffix}.safetensors"
             if self._writes and source.is_file():
                 self._write(f"{other}{suffix}.safetensors", partial(_link, source))
+            else:
+                self._remove(f"{other}{suffix}.safetensors")
+
+    def forget_average(self, name: str) -> None:
+        """Remove `<name>-ema.safetensors`: what was averaged before is no average of what is written now."""
+        self._remove(f"{name}{EMA_SUFFIX}.safetensors")
+
+    def metric_of(self, name: str) -> str | None:
+        """The column of the history by which `<name>.safetensors` was picked; None where nothing says it."""
+        try:
+            with safe_open(self.path / f"{name}.safetensors", framework="pt") as file:
+                return (file.metadata() or {}).get("metric")
+        except (OSError, SafetensorError):
+            return None
 
     def forget_epochs(self, epochs: Iterable[int]) -> None:
         """Remove the `checkpoint-<epoch>` files of these epochs."""

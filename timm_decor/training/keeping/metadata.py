@@ -20,6 +20,7 @@ from timm_decor.errors import UserError, load_failure
 from timm_decor.models import PREFIX
 from timm_decor.text import near
 from timm_decor.training.foreign import Fields, json_value, parse_json, text_list
+from timm_decor.training.parser import CROP_PCT
 
 _NEEDED = ("architecture", "num_classes", "data_config", "model_kwargs")
 _CROP_MODES = ("center", "squash", "border")
@@ -141,7 +142,7 @@ def _data_config(fields: Fields) -> dict[str, Any]:
         "interpolation": fields.text("interpolation"),
         "mean": fields.numbers("mean", size[0]),
         "std": fields.numbers("std", size[0], positive=True),
-        "crop_pct": fields.number("crop_pct", 0.1, 10),
+        "crop_pct": fields.number("crop_pct", *CROP_PCT),
         "crop_mode": fields.text("crop_mode", _CROP_MODES),
     }
 

@@ -25,6 +25,8 @@ PRIVATE = (
     "resume",
 )
 
+# How a value begins that is one path, spaces and all.
+_WHOLE_PATH = re.compile(r"((?:hfds/|hfids/|local-dir:)?)(?:file:///|/(?!/)|~/|[A-Za-z]:\\)")
 _PATH = re.compile(
     r"""file:///[^\s'"]+              # a file URL
       | (?<![\w./~])/(?!/)[^\s'"]+    # an absolute path, but no part of https://host/path
@@ -38,12 +40,22 @@ _PATH = re.compile(
 
 def without_paths(text: str) -> str:
     """Text in which each path of this machine is cut to its last part: `/home/me/data` becomes `.../data`."""
-    return _PATH.sub(lambda match: ".../" + re.split(r"[/\\]", match[0].rstrip("/\\"))[-1], text)
+    return _PATH.sub(lambda match: f".../{_last_part(match[0])}", text)
+
+
+def _last_part(path: str) -> str:
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+
+
+def without_path(value: str) -> str:
+    """The same for one argument's value, which may be a path with spaces in it."""
+    whole = _WHOLE_PATH.match(value)
+    return f"{whole[1]}.../{_last_part(value)}" if whole else without_paths(value)
 
 
 def published(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments that say how a run was trained, without those that say where."""
-    return {key: _cleaned(value) for key, value in vars(args).items() if key not in PRIVATE}
+    return {key: cleaned(value) for key, value in vars(args).items() if key not in PRIVATE}
 
 
 def published_command(prog: str, argv: Sequence[str]) -> str:
@@ -51,6 +63,8 @@ def published_command(prog: str, argv: Sequence[str]) -> str:
     words, take = prog.split(), ""
     for word in argv:
         flag, equals, value = word.partition("=")
+        if word.startswith("-c") and len(word) > 2:  # -cFILE, as argparse takes it
+            flag, equals, value = "-c", "=", word[2:].removeprefix("=")
         name = flag.lstrip("-").replace("-", "_") if flag.startswith("-") else ""
         if take and not name:
             words.append(_place(take, word))
@@ -63,7 +77,8 @@ def published_command(prog: str, argv: Sequence[str]) -> str:
             words.append(f"{flag}={HIDDEN}")
         else:
             take = ""
-            words.append(without_paths(without_secrets(word)))
+            shown = f"{flag}={without_path(without_secrets(value))}" if name and equals else without_path(word)
+            words.append(without_secrets(shown))
     return " ".join(shlex.quote(word) for word in words)
 
 
@@ -81,13 +96,14 @@ def refuse_secrets(args: argparse.Namespace) -> None:
             )
 
 
-def _cleaned(value: Any) -> Any:
+def cleaned(value: Any) -> Any:
+    """An argument's value without paths of this machine and without secrets."""
     if isinstance(value, str):
-        return without_paths(without_secrets(value))
+        return without_path(without_secrets(value))
     if isinstance(value, Mapping):
-        return {_cleaned(key): HIDDEN if is_secret(str(key), item) else _cleaned(item) for key, item in value.items()}
+        return {cleaned(key): HIDDEN if is_secret(str(key), item) else cleaned(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_cleaned(item) for item in value]
+        return [cleaned(item) for item in value]
     return value
 
 

@@ -17,12 +17,19 @@ from timm_decor.text import printable
 from timm_decor.training.foreign import read_mapping
 from timm_decor.training.keeping.checkpoints import Trained, load_states
 from timm_decor.training.keeping.folder import ARGS_FILE, RESULTS_FILE, RESUME_FILE, RunFolder, holds_run
+from timm_decor.training.keeping.privacy import PRIVATE, cleaned
 from timm_decor.training.options import FolderOptions, ImageOptions
 from timm_decor.training.seeing.compare import SIDES
 
 AUTO = "auto"  # --resume: the run in --experiment's folder, if there is one
 # They say how a run begins: on the way they would change nothing but the records.
 _START = ("pretrained", "pretrained_path", "initial_checkpoint", "initial_r", "head_init_scale", "head_init_bias")
+
+# What changes nothing of what is trained: places, and what a person sees on the way.
+_OF_NO_MATTER = (
+    *PRIVATE, "workers", "pin_mem", "cache_images", "log_interval", "log_with", "project_name", "report_mistakes",
+    "checkpoint_hist", "recovery_interval", "dist_timeout", "eval_metric", "validation_batch_size", "val_num_samples",
+)  # fmt: skip
 
 
 def open_folder(options: FolderOptions, model: str, image: ImageOptions, compare: bool) -> RunFolder:
@@ -106,6 +113,8 @@ def go_on(
         if changed:
             words = ", ".join(f"{key} {change}" for key, change in changed.items())
             accelerator.print(f"other arguments than before: {words}")
+            if trained := {key: cleaned(change) for key, change in changed.items() if key not in _OF_NO_MATTER}:
+                folder.note_changes(arms[0].steps, trained)
         for at in (folder, *folders) if goes_on else ():
             at.forget_results()
     elif resume != AUTO:

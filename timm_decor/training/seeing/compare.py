@@ -27,6 +27,7 @@ class Side:
         failure: why it did not finish, or None.
         chance: top-1 accuracy, %, that guessing has; None where that is not known.
         images: of an evaluation; None where that is not known.
+        metric: the column of the history that says which epoch is best: of the averaged weights where there are any.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Side:
     failure: str | None = None
     chance: float | None = None
     images: int | None = None
+    metric: str = "eval_top1"
 
     @property
     def outcome(self) -> str:
@@ -45,14 +47,35 @@ class Side:
         return "finished" if self.failure is None else f"diverged after epoch {len(self.history)} of {self.epochs}"
 
     @property
+    def is_averaged(self) -> bool:
+        """Whether its accuracy is that of the averaged weights (EMA)."""
+        return self.metric.startswith("ema_")
+
+    @property
+    def accuracy(self) -> str:
+        """The column of its top-1 accuracy."""
+        return "ema_top1" if self.is_averaged else "eval_top1"
+
+    @property
     def evaluated(self) -> list[dict[str, Any]]:
         """The epochs that were evaluated."""
-        return [row for row in self.history if row.get("eval_top1") is not None]
+        return [row for row in self.history if row.get(self.accuracy) is not None]
 
     @property
     def best(self) -> dict[str, Any]:
         """The evaluated epoch with the highest top-1 accuracy, the first of equals."""
-        return max(self.evaluated, key=lambda row: row["eval_top1"])
+        return max(self.evaluated, key=lambda row: row[self.accuracy])
+
+    @property
+    def picked(self) -> dict[str, Any]:
+        """The evaluated epoch that is best by `metric`, which best.safetensors is of; the first of equals."""
+        sign = 1 if self.metric.endswith("loss") else -1
+        return min(self.evaluated, key=lambda row: sign * row[self.metric])
+
+    @property
+    def best_top1(self) -> float:
+        """The accuracy of that epoch, %."""
+        return float(self.best[self.accuracy])
 
     @property
     def at_chance(self) -> bool:
@@ -60,7 +83,7 @@ class Side:
         if self.chance is None or self.images is None:
             return False
         share = self.chance / 100
-        return self.best["eval_top1"] <= self.chance + 300 * math.sqrt(share * (1 - share) / self.images)
+        return self.best_top1 <= self.chance + 300 * math.sqrt(share * (1 - share) / self.images)
 
     @property
     def seconds_per_step(self) -> float:
@@ -70,22 +93,22 @@ class Side:
 
     def first_at(self, top1: float) -> dict[str, Any] | None:
         """The first epoch whose accuracy is at least `top1` (%), or None."""
-        return next((row for row in self.evaluated if row["eval_top1"] >= top1), None)
+        return next((row for row in self.evaluated if row[self.accuracy] >= top1), None)
 
 
 def summary(side: Side, other: Side) -> dict[str, Any]:
     """One side's figures; `reach_*` says when it was first as accurate as the other's best, None for never."""
-    last, reached = side.evaluated[-1], side.first_at(other.best["eval_top1"])
+    last, reached = side.evaluated[-1], side.first_at(other.best_top1)
     return {
         "model": side.model,
         "optimizer": side.optimizer,
         "lr": side.lr,
         "epochs": side.epochs,
         "steps": last["steps"],
-        "final_top1": last["eval_top1"],
-        "best_top1": side.best["eval_top1"],
+        "final_top1": last[side.accuracy],
+        "best_top1": side.best_top1,
         "final_train_loss": last["train_loss"],
-        "final_eval_loss": last["eval_loss"],
+        "final_eval_loss": last[side.accuracy.replace("top1", "loss")],
         "train_seconds": last["seconds"],
         "seconds_per_step": side.seconds_per_step,
         "reach_epoch": reached and reached["epoch"],
@@ -144,7 +167,7 @@ def half_interval(sides: tuple[Side, Side]) -> float | None:
     for side in sides:
         if not side.images:
             return None
-        right = side.best["eval_top1"] / 100
+        right = side.best_top1 / 100
         variance += right * (1 - right) / side.images
     return 196 * math.sqrt(variance)
 
@@ -155,14 +178,14 @@ def verdict(sides: tuple[Side, Side]) -> str:
     text = "".join(f"{side.name} {side.outcome}: its figures are those up to there. " for side in sides if side.failure)
     lost = [side for side in sides if side.at_chance]
     if lost:
-        names = " and ".join(f"{side.name} ({side.best['eval_top1']:.2f} %)" for side in lost)
+        names = " and ".join(f"{side.name} ({side.best_top1:.2f} %)" for side in lost)
         return f"{text}{names}: no better than guessing ({lost[0].chance:.2f} %), so that there is nothing to compare."
     gap, half = mine["best_top1"] - other["best_top1"], half_interval(sides)
     won = "level with" if abs(gap) < 0.005 else f"{abs(gap):.2f} points {'above' if gap > 0 else 'below'}"
     cost = mine["seconds_per_step"] / other["seconds_per_step"]
     text += (
         f"{sides[0].name} (learning rate {mine['lr']:.4g}) ends {won} {sides[1].name} (learning rate "
-        f"{other['lr']:.4g}) in best top-1 accuracy"
+        f"{other['lr']:.4g}) in best top-1 accuracy{' of the averaged weights' if sides[0].is_averaged else ''}"
     )
     if half is not None:
         told = "" if abs(gap) > half else ", which they cannot tell apart"
@@ -183,7 +206,7 @@ def as_json(sides: tuple[Side, Side], context: dict[str, Any]) -> dict[str, Any]
         "verdict": verdict(sides),
         "interval_95": half_interval(sides),
         "sides": [
-            {"name": side.name, **summary(side, other), "history": asdict(side)["history"]}
+            {"name": side.name, **summary(side, other), "metric": side.metric, "history": asdict(side)["history"]}
             for side, other in (sides, sides[::-1])
         ],
     }

@@ -28,7 +28,9 @@ def save_picture(sides: Sequence[Side], path: Path, title: str) -> None:
 
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
     figure.suptitle(label(title, 110), fontsize=13)
-    rows = ("eval_top1", "evaluation top-1 accuracy (%)"), ("train_loss", "training loss")
+    whose = "averaged weights'" if sides and sides[0].is_averaged else "evaluation"
+    top1 = sides[0].accuracy if sides else "eval_top1"
+    rows = (top1, f"{whose} top-1 accuracy (%)"), ("train_loss", "training loss")
     columns = ("steps", "optimizer steps"), ("seconds", "training time (s)")
     for line, (what, its_label) in zip(axes, rows, strict=True):
         for axis, (key, unit) in zip(line, columns, strict=True):

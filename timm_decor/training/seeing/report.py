@@ -91,10 +91,12 @@ def _words(sides: Sequence[Side]) -> str:
     side = sides[0]
     if not side.evaluated:
         return f"{side.name} was not evaluated."
-    best = side.best
+    best = side.picked
+    whose = " of the averaged weights" if side.is_averaged else ""
+    why = f" by {side.metric}" if side.metric != side.accuracy else ""
     return (
-        f"{side.name} is best in epoch {best['epoch']} of {side.epochs}: {best['eval_top1']:.2f} % top-1, after "
-        f"{best['seconds']:.1f} s of training."
+        f"{side.name} is best{why} in epoch {best['epoch']} of {side.epochs}: {best[side.accuracy]:.2f} % top-1"
+        f"{whose}, after {best['seconds']:.1f} s of training."
     )
 
 
@@ -114,11 +116,12 @@ def _memory(arms: Sequence[Seen], on_gpu: bool) -> list[tuple[str, list[str]]]:
 
 
 def _curves(arms: Sequence[Seen]) -> list[_Chart]:
-    def of_history(key: str, column: str) -> list[charts.Line]:
+    def of_history(key: str, column: str | None = None) -> list[charts.Line]:
         made = []
         for number, arm in enumerate(arms):
-            rows = [row for row in arm.side.history if math.isfinite(row.get(column, math.nan))]
-            made.append(charts.Line([r[key] for r in rows], [r[column] for r in rows], number))
+            its = column or arm.side.accuracy
+            rows = [row for row in arm.side.history if math.isfinite(row.get(its, math.nan))]
+            made.append(charts.Line([r[key] for r in rows], [r[its] for r in rows], number))
         return [line for line in made if line.x]
 
     def of_batches(index: int, faint: bool) -> list[charts.Line]:
@@ -129,9 +132,10 @@ def _curves(arms: Sequence[Seen]) -> list[_Chart]:
         return [line for line in made if line.x]
 
     steps, seconds = "optimizer steps", "seconds of training"
+    whose = " of the averaged weights" if any(arm.side.is_averaged for arm in arms) else ""
     found = [
-        ("Evaluation top-1 (%) against steps", steps, of_history("steps", "eval_top1")),
-        ("Evaluation top-1 (%) against time", seconds, of_history("seconds", "eval_top1")),
+        (f"Evaluation top-1{whose} (%) against steps", steps, of_history("steps")),
+        (f"Evaluation top-1{whose} (%) against time", seconds, of_history("seconds")),
         ("Training loss", steps, [*of_batches(1, faint=True), *of_history("steps", "train_loss")]),
         ("Learning rate", steps, of_batches(2, faint=False) or of_history("steps", "lr")),
     ]

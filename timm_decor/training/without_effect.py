@@ -1,0 +1,73 @@
+"""Arguments that do nothing by themselves: refused where a run would be another one than was meant, else told of."""
+
+from __future__ import annotations
+
+import argparse
+
+from timm_decor.errors import UserError
+
+# An argument, and the one without which it does nothing.
+_FORGOTTEN = (  # whoever gives the first meant the second
+    ("compare_lr", "compare"),
+    ("compare_epochs", "compare"),
+    ("find_updates", "find_lr"),
+    ("task_loss_weight", "kd_model_name"),
+    ("distill_loss_weight", "kd_model_name"),
+    ("kd_pretrained_path", "kd_model_name"),
+)
+_IDLE = (  # recipes have them at hand for when the second is turned on
+    ("kd_distill_type", "kd_model_name"),
+    ("kd_token_distill_type", "kd_model_name"),
+    ("kd_temperature", "kd_model_name"),
+    ("clip_mode", "clip_grad"),
+    ("torchcompile_mode", "torchcompile"),
+    ("bce_target_thresh", "bce_loss"),
+    ("bce_sum", "bce_loss"),
+    ("bce_pos_weight", "bce_loss"),
+    ("model_ema_warmup", "model_ema"),
+    ("remode", "reprob"),
+    ("recount", "reprob"),
+)
+_MAPPED = ("folder", "wds")  # data sets that --class-map numbers
+
+
+def refuse_forgotten(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuse an argument without the one that it belongs to.
+
+    Raises:
+        UserError: names both.
+    """
+    for name, other in _FORGOTTEN:
+        if _is_given(args, parser, name) and not getattr(args, other):
+            raise UserError(f"{_flag(name)} does nothing without {_flag(other)}")
+
+
+def refuse_class_map(args: argparse.Namespace) -> None:
+    """Refuse --class-map for data whose classes it would not number.
+
+    Raises:
+        UserError: names the data set.
+    """
+    dataset = args.dataset or ("folder" if args.data_dir else "digits")
+    if args.class_map and dataset.split("/", 1)[0].lower() not in _MAPPED:
+        raise UserError(f"--class-map numbers the classes of folders and of wds/, not those of --dataset {dataset}")
+
+
+def idle(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
+    """A line for each argument that waits for another one which is off."""
+    lines = [
+        f"{_flag(name)} does nothing without {_flag(other)}"
+        for name, other in _IDLE
+        if hasattr(args, name) and _is_given(args, parser, name) and not getattr(args, other)
+    ]
+    if args.input_size and (args.img_size or args.in_chans):
+        lines.append(f"{'--img-size' if args.img_size else '--in-chans'} does nothing beside --input-size")
+    return lines
+
+
+def _is_given(args: argparse.Namespace, parser: argparse.ArgumentParser, name: str) -> bool:
+    return bool(getattr(args, name) != parser.get_default(name))
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
