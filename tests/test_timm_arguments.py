@@ -153,7 +153,9 @@ class TestDistillation:
 
     def made(self, teacher: nn.Module, *words: str) -> Distillation:
         reset_accelerate()
-        return Distillation(teacher, options(*words).distill, self.CONFIG, Accelerator(cpu=True))
+        return Distillation(
+            teacher, options("--kd-model-name", "any", *words).distill, self.CONFIG, Accelerator(cpu=True)
+        )
 
     def asked(self, words: list[str], student: nn.Module, config: dict) -> Distillation | None:
         given = options(*words)
@@ -173,7 +175,7 @@ class TestDistillation:
             pytest.skip("this timm has no distillation to compare with")
         teacher, student = model_of().eval(), model_of("--head-init-scale", "3")
         student.pretrained_cfg = {**student.pretrained_cfg, "mean": self.CONFIG["mean"], "std": self.CONFIG["std"]}
-        given = options(*shlex.split(words)).distill
+        given = options("--kd-model-name", "any", *shlex.split(words)).distill
         theirs = task_module.LogitDistillationTask(
             student, teacher, nn.CrossEntropyLoss(), distill_loss_weight=given.distill_loss_weight,
             task_loss_weight=given.task_loss_weight, temperature=2.0, device=torch.device("cpu"), verbose=False,
@@ -231,7 +233,7 @@ class TestDistillation:
             ),
             ("--kd-model-name test_resnet --kd-pretrained-path nope.pth", "no checkpoint file nope.pth"),
             ("--kd-model-name test_resnet --kd-distill-type token", "test_resnet has no distillation head"),
-            ("--kd-pretrained-path x.pth", "--kd-pretrained-path needs --kd-model-name"),
+            ("--kd-pretrained-path x.pth", "--kd-pretrained-path does nothing without --kd-model-name"),
         ],
     )
     def test_it_refuses_in_one_line(self, words: str, expected: str):

@@ -115,8 +115,6 @@ def make_distillation(
             a distillation head, or images that the teacher does not take.
     """
     if not options.kd_model_name:
-        if options.kd_pretrained_path:
-            raise UserError("--kd-pretrained-path needs --kd-model-name")
         return None
     if options.kd_distill_type == "token":
         if not hasattr(student, "set_distilled_training"):

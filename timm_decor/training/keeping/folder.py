@@ -60,9 +60,10 @@ class RunFolder:
     def __init__(self, path: Path, writes: bool = True) -> None:
         self.path = path
         self._writes = writes
-        self._is_new = writes and not path.exists()
+        self._is_new = False
         if writes:
             try:
+                self._is_new = not path.exists()
                 path.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(f"cannot make output folder {path}: {error.strerror}") from error
