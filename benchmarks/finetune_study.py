@@ -7,6 +7,9 @@ For each optimizer the learning rate is plain training's best on a part of the t
 quarter, the same of each class); the decorrelated model has no say in it. Then both train on all training images with
 that rate, and the test images are reported on. train.py trains, from the weights of --pretrained-path. Finished runs
 are in the result file, and are not made again.
+
+--arms decorrelated with-r compares beginning with the R of those weights (decor.safetensors beside them) with beginning
+with the identity: what a published R is worth.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from timm_decor.errors import exit_code
 
 WEIGHTS = ROOT / "hub" / "staged" / "resnet18.dbp_tin_r64" / "model.safetensors"
 LRS = {"nesterov": (0.025, 0.05, 0.1, 0.2, 0.4), "adamw": (5e-4, 1e-3, 2e-3, 4e-3)}
+ARMS = ("plain", "decorrelated", "with-r")
 DECAYS = {"nesterov": 5e-4, "adamw": 0.05}
 
 
@@ -50,8 +54,10 @@ def train(args: argparse.Namespace, data: Path, key: dict[str, Any]) -> dict[str
     """One run of train.py; its final row."""
     with tempfile.TemporaryDirectory() as out:
         words = ["-c", str(args.recipe), "--data-dir", str(data)]
-        words += ["--model", "decor_resnet18" if key["arm"] == "decorrelated" else "resnet18"]
+        words += ["--model", "resnet18" if key["arm"] == "plain" else "decor_resnet18"]
         words += ["--no-pretrained", "--pretrained-path", str(args.pretrained_path)]
+        if key["arm"] == "with-r":
+            words += ["--initial-r", str(args.pretrained_path.with_name("decor.safetensors"))]
         words += ["--opt", key["opt"], "--lr", str(key["lr"]), "--device", args.device]
         words += ["--weight-decay", str(DECAYS[key["opt"]]), "--seed", str(key["seed"]), "--val-interval", "1000"]
         final = run_train([*words, *args.words], Path(out) / "run")["final"]
@@ -67,6 +73,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--json", type=Path, required=True, help="result file, to add to")
     parser.add_argument("--opt", nargs="+", default=list(LRS), choices=LRS)
+    parser.add_argument("--arms", nargs="+", default=["plain", "decorrelated"], choices=ARMS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("words", nargs="*", help="more arguments for train.py, behind --")
@@ -92,7 +99,7 @@ def main(argv: list[str]) -> None:
         for opt in args.opt:
             lr = tuned(opt)
             for seed in args.seeds:
-                for arm in ("plain", "decorrelated"):
+                for arm in args.arms:
                     run(args.data_dir, {"opt": opt, "arm": arm, "lr": lr, "seed": seed, "measured_on": "test"})
 
 

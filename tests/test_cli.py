@@ -148,6 +148,15 @@ def test_what_waits_for_another_argument_is_told_of(words: str, line: str):
     assert idle(parser.parse([*TINY, *words.split()]), parser) == [line] * bool(line)
 
 
+def test_what_a_begun_run_has_is_told_of_and_not_refused(tmp_path: Path):
+    (tmp_path / "args.yaml").write_text("compare_lr: 0.1\nclass_map: names.txt")
+    with pytest.raises(UserError, match="--compare-lr does nothing without --compare"):
+        parse(["-c", str(tmp_path / "args.yaml")])
+    parser = train_parser()
+    assert idle(parse(["--resume", str(tmp_path)]), parser) == ["--compare-lr does nothing without --compare"]
+    assert parse(["-c", str(tmp_path / "args.yaml")], is_begun=True).compare_lr == 0.1
+
+
 def test_a_recipe_without_augmentation_can_be_undone(tmp_path: Path):
     (tmp_path / "r.yaml").write_text("no_aug: true")
     recipe = ["-c", str(tmp_path / "r.yaml")]

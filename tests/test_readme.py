@@ -33,7 +33,7 @@ ELSEWHERE = {
     "make readme": "test_benchmarks.py::test_pages_are_what_the_results_say",
     "make bench-cpu DATA=FOLDER": "test_time_to_accuracy.py",
     "make bench-gpu": "test_gpu_benchmark.py",
-    "python train.py --device-modules timm_decor.hook --model decor_resnet18": (
+    "python timm/train.py --device-modules timm_decor.hook --model decor_resnet18": (
         "test_hook.py::test_an_unmodified_loop_of_timms_parts"
     ),
     "python -m timm_decor.run SCRIPT": "test_hook.py",

@@ -7,6 +7,7 @@ import gc
 import io
 import itertools
 import logging
+import math
 import weakref
 
 import pytest
@@ -626,10 +627,56 @@ class TestChanges:
         again, its, _ = trained(range(6, 12), trained(range(6))[2])  # saved while the second one records
         assert same(weights(model), weights(again)) and its.report() == handle.report()
 
-    def test_a_step_without_a_gradient_is_none(self):
+    def test_a_late_layer_is_the_loaded_runs(self):
+        """One that waits for inputs keeps none of those before a load, and its checkpoint has always the same keys."""
+
+        def begun():
+            torch.manual_seed(0)
+            return bound("linear", DecorConfig(every=4, sample=1.0), nn.ModuleList(nn.Linear(6, 6) for _ in range(2)))
+
+        def train(model, optimizer, steps):
+            for seed in steps:
+                x = torch.randn(5, 6, generator=torch.Generator().manual_seed(seed))
+                optimizer.zero_grad()
+                sum(layer(x).square().mean() for layer in model[: 1 + (seed % 4 > 0)]).backward()
+                optimizer.step()
+
+        model, optimizer, handle = begun()
+        train(model, optimizer, range(2))
+        saved, keys = copy.deepcopy((model.state_dict(), optimizer.state_dict())), []
+        for seed in range(2, 9):
+            train(model, optimizer, [seed])
+            entries = optimizer.state_dict()["state"].values()
+            keys += [entry["timm_decor"].get("recorded") for entry in entries if "timm_decor" in entry]
+        assert len(keys) == 14 and not any(keys), "torch.distributed.checkpoint loads into tensors of the same names"
+        wanted = handle.report()
+        model.load_state_dict(saved[0])  # back, in the same process
+        optimizer.load_state_dict(copy.deepcopy(saved[1]))
+        train(model, optimizer, range(2, 9))
+        assert handle.report() == wanted
+        assert [row.refreshes for row in wanted.rows] == [3, 1]
+
+    def test_a_late_layer_recovers_from_an_overflow(self, caplog):
+        model, optimizer, handle = bound("linear", DecorConfig(every=1, sample=1.0), nn.Sequential(nn.Linear(4, 4)))
+        for scale in (1.0, 1e30, 1.0, 1.0):
+            optimizer.zero_grad()
+            x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+            model(x).square().mean().backward()
+            if scale > 1:  # each batch is finite, and their sum is not
+                handle._groups[0].layers[0].moments = {n: m * math.inf for n, m in model[0].moments.items()}
+            optimizer.step()
+        (row,) = handle.report().rows
+        assert (row.refreshes, row.skips) == (3, 1)
+
+    def test_a_step_without_a_gradient_is_none(self, monkeypatch):
         model, optimizer, handle = bound("linear")
         optimizer.step()
         assert handle.step == 0
+        monkeypatch.setattr("timm_decor.engine.flight.processes", lambda: 2)
+        optimizer.step()
+        assert handle.step == 1, "others may have one, and all must refresh in the same step"
+        monkeypatch.undo()
+        model, optimizer, handle = bound("linear")
         step(model, optimizer, 0)
         assert [row.refreshes for row in handle.report().rows] == [1, 1, 1]
 
@@ -644,6 +691,11 @@ class TestChanges:
         assert handle.step == 4 and torch.equal(model[2].weight, before)
         assert caplog.text.count("layer 2 is plain: its weight was replaced after attach") == 1
         optimizer.state_dict()
+        model, optimizer, _ = bound(kind, DecorConfig(every=1, sample=1.0, preserve_function=False))
+        model[2].weight = nn.Parameter(before.clone())
+        for seed in range(3):
+            step(model, optimizer, seed)
+        assert torch.equal(model[2].weight, before)
 
     def test_a_refused_state_changes_nothing(self):
         saved = bound("linear")

@@ -16,18 +16,22 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from training_runs import DECOR, ROOT, TINY, history, options, reset_accelerate, train, untimed
+from training_runs import DECOR, ROOT, TINY, created, history, options, reset_accelerate, train, untimed
 
 from timm_decor import DecorHandle
+from timm_decor.digest import check_digest
 from timm_decor.errors import UserError
 from timm_decor.inference.weights import open_model
 from timm_decor.reporting import AttachReport
 from timm_decor.training import arm as arm_module
 from timm_decor.training import run as run_module
+from timm_decor.training.adjust import weights_for_timm
 from timm_decor.training.data.batches import Batches
 from timm_decor.training.keeping import folder as folder_module
+from timm_decor.training.keeping import resume
 from timm_decor.training.options import CreateOptions, ImageOptions
 from timm_decor.training.seeing.compare import Side, markdown, summary, verdict
 from timm_decor.training.seeing.losswatch import NonFiniteLoss
@@ -262,17 +266,59 @@ class TestChangesOnTheWay:
         torch.save(state, tmp_path / "made" / "resume.pt")
         run = self.gone_on(tmp_path / "made", tmp_path, "--eval-metric", "loss")
         assert self.epoch(run, "best") == json.loads((run / "results.json").read_text())["best"]["epoch"] == other
-        shutil.rmtree(tmp_path / "run")
         (tmp_path / "made" / f"checkpoint-{other}.safetensors").unlink()
+        back = train(tmp_path / "run", "--resume", tmp_path / "run", "--epochs", 6, "--eval-metric", "top1", base=[])
+        assert self.epoch(back, "best") == json.loads((back / "results.json").read_text())["best"]["epoch"]
+        shutil.rmtree(tmp_path / "run")
         said = f"by eval_loss epoch {other} was the best, and checkpoint-{other} was not kept: go on"
         with pytest.raises(UserError, match=said):
             self.gone_on(tmp_path / "made", tmp_path, "--eval-metric", "loss")
 
     def test_they_are_kept_in_results(self, begun: Path, tmp_path: Path):
         run = self.gone_on(begun, tmp_path, "--lr", "0.01", "-j", "0", "--log-interval", "3")
-        changed = {"epochs": "3 -> 5", "lr": "0.05 -> 0.01"}
+        changed = {"epochs": ["3", "5"], "lr": ["0.05", "0.01"]}
         assert json.loads((run / "results.json").read_text())["changed"] == [{"steps": 12, "changed": changed}]
         assert json.loads((begun / "results.json").read_text())["changed"] == []
+
+    def test_what_was_never_trained_with_is_no_change(self, begun: Path, tmp_path: Path):
+        shutil.copytree(begun, tmp_path / "run")
+        train(tmp_path / "run", "--resume", tmp_path / "run", "--smoothing", "0.2", base=[])  # it is finished
+        assert not (tmp_path / "run" / "changes.json").exists()
+        folder = folder_module.RunFolder(tmp_path / "made")
+        folder.note_changes(4, {"lr": ("0.1", "0.2"), "drop": ("0.0", "0.1")})
+        folder.note_changes(4, {"lr": ("0.2", "0.1"), "drop": ("0.1", "0.3")})
+        assert folder.changes() == [{"steps": 4, "changed": {"drop": ["0.0", "0.3"]}}]
+        folder.note_changes(8, {"lr": ("0.1", "0.4")})
+        folder.note_changes(6, {})  # from an earlier state
+        assert folder.changes() == [{"steps": 4, "changed": {"drop": ["0.0", "0.3"]}}]
+
+    def test_they_hold_no_place(self, begun: Path, tmp_path: Path):
+        shutil.copytree(begun, tmp_path / "run")
+        args = yaml.safe_load((begun / "args.yaml").read_text())
+        for dataset in ("hfds//data/old set/cats", "hfds//mnt/new set/dogs"):
+            (tmp_path / "run" / "args.yaml").write_text(yaml.safe_dump({**args, "dataset": dataset}))
+            changed = resume._changed(
+                {**args, "dataset": "/home/me/my files/x"}, folder_module.RunFolder(tmp_path / "run")
+            )
+            assert list(changed) == ["dataset"]
+            assert [resume._text(value) for value in changed["dataset"]] == [
+                f"hfds/.../{dataset.rpartition('/')[2]}", ".../x"
+            ]  # fmt: skip
+
+    def test_a_finished_run_is_left_alone(self, begun: Path, tmp_path: Path):
+        """Its results.json has the digests of its files."""
+        state = torch.load(begun / "resume.pt", weights_only=True)
+        other = 1 + self.epoch(begun, "best") % 3
+        for row in state["history"]:
+            row["eval_loss"] = 0.001 if row["epoch"] == other else 0.5
+        shutil.copytree(begun, tmp_path / "run")
+        torch.save(state, tmp_path / "run" / "resume.pt")
+        (tmp_path / "run" / "results.json").write_text(
+            json.dumps(json.loads((begun / "results.json").read_text()) | {"final": state["history"][-1]})
+        )
+        train(tmp_path / "run", "--resume", tmp_path / "run", "--eval-metric", "loss", base=[])
+        assert self.epoch(tmp_path / "run", "best") == self.epoch(begun, "best")
+        check_digest(tmp_path / "run" / "best.safetensors")
 
 
 class TestRunFolders:
@@ -321,6 +367,19 @@ class TestRunFolders:
 
 
 class TestCheckpoints:
+    @pytest.mark.parametrize("eps", ["0.3", "1e-7"])
+    def test_another_eps_begins_with_the_function_of_the_weights(self, eps: str, tmp_path: Path):
+        run = train(tmp_path / "run", "--epochs", 1)
+        file, x = run / "last.safetensors", torch.rand(4, 3, 32, 32)
+        plain = timm.create_model("test_resnet", num_classes=10, checkpoint_path=str(file)).eval()
+        again = created(options("--initial-checkpoint", file, "--bn-eps", eps)).eval()
+        assert torch.allclose(again(x), plain(x), atol=1e-5)
+        assert {m.eps for m in again.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {float(eps)}
+        stored = weights_for_timm(again, again.state_dict())
+        assert all(torch.allclose(stored[key], value, atol=1e-6) for key, value in load_file(file).items())
+        fresh = created(options("--bn-eps", eps))
+        assert all(bool((m.running_var == 1).all()) for m in fresh.modules() if isinstance(m, torch.nn.BatchNorm2d))
+
     @pytest.mark.parametrize(
         ("words", "average"),
         [("--gp max", ""), ("--bn-eps 0.3", ""), ("--bn-eps 0.3 --model-ema --model-ema-decay 0.5", "-ema")],

@@ -120,8 +120,9 @@ def with_entries(optimizer: Optimizer, state_dict: dict[str, Any], weights: Mapp
             continue
         # A weight's first step fills an entry that is empty, and would take ours for the optimizer's.
         if state.get(number) or not any(state.values()):
-            # Of sharded weights each process recorded its own sums, and entries are taken to be the same everywhere.
-            kept = _PARTS if is_cut(weight) else (*_PARTS, "recorded")
+            # Of sharded weights each process recorded its own sums, and entries are taken to be the same everywhere. A
+            # late layer has sums at most times, and a state loads into entries of the same tensors: it begins anew.
+            kept = _PARTS if is_cut(weight) or layer["late"] else (*_PARTS, "recorded")
             tensors = {key: value for key, value in layer.items() if key in kept}
             facts = {key: value for key, value in layer.items() if not isinstance(value, dict)}
             entry = {"facts": _as_tensor({"common": common, "layer": facts}), **tensors}

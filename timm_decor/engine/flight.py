@@ -18,7 +18,7 @@ from timm_decor.engine.coordinates import StepOnW, step_type
 from timm_decor.engine.group import LayerGroup, Refreshed
 from timm_decor.engine.length import Lengths, scale
 from timm_decor.engine.optimizers import Power
-from timm_decor.engine.sharing import agreed, averaged, averaged_moments, refreshed
+from timm_decor.engine.sharing import agreed, averaged, averaged_moments, processes, refreshed
 from timm_decor.moments import OUTPUT_MOMENT
 
 
@@ -51,7 +51,9 @@ class StepInFlight:
         self.scale: Tensor | None = None
         held = {id(p) for each in optimizer.param_groups for p in each["params"]}
         self.active = [group.active(held) for group in groups]
-        self.counts = counts and any(self.active)
+        self.idle = [group.idle(held) for group in groups]
+        # Not where there are other processes: they may have a gradient where this one has none.
+        self.counts = counts and (any(self.active) or processes() > 1)
         # What a gradient scaler leaves with a fused optimizer, which then finds out on the device whether it steps.
         found = getattr(optimizer, "found_inf", None)
         self.skipped: Tensor | None = found != 0 if isinstance(found, Tensor) else None
@@ -97,7 +99,7 @@ class StepInFlight:
             return agreed(
                 self.groups,
                 [
-                    group.proposal(f, m, s, self.active[i], self._steps.get(i))
+                    group.proposal(f, m, s, self.active[i], self.idle[i], self._steps.get(i))
                     for i, (group, f, m, s) in enumerate(zip(self.groups, fresh, moments, sides, strict=True))
                 ],
             )

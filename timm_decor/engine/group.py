@@ -113,9 +113,10 @@ class LayerGroup:
         parameters = [weight.parameter for weight in self.weights]
         return [i for i, p in enumerate(parameters) if p.grad is not None and id(p) in held]
 
-    def idle(self, active: Sequence[int]) -> list[int]:
-        """Which layers take no part in a step that has those, but may in others: R follows what they saw."""
-        return [i for i, w in enumerate(self.weights) if i not in active and w.parameter.requires_grad]
+    def idle(self, held: Container[int]) -> list[int]:
+        """Which layers take no part in a step, but may in others: R follows what they saw; `held` as for `active`."""
+        parameters = [weight.parameter for weight in self.weights]
+        return [i for i, p in enumerate(parameters) if p.grad is None and p.requires_grad and id(p) in held]
 
     def sides_of(self, index: Sequence[int], sides: dict[str, Tensor] | None = None) -> Sides:
         """L and R of some layers: the present ones if none are given."""
@@ -148,6 +149,12 @@ class LayerGroup:
             if not layer.recording:
                 self._start(i, None)
             layer.on_outside = None  # steps of the optimizer do not end what this one records
+
+    def begin_late(self, late: Sequence[int]) -> None:
+        """A refresh found that those had seen nothing, or nothing that is finite: they record anew."""
+        self.late = list(late)
+        for i in late:
+            self._start(i, None)
 
     def _start(self, position: int, on_outside: Outside | None) -> None:
         layer, weight = self.layers[position], self.weights[position]
@@ -221,6 +228,7 @@ class LayerGroup:
         moments: dict[str, Tensor],
         sides: dict[str, Tensor],
         index: Sequence[int],
+        idle: Sequence[int],
         step: StepOnW | None,
     ) -> Refreshed:
         """What a refresh comes to, and which layers can take it; nothing changes yet.
@@ -230,7 +238,8 @@ class LayerGroup:
             moments: from `running`.
             sides: from `refreshed`, of all layers.
             index: of the layers that made this step.
-            step: theirs, which has not landed; None if there is none.
+            idle: of those that had no part in it.
+            step: the former's, which has not landed; None if there is none.
         """
         count = len(self.layers)
         seen = self._finite(fresh)
@@ -238,7 +247,7 @@ class LayerGroup:
         can = seen & self._finite(sides)
         changes: list[tuple[Sequence[int], Move]] = []
         able = torch.zeros_like(can)
-        for some in (index, self.idle(index)):
+        for some in (index, idle):
             if not some:
                 continue
             weights, old, new = [self.weights[i] for i in some], self.sides_here(some), self.sides_here(some, sides)

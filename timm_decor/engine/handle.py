@@ -343,12 +343,13 @@ class DecorHandle:
         counted = self._counted
         self._settle()
         if self._counted == counted:
-            for group, each, flags, index in zip(self._groups, proposed, looked, flight.active, strict=True):
+            found = zip(self._groups, proposed, looked, flight.active, flight.idle, strict=True)
+            for group, each, flags, active, idle in found:
                 group.accept(each)
                 _, seen, _ = flags
-                group.late = [i for i in range(len(seen)) if not seen[i]]
-                idle = [i for i in group.idle(index) if seen[i]]  # one that saw nothing either was not meant
-                self._tell_skips(group, flags, [*index, *idle])
+                # an idle one that saw nothing either was not meant
+                self._tell_skips(group, flags, [*active, *(i for i in idle if seen[i])])
+                group.begin_late([i for i in range(len(seen)) if not seen[i]])
             self._watch.look()
             self._set_recording()
         elif not self.refresh_due:
@@ -458,6 +459,8 @@ class DecorHandle:
         """Go on from the state of every layer (or, where it is empty, from the identity)."""
         self._regroup(saved)
         self._counted, self._not_made = step, None
+        for _, layer in self._layers:  # what was recorded so far is another run's
+            layer.stop_recording()
         replan(self._model, {name: group.plan for group in self._groups for name in group.names})
         self._set_recording()
         for group in self._groups:

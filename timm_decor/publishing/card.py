@@ -202,11 +202,13 @@ def _command(trained: Trained) -> str:
 
 def _changed_on_the_way(trained: Trained) -> str:
     """What resuming with other arguments changed; "" where the recipe is that of the whole run."""
-    return "; ".join(
-        f"after {counted(change['steps'], 'update')} "
-        + ", ".join(f"{markdown_text(name)} {markdown_text(words)}" for name, words in change["changed"].items())
-        for change in trained.results["changed"]
-    )
+
+    def words(changed: dict[str, list[str]]) -> str:
+        ways = {name: " -> ".join(map(markdown_text, pair)) for name, pair in changed.items()}
+        return ", ".join(f"{markdown_text(name)} {way}" for name, way in ways.items())
+
+    found = trained.results["changed"]
+    return "; ".join(f"after {counted(each['steps'], 'update')} {words(each['changed'])}" for each in found)
 
 
 def _limits(trained: Trained) -> list[str]:

@@ -248,9 +248,10 @@ def _results(path: Path) -> dict[str, Any]:
         machine.whole("workers", 0)
     for change in found.objects("changed") if "changed" in found else ():
         change.whole("steps")
-        words = change.fields("changed")
-        for name in words.values:
-            words.text(name)
+        pairs = change.fields("changed")
+        for name, pair in pairs.values.items():
+            if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+                raise pairs.wrong(name, "two texts")
     extra: dict[str, Any] = {"base_model": None, "ms_per_update": None, "images": None, "load": None, "changed": []}
     return {**extra, **found.values, "machine": {"gpu": None, **machine.values}}
 
@@ -261,7 +262,7 @@ def _args(path: Path) -> dict[str, Any]:
     missing = next((name for name in _WRITTEN if name not in given), None)
     if missing:
         raise UserError(f"{path} does not say its {missing}: it was cut, or is not what train.py writes")
-    return as_recipe(parse(["-c", str(path)]))
+    return as_recipe(parse(["-c", str(path)], is_begun=True))
 
 
 def _compared(top: Path) -> list[Side]:

@@ -16,8 +16,16 @@ from timm_decor.errors import UserError
 _OWN_EPS = "eps_of_architecture"  # of a model: the eps of its BatchNorm layers before --bn-eps, by name
 
 
-def set_batch_norm(model: nn.Module, momentum: float | None, eps: float | None) -> None:
-    """Override momentum and eps of every BatchNorm layer; None leaves them. timm's own arguments reach few families."""
+def set_batch_norm(model: nn.Module, momentum: float | None, eps: float | None, trained: bool = False) -> None:
+    """Override momentum and eps of every BatchNorm layer; None leaves them. timm's own arguments reach few families.
+
+    Args:
+        model: changed in place.
+        momentum: of the running statistics.
+        eps: beside the variance.
+        trained: whether the running variances are somebody's: they then make up for another eps, as
+            `weights_for_timm` lets them, so that the function stays.
+    """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     for module in layers.values():
         module.momentum = module.momentum if momentum is None else momentum
@@ -25,6 +33,8 @@ def set_batch_norm(model: nn.Module, momentum: float | None, eps: float | None) 
         # by name: --sync-bn makes other modules of them; on the model, so that its copies have it
         vars(model)[_OWN_EPS] = {name: module.eps for name, module in layers.items()}
         for module in layers.values():
+            if trained and module.running_var is not None:
+                module.running_var += module.eps - eps
             module.eps = eps
 
 

@@ -140,7 +140,8 @@ def create_to_train(
         cast(Any, model).set_grad_checkpointing(True)
     if start.initial_checkpoint:
         load_weights(model, start.initial_checkpoint)
-    set_batch_norm(model, layer.bn_momentum, layer.bn_eps)
+    has_weights = start.pretrained or bool(path or start.initial_checkpoint)
+    set_batch_norm(model, layer.bn_momentum, layer.bn_eps, has_weights)
     init_head(model, start.head_init_scale, start.head_init_bias)
     freeze(model, start.freeze)
     return model

@@ -56,8 +56,12 @@ from timm_decor.training.seeing.timeleft import TimeLeft
 from timm_decor.training.without_effect import idle, refuse_class_map, refuse_forgotten
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse(argv: Sequence[str], is_begun: bool = False) -> argparse.Namespace:
     """train.py's arguments, a recipe's (-c, or the args.yaml of the run to --resume) below the command line's.
+
+    Args:
+        argv: the command line.
+        is_begun: it is that of a run which has begun; so is one to --resume. What does nothing in it is not refused.
 
     Raises:
         UserError: an argument or a recipe's key is unknown or refused, or a value is a secret, or a recipe's
@@ -76,8 +80,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if str(args.data_dir).startswith("pipe:") and not given:
             raise UserError(f"recipe {recipe}: --data-dir is a command to run: give it on the command line")
     refuse_secrets(args)
-    refuse_forgotten(args, parser)
-    refuse_class_map(args)
+    if not (is_begun or args.resume):
+        refuse_forgotten(args, parser)
+        refuse_class_map(args)
     return args
 
 

@@ -57,7 +57,7 @@ def idle(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]
     """A line for each argument that waits for another one which is off."""
     lines = [
         f"{_flag(name)} does nothing without {_flag(other)}"
-        for name, other in _IDLE
+        for name, other in (*_FORGOTTEN, *_IDLE)  # the former of a run that has begun: else they are refused
         if hasattr(args, name) and _is_given(args, parser, name) and not getattr(args, other)
     ]
     if args.input_size and (args.img_size or args.in_chans):

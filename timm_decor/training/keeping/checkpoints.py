@@ -169,8 +169,8 @@ def load_states(
             if state:
                 arm.load_state(state, name)
                 _tell_of_processes(arm, state.get("plan"))
-    for arm, folder in zip(arms, folders, strict=True):
-        decided_by_one(accelerator, partial(_pick_best, arm, folder))
+    going_on = [(arm, folder) for arm, folder in zip(arms, folders, strict=True) if arm.epoch < arm.epochs]
+    decided_by_one(accelerator, partial(_pick_best, going_on))
     accelerator.wait_for_everyone()  # none must look while one tidies up
     for arm, folder, (file, wrong) in zip(arms, folders, found, strict=True):
         folder.remove_unfinished()
@@ -184,22 +184,27 @@ def load_states(
     return any(file is not None for file, _ in found)
 
 
-def _pick_best(arm: Trained, folder: RunFolder) -> None:
-    """Let best.safetensors be the best by what decides now, where another metric decided before.
+def _pick_best(going_on: Sequence[tuple[Trained, RunFolder]]) -> None:
+    """Let best.safetensors be the best by what decides now, where something else decided before.
 
     Raises:
-        UserError: its checkpoint is not there.
+        UserError: its checkpoint is not there; nothing was changed.
     """
-    row, before = arm.best, folder.metric_of("best")
-    if row is None or before in (None, arm.metric_column):
-        return
-    name = f"checkpoint-{row['epoch']}"
-    if not (folder.path / f"{name}.safetensors").is_file():
-        raise UserError(
-            f"{folder.path}: by {arm.metric_column} epoch {row['epoch']} was the best, and {name} was not kept: go on "
-            f"with what decided before, {before}"
-        )
-    folder.link_weights(name, "best")
+    links = []
+    for arm, folder in going_on:
+        row, has = arm.best, folder.epoch_of("best")
+        if row is None or has in (None, row["epoch"]):
+            continue
+        name = f"checkpoint-{row['epoch']}"
+        if (folder.path / f"{name}.safetensors").is_file():
+            links.append((folder, name))
+        elif has <= arm.epoch:  # a later one is of a killed run, and will be made again
+            raise UserError(
+                f"{folder.path}: by {arm.metric_column} epoch {row['epoch']} was the best, and {name} was not kept: go "
+                f"on with what decided before, by which it was epoch {has}"
+            )
+    for folder, name in links:
+        folder.link_weights(name, "best")
 
 
 def _newest(accelerator: Accelerator, path: Path) -> tuple[Path | None, str, dict[str, Any]]:

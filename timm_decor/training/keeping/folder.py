@@ -119,24 +119,29 @@ class RunFolder:
         self.write_text(ARGS_FILE, yaml.safe_dump(dict(recipe), sort_keys=True))
 
     def changes(self) -> list[dict[str, Any]]:
-        """What `note_changes` wrote: `steps`, and `changed`, which says `before -> now` by argument."""
+        """What `note_changes` wrote: `steps`, and `changed`, which has [before, now] by argument."""
         try:
             found = json.loads((self.path / CHANGES_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return []
         return found if isinstance(found, list) else []
 
-    def note_changes(self, steps: int, changed: Mapping[str, str]) -> None:
-        """Keep that the run went on with other arguments after so many updates."""
-        before = self.changes()
+    def note_changes(self, steps: int, changed: Mapping[str, tuple[str, str]]) -> None:
+        """Keep that the run goes on with other arguments after so many updates.
+
+        Args:
+            steps: updates.
+            changed: (before, now) by argument; none may be left.
+        """
+        known = self.changes()
+        done = [change for change in known if change["steps"] < steps]
         # nothing was trained in between: of two changes at one place, what was before the first and after the second
-        here: dict[str, str] = next((change["changed"] for change in before if change["steps"] == steps), {})
-        ways = {
-            name: f"{here.get(name, words).partition(' -> ')[0]} -> {words.partition(' -> ')[2]}"
-            for name, words in changed.items()
-        }
-        done = [change for change in before if change["steps"] < steps]
-        self.write_json(CHANGES_FILE, [*done, {"steps": steps, "changed": {**here, **ways}}])
+        here: dict[str, list[str]] = next((change["changed"] for change in known if change["steps"] == steps), {})
+        ways = {**here, **{name: [here.get(name, pair)[0], pair[1]] for name, pair in changed.items()}}
+        ways = {name: pair for name, pair in ways.items() if pair[0] != pair[1]}
+        found = [*done, {"steps": steps, "changed": ways}] if ways else done
+        if found != known:
+            self.write_json(CHANGES_FILE, found)
 
     def write_json(self, name: str, value: Any) -> None:
         """A JSON file."""
@@ -180,12 +185,12 @@ class RunFolder:
         """Remove `<name>-ema.safetensors`: what was averaged before is no average of what is written now."""
         self._remove(f"{name}{EMA_SUFFIX}.safetensors")
 
-    def metric_of(self, name: str) -> str | None:
-        """The column of the history by which `<name>.safetensors` was picked; None where nothing says it."""
+    def epoch_of(self, name: str) -> int | None:
+        """After which epoch `<name>.safetensors` was written, from 1; None where nothing says it."""
         try:
             with safe_open(self.path / f"{name}.safetensors", framework="pt") as file:
-                return (file.metadata() or {}).get("metric")
-        except (OSError, SafetensorError):
+                return int((file.metadata() or {})["epoch"])
+        except (OSError, SafetensorError, KeyError, ValueError):
             return None
 
     def forget_epochs(self, epochs: Iterable[int]) -> None:

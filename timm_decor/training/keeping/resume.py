@@ -80,7 +80,8 @@ def refuse_other_start(recipe: Mapping[str, Any], folder: RunFolder) -> None:
     for key in _START:
         if key in changed:
             flag = f"--{key.replace('_', '-')}"
-            raise UserError(f"{folder.path}: {flag} is for the start of a run ({changed[key]}); this one has begun")
+            words = _shown(*changed[key])
+            raise UserError(f"{folder.path}: {flag} is for the start of a run ({words}); this one has begun")
 
 
 def go_on(
@@ -111,25 +112,35 @@ def go_on(
         if goes_on:
             accelerator.print("; ".join(f"{arm.name} goes on after update {arm.steps}" for arm in arms))
         if changed:
-            words = ", ".join(f"{key} {change}" for key, change in changed.items())
+            words = ", ".join(f"{key} {_shown(*change)}" for key, change in changed.items())
             accelerator.print(f"other arguments than before: {words}")
-            if trained := {key: cleaned(change) for key, change in changed.items() if key not in _OF_NO_MATTER}:
-                folder.note_changes(arms[0].steps, trained)
+        if goes_on:
+            matter = {key: change for key, change in changed.items() if key not in _OF_NO_MATTER}
+            folder.note_changes(arms[0].steps, {key: (_text(was), _text(now)) for key, (was, now) in matter.items()})
         for at in (folder, *folders) if goes_on else ():
             at.forget_results()
     elif resume != AUTO:
         raise UserError(f"nothing to resume: {paths[0] / RESUME_FILE} does not exist")
 
 
-def _changed(recipe: Mapping[str, Any], folder: RunFolder) -> dict[str, str]:
-    """The arguments that are not those that the run had before: `before -> now` by name."""
+def _changed(recipe: Mapping[str, Any], folder: RunFolder) -> dict[str, tuple[Any, Any]]:
+    """The arguments that are not those that the run had before: (before, now) by name."""
     try:
         before = read_mapping(folder.path / ARGS_FILE, "recipe")
-        now = yaml.safe_load(yaml.safe_dump(dict(recipe)))
-        changed = {key: f"{before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]}
     except UserError:
         return {}  # a run that was killed before it wrote them
-    return {key: printable(without_secrets(change)) for key, change in changed.items()}
+    now = yaml.safe_load(yaml.safe_dump(dict(recipe)))
+    return {key: (before[key], now[key]) for key in now if key in before and before[key] != now[key]}
+
+
+def _shown(before: Any, now: Any) -> str:
+    """On the screen of who changed it."""
+    return printable(without_secrets(f"{before} -> {now}"))
+
+
+def _text(value: Any) -> str:
+    """In a file that may be published."""
+    return printable(str(cleaned(value)))
 
 
 def is_finished(arms: Sequence[Trained], folders: Sequence[RunFolder]) -> bool:
