@@ -108,7 +108,9 @@ class Killer:
         return any(codes)
 
     def checkpoints(self) -> list[int]:
-        return [file.stat().st_mtime_ns for file in sorted(self.run.rglob("resume.pt"))]
+        # by name: a folder that the run is about to remove would end a search through all of them
+        files = [self.run / side / "resume.pt" for side in ("", "decorrelated", "plain")]
+        return [file.stat().st_mtime_ns for file in files if file.is_file()]
 
     def finish(self) -> None:
         """Let it come to its end."""

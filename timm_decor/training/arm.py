@@ -21,12 +21,13 @@ from torch.utils.data import DataLoader
 
 import timm_decor
 from timm_decor.errors import UserError, first_line
+from timm_decor.training.adjust import weights_for_timm
 from timm_decor.training.build import class_count, compiled, place
 from timm_decor.training.data.loaders import of_epoch, told
 from timm_decor.training.data.sources import Source
 from timm_decor.training.evaluate import Metrics, evaluate
 from timm_decor.training.keeping.progress import Progress
-from timm_decor.training.keeping.whole import refuse_own_weights
+from timm_decor.training.keeping.whole import refuse_own_weights, whole_weights
 from timm_decor.training.optim import make_loss, make_optimizer, settings
 from timm_decor.training.options import TrainOptions
 from timm_decor.training.runtime import is_sharded, mixed_seed, seed_everything, set_random_state, shard
@@ -371,6 +372,10 @@ class Arm:
     def check_finite(self, row: Row | None = None) -> None:
         """Refuse a state that must not replace the last good checkpoint: see `refuse_non_finite`. Collective."""
         refuse_non_finite(self, row or {})
+
+    def timm_weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """The weights of the model, or of its average, as a checkpoint has them. Collective where it is sharded."""
+        return weights_for_timm(model, whole_weights(model, self.accelerator.is_main_process))
 
     def state(self) -> dict[str, Any]:
         """All that is needed to go on, in tensors and plain Python types. Collective."""

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from timm_decor.errors import Stopped, UserError
 from timm_decor.text import counted, listed, wrapped
-from timm_decor.training.adjust import weights_for_timm
 from timm_decor.training.keeping.folder import EMA_SUFFIX, EPOCH_FILE, RESUME_FILE, RunFolder, find_resume, read_resume
 from timm_decor.training.keeping.progress import is_whole
 from timm_decor.training.keeping.stopping import StopRequest
-from timm_decor.training.keeping.whole import whole_weights
 from timm_decor.training.options import KeepOptions
 from timm_decor.training.runtime import decided_by_one
 
@@ -50,6 +48,8 @@ class Trained(Protocol):
     def metric_column(self) -> str: ...
 
     def check_finite(self) -> None: ...
+
+    def timm_weights(self, model: nn.Module) -> dict[str, Tensor]: ...
 
     def state(self) -> dict[str, Any]: ...
 
@@ -109,12 +109,9 @@ class Keeper:
         arm, folder = self.arm, self.folder
         row, best, column = arm.history[-1], arm.best, arm.metric_column
         metadata = self._metadata | {"epoch": str(row["epoch"]), "metric": column, "value": str(row.get(column))}
-        writes = arm.accelerator.is_main_process
-        folder.write_weights("last", weights_for_timm(arm.model, whole_weights(arm.model, writes)), metadata)
+        folder.write_weights("last", arm.timm_weights(arm.model), metadata)
         if arm.ema:
-            average = arm.ema.module
-            weights = weights_for_timm(average, whole_weights(average, writes))
-            folder.write_weights(f"last{EMA_SUFFIX}", weights, metadata)
+            folder.write_weights(f"last{EMA_SUFFIX}", arm.timm_weights(arm.ema.module), metadata)
         else:  # a run that was resumed without its average
             folder.forget_average("last")
         if best is row:
