@@ -95,6 +95,25 @@ def test_a_model_that_does_not_script_is_traced():
     assert torch.equal(run(x), 2 * x)
 
 
+def test_small_logits_are_compared_by_their_own_size(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Those of a young network are far below one."""
+    model = timm.create_model("test_resnet", num_classes=10)
+    with torch.no_grad():
+        model.get_classifier().weight.mul_(1e-3)
+        model.get_classifier().bias.zero_()
+    file = checkpoint.with_name("young.safetensors")
+    save_file(model.state_dict(), file, {"format": "pt", **stored_metadata("test_resnet", 10, CONFIG, {}, NAMES)})
+    model.eval()
+    monkeypatch.setitem(export._FORMATS, ".ts", lambda *_: (b"", lambda x: 0.9 * model(x)))
+    with pytest.raises(UserError, match="differs from the model"):
+        call(file, tmp_path / "m.ts")
+    (tmp_path / "d.ts").mkdir()
+    monkeypatch.setitem(export._FORMATS, ".ts", lambda *_: (b"", model))
+    with pytest.raises(UserError, match="cannot write .*d.ts: Is a directory"):
+        call(file, tmp_path / "d.ts")
+    assert [path.name for path in tmp_path.iterdir()] == ["d.ts"]
+
+
 @pytest.mark.parametrize("wrong", [lambda x: x.new_zeros(len(x), 10), lambda x: x.new_full((len(x), 10), torch.nan)])
 def test_nothing_is_written_that_differs(wrong: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(export._FORMATS, ".ts", lambda *_: (b"", wrong))

@@ -132,6 +132,7 @@ def check(code):
 PRELUDE = """
 import copy, gc, logging, pytest, timm, torch, timm_decor
 from torch import nn
+attach_of_before = timm_decor.attach  # a name from before the hook
 import timm_decor.hook as hook
 
 def net():
@@ -273,12 +274,12 @@ step(model, optimizer)
 assert hook.handles() == []
 del model, optimizer
 
-# explicit attach wins, on the same optimizer and on another, and is left alone by what comes after
+# explicit attach wins, on the same optimizer and on another, and is left alone by what comes after; by whatever name
 for make in (lambda model, optimizer: optimizer, lambda model, optimizer: sgd(model)):
     model = decor()
     optimizer = sgd(model)
     optimizer = make(model, optimizer)
-    handle = timm_decor.attach(model, optimizer, timm_decor.DecorConfig(every=7))
+    handle = attach_of_before(model, optimizer, timm_decor.DecorConfig(every=7))
     assert hook.handles() == [] and handle.config.every == 7
     sgd(model)
     step(model, optimizer)
@@ -427,6 +428,14 @@ def test_run_with_nothing_to_run(argv, words, capsys):
     assert "timm_decor.hook" not in sys.modules
 
 
+def test_run_names_what_a_package_lacks(tmp_path, monkeypatch):
+    (tmp_path / "lacking").mkdir()
+    (tmp_path / "lacking" / "__init__.py").write_text("import not_there_at_all")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="not_there_at_all"):
+        run.main(["-m", "lacking.train"])
+
+
 def test_run_help(capsys):
     assert run.main(["--help"]) == 0
     assert capsys.readouterr().out == run.USAGE + "\n"
@@ -436,7 +445,8 @@ REPORT = """
 import atexit, inspect, json, pickle, sys
 import helper
 class Thing: pass
-def main(): pass
+def main(value: int): pass
+assert main.__annotations__ == {"value": int}
 assert pickle.loads(pickle.dumps(Thing)) is Thing and "def main" in inspect.getsource(main)
 atexit.register(lambda: pickle.dumps(Thing))
 spec = __spec__ and __spec__.name

@@ -6,8 +6,10 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import timm.data
 import torch
 from PIL import Image
@@ -37,6 +39,16 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         digits.image(index).save(folder / ("sub" if index > 2 else "") / f"{index}.png")
     (folder / "notes.txt").write_text("no image")
     return folder
+
+
+def register_model_as(name: str) -> None:
+    """test_resnet by another name."""
+
+    def entry(pretrained: bool = False, **kwargs: Any) -> torch.nn.Module:
+        return timm.create_model("test_resnet", pretrained=pretrained, **kwargs)
+
+    entry.__name__, entry.__module__ = name, __name__
+    timm.models.register_model(entry)
 
 
 def call(*words: object) -> None:
@@ -106,6 +118,47 @@ def test_the_launchers_precision_is_followed(
     assert (
         "emulated" not in said and "accelerate's mixed precision bf16 is not followed: this run says --no-amp" in said
     )
+
+
+def test_a_folders_best_is_what_was_picked(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """By the averaged weights' accuracy, where there are any."""
+    run = train(tmp_path / "run", "--epochs", 1, "--model-ema", "--model-ema-decay", "0.9")
+    capsys.readouterr()
+    said = []
+    for words in ([run], [run, "--use-ema"], [run, "--no-use-ema"], [run / "best.safetensors"]):
+        call(*words, photos)
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != said[2] == said[3]
+
+
+def test_weights_that_are_taken_for_another_model_are_told_of(
+    run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    register_model_as("alias_of_test_resnet")
+    words = [run / "last.safetensors", photos, "--model", "alias_of_test_resnet", "--num-classes", 10]
+    line = "is of test_resnet, not alias_of_test_resnet: its data configuration and number of classes are not used"
+    call(*words, "--img-size", 32)
+    assert line in capsys.readouterr().err
+    call(run / "last.safetensors", photos)
+    assert "not used" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--picture", "sheet.jpg"], "--picture sheet.jpg: it is a png, and its name must end so"),
+        (["--torchcompile", "inducter"], "--torchcompile inducter: no backend of torch.compile; near: inductor"),
+        (["--output", "{there}.parquet"], "cannot write .*there.parquet: Is a directory"),
+        (["--picture", "{there}.png"], "cannot write .*there.png: Is a directory"),
+    ],
+)
+def test_what_cannot_be_written_or_compiled_is_one_line(
+    words: list[str], line: str, run: Path, photos: Path, tmp_path: Path
+):
+    for ending in ("parquet", "png"):
+        (tmp_path / f"there.{ending}").mkdir()
+    with pytest.raises(UserError, match=line):
+        call(run, photos, *(word.format(there=tmp_path / "there") for word in words))
 
 
 def test_every_format_says_the_same(run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -421,6 +422,22 @@ def test_a_recipe_that_was_changed_on_the_way_is_not_said_to_repeat_the_run(tmp_
     card = " ".join((tmp_path / "after" / "README.md").read_text().split())
     assert "It was gone on with by other arguments (after 4 updates epochs 1 -> 2, lr 0.05 -> 0.01)" in card
     assert "and does not repeat it" in card and "repeats it" not in card
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("last", "the weights after the last epoch, whether or not the best on these images."),
+        ("checkpoint-1", "the weights after epoch 1 of 2."),
+        ("best", "picked as the best on these images."),
+    ],
+)
+def test_the_card_says_which_weights_they_are(name: str, words: str, run: Path, tmp_path: Path) -> None:
+    publish(run / "plain" / f"{name}.safetensors", "--no-eval", "--dry-run", str(tmp_path / "out"))
+    card = " ".join((tmp_path / "out" / "README.md").read_text().split())
+    assert words in card
+    (row,) = re.findall(r"\| \*\*this model\*\* \|.*?\|\s*(\d+) \| [\d.]+ \|", card)
+    assert int(row) == json.loads((tmp_path / "out" / "results.json").read_text())["epoch"]
 
 
 def test_a_pull_request_is_on_main(run: Path) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -30,6 +31,9 @@ from timm_decor.engine.probe import refuse
 from timm_decor.layers import REPLICAS
 
 _logger = logging.getLogger(__name__)
+
+# Called first, with the model and the innermost optimizer: who attached on a script's behalf gives way to its own call.
+giving_way: list[Callable[[nn.Module, Optimizer], None]] = []
 
 
 def attach(model: nn.Module, optimizer: Optimizer, config: DecorConfig | None = None) -> DecorHandle:
@@ -61,6 +65,8 @@ def attach(model: nn.Module, optimizer: Optimizer, config: DecorConfig | None = 
             (L-BFGS).
     """
     inner = innermost(optimizer)
+    for give_way in giving_way:
+        give_way(model, inner)
     if any(isinstance(module, nn.DataParallel) for module in model.modules()):
         raise ValueError(REPLICAS)
     shards.refuse_kinds(model)

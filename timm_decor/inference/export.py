@@ -7,6 +7,7 @@ import inspect
 import io
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -32,6 +33,7 @@ from timm_decor.training.runtime import make_accelerator
 
 Run = Callable[[Tensor], Tensor]
 _CHECKED = 16  # images
+_ROUNDING = 1e-6  # of logits near zero
 _TOLERANCE = 1e-3  # of the largest logit; kernels add up in another order, and deep networks let that grow
 _INPUT, _OUTPUT = "images", "logits"
 
@@ -57,6 +59,8 @@ def main(argv: Sequence[str], prog: str) -> None:
     paths = find_images(options.images)[:_CHECKED]
     RunFolder(path.parent)  # made, and tested for writing
     opened = open_model(options.weights, options.model, options.use_ema, options.image, options.create)
+    for line in opened.notes:
+        print(f"{prog}: {line}", file=sys.stderr)
     model, size = to_plain(opened.model).eval().requires_grad_(False), opened.data_config["input_size"]
     build.check_images(model, size, torch.device("cpu"), contextlib.nullcontext, options.weights)
     images = _images(paths, opened)
@@ -101,7 +105,7 @@ def _check(model: nn.Module, run: Run, images: Tensor, path: Path) -> str:
         raise UserError(f"{path.name} does not run: {first_line(error)}; nothing was written") from error
     expected = torch.cat([expected, model(images[:1])])
     largest, reach = (found - expected).abs().max().item(), expected.abs().max().item()
-    if not largest <= _TOLERANCE * max(reach, 1.0):
+    if not largest <= _TOLERANCE * reach + _ROUNDING:
         raise UserError(f"{path.name} differs from the model by {largest:.2g}, logits reach {reach:.2g}: not written")
     same = int((found.argmax(1) == expected.argmax(1))[:-1].sum())
     return (
@@ -171,6 +175,7 @@ def _write(path: Path, data: bytes) -> None:
         unfinished.write_bytes(data)
         unfinished.replace(path)
     except OSError as error:
+        unfinished.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -66,6 +67,8 @@ def main(argv: Sequence[str], prog: str) -> None:
     options = PredictOptions.of(args)
     if options.output and Path(options.output).suffix not in _FORMATS:
         raise UserError(f"--output {options.output}: its ending says the format: {', '.join(_FORMATS)}")
+    if options.picture and Path(options.picture).suffix.lower() != ".png":
+        raise UserError(f"--picture {options.picture}: it is a png, and its name must end so")
     paths = find_images(options.paths)
     accelerator = make_accelerator(options.device.device, options.device.amp, options.device.amp_dtype)
     main_process = accelerator.is_main_process
@@ -76,6 +79,9 @@ def main(argv: Sequence[str], prog: str) -> None:
         if file:
             RunFolder(Path(file).parent, main_process)
     opened = open_model(options.weights, options.model, options.use_ema, options.image, options.create)
+    if main_process:
+        for line in opened.notes:
+            print(f"{prog}: {line}", file=sys.stderr)
     predictor = Predictor(opened, options.device, accelerator, options.weights)
     source = Files(paths, opened.mode)
     predictions, broken = predictor.predict(source, options.loader, options.top)
@@ -110,9 +116,7 @@ class Predictor:
         self._device, self._accelerator = device, accelerator
         build.place(model, accelerator.device, device.channels_last)
         build.check_images(model, size, accelerator.device, accelerator.autocast, weights)
-        self._runnable: Any = model.eval()
-        if device.torchcompile:
-            self._runnable = torch.compile(model, backend=device.torchcompile, mode=device.torchcompile_mode)
+        self._runnable: Any = build.compiled(model.eval(), device)
 
     @torch.no_grad()
     def predict(self, source: Files, loader: LoaderOptions, top: int) -> tuple[list[Prediction], list[int]]:
@@ -193,4 +197,6 @@ def _write(predictions: Sequence[Prediction], path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    parquet.write_table(pyarrow.table(columns), path)
+    data = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns), data)
+    RunFolder(path.parent).write_bytes(path.name, data.getvalue())

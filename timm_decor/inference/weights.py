@@ -12,9 +12,10 @@ from torch import nn
 
 from timm_decor.errors import UserError
 from timm_decor.training import build
+from timm_decor.training.keeping.folder import EMA_SUFFIX
 from timm_decor.training.keeping.metadata import CheckpointMetadata
 from timm_decor.training.options import CreateOptions, ImageOptions
-from timm_decor.training.validation import completed
+from timm_decor.training.validation import completed, not_used
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Opened:
         model_kwargs: further arguments that it was made with.
         names: of its classes; their numbers where nobody knows names.
         data_config: timm's: input_size, mean, std, interpolation, crop_pct, crop_mode.
+        notes: what is peculiar about it, a line each.
     """
 
     model: nn.Module
@@ -34,6 +36,7 @@ class Opened:
     model_kwargs: dict[str, Any]
     names: list[str]
     data_config: dict[str, Any]
+    notes: list[str]
 
     @property
     def mode(self) -> str:
@@ -42,21 +45,24 @@ class Opened:
 
 
 def open_model(
-    weights: str, model_name: str | None, use_ema: bool, image: ImageOptions, create: CreateOptions
+    weights: str, model_name: str | None, use_ema: bool | None, image: ImageOptions, create: CreateOptions
 ) -> Opened:
     """A trained model and what is known of it.
 
     Args:
         weights: a checkpoint, a folder with one, or the name of a model with pretrained weights.
         model_name: what a checkpoint is of that does not say it itself.
-        use_ema: take the checkpoint's averaged weights.
+        use_ema: take the checkpoint's averaged weights; None: of a folder, if it was they that made its best epoch the
+            best.
         image: how images become tensors, as far as it is not left to the weights.
         create: how the model is made, likewise.
 
     Raises:
         UserError: no such weights, or they do not fit.
     """
-    checkpoint = _checkpoint(weights)
+    checkpoint, notes = _checkpoint(weights), []
+    if use_ema is None:
+        use_ema = Path(weights).is_dir() and Path(weights, f"best{EMA_SUFFIX}.safetensors").is_file()
     if checkpoint is None:
         name = weights
         if model_name or use_ema:
@@ -74,6 +80,8 @@ def open_model(
         if metadata is not None and build.architecture(name) == build.architecture(metadata.architecture):
             image, create = completed(image, create, metadata)
             names = metadata.label_names
+        elif metadata is not None:
+            notes.append(not_used(checkpoint, name, metadata))
         channels = build.input_channels(image)
         model = build.create(name, create, create.num_classes, channels)
         build.load_weights(model, checkpoint, use_ema)
@@ -83,7 +91,7 @@ def open_model(
     # a repository's name says nothing of the architecture; its config.json does
     known_as = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture") or name)
     data_config = build.data_config(image, model, channels)
-    return Opened(model, build.architecture(known_as), create.arguments, names, data_config)
+    return Opened(model, build.architecture(known_as), create.arguments, names, data_config, notes)
 
 
 def _checkpoint(weights: str) -> str | None:

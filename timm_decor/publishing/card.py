@@ -104,12 +104,12 @@ def _metadata(trained: Trained, results: dict[str, Any], options: Options, repo_
 
 
 def _rows(trained: Trained, results: dict[str, Any]) -> list[dict[str, str]]:
-    def row(name: str, scores: dict[str, Any], side: Side) -> dict[str, str]:
+    def row(name: str, scores: dict[str, Any], side: Side, epochs: int) -> dict[str, str]:
         shown = {key: "-" if scores.get(key) is None else f"{scores[key]:.2f}" for key in ("top1", "top5")}
         loss = "-" if scores.get("loss") is None else f"{scores['loss']:.4f}"
-        return {"name": name, **shown, "loss": loss, "epochs": str(side.epochs), "lr": f"{side.lr:g}"}
+        return {"name": name, **shown, "loss": loss, "epochs": str(epochs), "lr": f"{side.lr:g}"}
 
-    rows = [row("**this model**", score(results), trained.side)]
+    rows = [row("**this model**", score(results), trained.side, trained.epoch)]
     if trained.twin is not None:
         twin = trained.twin
         last, prefix = (twin.evaluated[-1] if twin.evaluated else {}), "ema" if trained.averaged else "eval"
@@ -117,7 +117,14 @@ def _rows(trained: Trained, results: dict[str, Any]) -> list[dict[str, str]]:
         chance = 100 / trained.metadata.num_classes
         word = "" if last.get(f"{prefix}_top1", 100.0) > _CHANCE * chance else " (no better than guessing)"
         failed = f" ({markdown_cell(twin.outcome)})" if twin.failure else word
-        rows.append(row(f"its {kind}{failed}", {key: last.get(f"{prefix}_{key}") for key in score(results)}, twin))
+        rows.append(
+            row(
+                f"its {kind}{failed}",
+                {key: last.get(f"{prefix}_{key}") for key in score(results)},
+                twin,
+                len(twin.history),
+            )
+        )
     return rows
 
 
@@ -161,9 +168,13 @@ def _how_measured(trained: Trained, results: dict[str, Any]) -> str:
         text = f"Measured by train.py after epoch {trained.epoch}, on {images}."
     kind = "averaged (EMA) weights" if trained.averaged else "weights"
     if trained.is_last:
-        text += f" These are the {kind} after the last epoch, not the best on these images."
+        word = (
+            ", picked as the best on these images" if trained.is_picked else ", whether or not the best on these images"
+        )
+        text += f" These are the {kind} after the last epoch{word}."
     else:
-        text += f" These are the {kind} after epoch {trained.epoch} of {len(trained.side.history)}."
+        word = ", picked as the best on these images" if trained.is_picked else ""
+        text += f" These are the {kind} after epoch {trained.epoch} of {len(trained.side.history)}{word}."
     if trained.twin is not None:
         text += (
             " The twin began with the same weights and saw the same batches, with the learning rate in its row; its "

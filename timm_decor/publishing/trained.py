@@ -75,6 +75,11 @@ class Trained:
         return self.checkpoint.stem.endswith(EMA_SUFFIX)
 
     @property
+    def is_picked(self) -> bool:
+        """Whether the weights were picked by their accuracy on the images that they are reported on."""
+        return self.checkpoint.stem.removesuffix(EMA_SUFFIX) == "best"
+
+    @property
     def is_last(self) -> bool:
         """Whether the weights are those at the end of the run."""
         return self.epoch == len(self.side.history)

@@ -133,7 +133,8 @@ def upload(contents: Contents, target: Target, api: HfApi | None = None) -> str:
             create_pr=target.create_pr,
             parent_commit=found.sha,
         )
-    return f"published {', '.join(changed + stale)}: {done.pr_url or address}"
+    words = [f"{what} {', '.join(names)}" for what, names in (("published", changed), ("removed", stale)) if names]
+    return f"{' and '.join(words)}: {done.pr_url or address}"
 
 
 def _found(api: HfApi, target: Target, kind: str) -> ModelInfo | SpaceInfo | None:

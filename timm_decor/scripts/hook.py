@@ -14,8 +14,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
-import importlib
-import inspect
 import logging
 import os
 import sys
@@ -31,6 +29,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import timm_decor
 from timm_decor.config import DecorConfig
 from timm_decor.convert import any_attached, decor_layers
+from timm_decor.engine.attach import giving_way
 from timm_decor.engine.handle import DecorHandle, attached_optimizers
 from timm_decor.engine.optimizers import innermost
 from timm_decor.knobs import VARIABLE_PREFIX, from_environment
@@ -38,8 +37,6 @@ from timm_decor.layers import DecorLayer
 from timm_decor.reporting import ConversionReport
 
 _logger = logging.getLogger("timm_decor.hook")  # the name by which people import this
-
-_attach = inspect.unwrap(timm_decor.attach)  # not what a first import put in its place
 
 
 @dataclass(eq=False)
@@ -88,7 +85,7 @@ def _made(optimizer: Optimizer) -> None:
         report: ConversionReport = model.decor_report  # type: ignore[assignment]
         try:
             config = dataclasses.replace(report.config, **_OPTIONS)
-            handle = _attach(model, optimizer, config)
+            handle = _own_attach(model, optimizer, config)
         except ValueError as error:
             raise ValueError(f"timm_decor.hook: {error}") from error
         _bindings[:] = [binding for binding in _bindings if binding.optimizer() is not None]
@@ -104,7 +101,9 @@ def _made(optimizer: Optimizer) -> None:
 
 def _loaded(optimizer: Optimizer) -> None:
     for binding in _bindings:
-        if binding.is_live and binding.optimizer() is optimizer and (handle := binding.handle()) is not None:
+        if not binding.is_live or binding.optimizer() is not optimizer or (handle := binding.handle()) is None:
+            continue
+        if handle.step:  # else it was a plain run's, which has been told of
             _say(logging.INFO, f"decorrelation goes on after step {handle.step}, as the loaded optimizer state says")
 
 
@@ -176,18 +175,24 @@ def _why_plain(optimizer: Optimizer) -> str:
     )
 
 
-def _attach_instead(model: nn.Module, optimizer: Optimizer, config: DecorConfig | None = None) -> DecorHandle:
-    # The script's own attach wins: it may have chosen a config, and it wants the handle.
+def _own_attach(model: nn.Module, optimizer: Optimizer, config: DecorConfig | None) -> DecorHandle:
+    giving_way.remove(_give_way)
+    try:
+        return timm_decor.attach(model, optimizer, config)
+    finally:
+        giving_way.append(_give_way)
+
+
+def _give_way(model: nn.Module, optimizer: Optimizer) -> None:
+    """The script's own attach wins: it may have chosen a config, and it wants the handle."""
     layers = {layer for _, layer in decor_layers(model)}
-    inner = innermost(optimizer)
     for binding in _bindings:
         theirs = binding.model()
         shares = theirs is not None and any(layer in layers for _, layer in decor_layers(theirs))
-        if binding.is_live and (shares or binding.optimizer() is inner):
+        if binding.is_live and (shares or binding.optimizer() is optimizer):
             _release(binding)
             ignored = f"; {', '.join(VARIABLE_PREFIX + name.upper() for name in _OPTIONS)} not used" if _OPTIONS else ""
             _say(logging.INFO, f"the script calls timm_decor.attach itself, which takes over{ignored}")
-    return _attach(model, optimizer, config)
 
 
 def _release(binding: _Binding) -> None:
@@ -247,9 +252,7 @@ def _install() -> None:
     init._timm_decor = True  # type: ignore[attr-defined]
     Optimizer.__init__ = init  # type: ignore[method-assign]
     register_optimizer_step_pre_hook(_before_step)
-    # By its name, because the package's attribute of that name is the function.
-    instead = functools.wraps(_attach)(_attach_instead)
-    importlib.import_module("timm_decor.engine.attach").attach = timm_decor.attach = instead  # type: ignore[attr-defined]
+    giving_way.append(_give_way)
     _logger.addHandler(_LastResort())
     if _logger.level == logging.NOTSET:
         _logger.setLevel(logging.INFO)

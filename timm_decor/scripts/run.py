@@ -69,7 +69,11 @@ def _module_spec(name: str) -> ModuleSpec:
         if spec is not None and spec.submodule_search_locations is not None:
             name += ".__main__"
             spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError):  # its package is not there; a relative name
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):  # what its package imports is not there
+            raise
+        spec = None
+    except ValueError:  # a relative name
         spec = None
     if spec is None or spec.origin is None or not hasattr(spec.loader, "get_code"):
         raise UserError(f"no Python module {name!r}")
@@ -88,7 +92,7 @@ def _run_script(argv: list[str]) -> None:
     if not getattr(sys.flags, "safe_path", False):  # Python 3.11's -P
         sys.path[0] = os.path.dirname(os.path.realpath(path))
     with io.open_code(path) as file:
-        code = compile(file.read(), path, "exec")
+        code = compile(file.read(), path, "exec", dont_inherit=True)  # not this file's __future__ imports
     _run(code, path, SourceFileLoader("__main__", path), None)
 
 

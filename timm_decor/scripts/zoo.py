@@ -14,6 +14,7 @@ from string import ascii_lowercase
 
 import timm
 import torch
+from timm.models import split_model_name_tag
 from torch import nn
 
 from timm_decor.config import DecorConfig, structures
@@ -174,11 +175,12 @@ def _twins(wanted: Sequence[str]) -> list[str]:
     known = timm.list_models(f"{PREFIX}*")
     found: set[str] = set()
     everything = f"; all of them: '{PREFIX}*'"
-    for word in wanted:
+    for name in wanted:
+        word = split_model_name_tag(name)[0]  # all tags of a model have the same layers
         matches = fnmatch.filter(known, word) or fnmatch.filter(known, PREFIX + word)
         if not matches:
             hint = "" if set(word) & set("*?[") else near(PREFIX + word.removeprefix(PREFIX), known)
             why = "is a model of timm without a twin" if timm.is_model(word) else "is no model that has a twin"
-            raise UserError(f"'{word}' {why}{hint or everything}")
+            raise UserError(f"'{name}' {why}{hint or everything}")
         found |= {*matches}
     return [name for name in known if name in found]  # in timm's order

@@ -135,7 +135,7 @@ def predict_parser(prog: str) -> Parser:
     parser.add_argument("--top", type=count, default=5, metavar="N", help="classes to name for each image")
     parser.add_argument("--output", metavar="FILE", help="write .csv, .jsonl or .parquet, instead of a table here")
     parser.add_argument("--picture", metavar="FILE", help="draw the first images with what was predicted, as one png")
-    parser.add_argument("--use-ema", action=_SWITCH, default=False, help="the checkpoint's averaged weights")
+    parser.add_argument("--use-ema", action=_SWITCH, help="averaged weights; default: where they made a folder's best")
     group = parser.add_argument_group("images")
     _add_loader_arguments(group, batch_size=64)
     _add_image_arguments(group)
@@ -155,7 +155,7 @@ def export_parser(prog: str) -> Parser:
     parser.add_argument(
         "--images", nargs="+", default=[], metavar="PATH", help="what it is checked on; default: handwritten digits"
     )
-    parser.add_argument("--use-ema", action=_SWITCH, default=False, help="the checkpoint's averaged weights")
+    parser.add_argument("--use-ema", action=_SWITCH, help="averaged weights; default: where they made a folder's best")
     _add_image_arguments(parser.add_argument_group("images"))
     _add_create_arguments(parser.add_argument_group("model"), default_model=None)
     return parser

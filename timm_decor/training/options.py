@@ -378,7 +378,7 @@ class PredictOptions(Options):
     top: int
     output: str | None
     picture: str | None
-    use_ema: bool
+    use_ema: bool | None
     model: str | None
     image: ImageOptions
     loader: LoaderOptions
@@ -393,7 +393,7 @@ class ExportOptions(Options):
     weights: str
     file: str
     images: list[str]
-    use_ema: bool
+    use_ema: bool | None
     model: str | None
     image: ImageOptions
     create: CreateOptions

@@ -161,7 +161,7 @@ def _evaluate(
             image, create = completed(options.image, options.create, metadata)
             options, trained_size = replace(options, image=image, create=create), metadata.data_config["input_size"]
         else:
-            ignored = f"{checkpoint} is of {its}, not {mine}: its data configuration and number of classes are not used"
+            ignored = not_used(str(checkpoint), name, metadata)
     device, wanted, channels = options.device, options.create.num_classes, build.input_channels(options.image)
     source = open_source(options.data, options.split, "RGB" if channels == 3 else "L", options.num_samples)
     seed_everything(options.seed)
@@ -226,6 +226,12 @@ def completed(
         gp=create.gp or its_pool,
     )
     return image, create
+
+
+def not_used(checkpoint: str, name: str, metadata: CheckpointMetadata) -> str:
+    """What to say of a checkpoint that is taken for another model than it says."""
+    its, mine = build.architecture(metadata.architecture), build.architecture(name)
+    return f"{checkpoint} is of {its}, not {mine}: its data configuration and number of classes are not used"
 
 
 def _numbered_as_the_model(

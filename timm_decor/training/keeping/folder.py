@@ -147,6 +147,10 @@ class RunFolder:
         """A JSON file."""
         self.write_text(name, json.dumps(value, indent=2) + "\n")
 
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """A file of any kind."""
+        self._write(name, lambda file: file.write_bytes(data))
+
     def write_text(self, name: str, text: str) -> None:
         """A text file in UTF-8."""
         self._write(name, lambda file: file.write_text(text, encoding="utf-8"))

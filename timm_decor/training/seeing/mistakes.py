@@ -14,6 +14,7 @@ from PIL import Image
 
 from timm_decor.text import csv_text
 from timm_decor.training.data.sources import Source, read
+from timm_decor.training.keeping.folder import RunFolder
 from timm_decor.training.seeing.drawing import label, plain_text
 
 MOST_PICTURES = 36
@@ -124,9 +125,8 @@ def _seen_of(seen: Any, place: int) -> Judged:
 def write_confusion(counts: Any, names: Sequence[str], path: Path) -> None:
     """The matrix as a CSV file, and beside it as a picture that shows the share of each row."""
     rows = [[name, *row] for name, row in zip(names, counts.tolist(), strict=True)]
-    path.write_text(
-        csv_text([["label", *(f"predicted {name}" for name in names)], *rows]), encoding="utf-8", newline=""
-    )
+    table = csv_text([["label", *(f"predicted {name}" for name in names)], *rows])
+    RunFolder(path.parent).write_bytes(path.name, table.encode())
     shown = [label(name) for name in names]
     size = min(14.0, max(4.5, 1.8 + 0.42 * len(names)))
     figure = _figure(size, 0.88 * size)
@@ -144,7 +144,7 @@ def write_confusion(counts: Any, names: Sequence[str], path: Path) -> None:
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=7, color=colour)
     axes.set_title(right_of(counts), fontsize=10)
-    figure.savefig(path.with_suffix(".png"), dpi=130, format="png")
+    _save(figure, path.with_suffix(".png"))
 
 
 def write_worst(source: Source, seen: Any, names: Sequence[str], path: Path) -> None:
@@ -190,7 +190,13 @@ def write_sheet(source: Source, shown: Sequence[tuple[int, str, str]], heading: 
         axes.imshow(np.asarray(source.image(index)), cmap="gray", interpolation="nearest")
         axes.set_axis_off()
         axes.set_title(text, fontsize=7.5, color=colour)
-    figure.savefig(path, dpi=130, format="png")
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    data = io.BytesIO()
+    figure.savefig(data, dpi=130, format="png")
+    RunFolder(path.parent).write_bytes(path.name, data.getvalue())
 
 
 def _figure(width: float, height: float) -> Any:
