@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,11 @@ class TestNobodyWaitsForEver:
         assert alone.exitcode == 2 and "process 0 of 2: another process gave nothing in time" in said(log)
 
 
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 class Torchrun:
     """torchrun on some nodes of this machine, each with one process of the run."""
 
@@ -156,6 +162,9 @@ class Torchrun:
         ]
         for process in self.agents:
             process.start()
+            while not _listens(port):  # the first one keeps the rendezvous: a job does not outlive that node
+                assert process.exitcode is None, self.log.read_text()[-3000:]
+                time.sleep(0.05)
 
     def wait_for_state(self) -> None:
         """Wait until a new one is written."""
