@@ -435,18 +435,18 @@ class DecorHandle:
             _logger.warning("the optimizer state has no decorrelation state: R starts from the identity")
             self._loading = {}, 0
         else:
-            checkpoint.check_loadable(saved, self._kind, [*self._layers, *self._late(saved)], self.config)
+            checkpoint.check_loadable(saved, self._kind, [*self._layers, *self._trained_before(saved)], self.config)
             self._loading = saved["layers"], saved["step"]
         return rest
 
     def _after_load(self, optimizer: Optimizer) -> None:
         (layers, step), self._loading = self._loading, ({}, 0)
-        late = self._late({"layers": layers})
-        self._take_in(late)
-        self._watch.taken_in(late)
+        new = self._trained_before({"layers": layers})
+        self._take_in(new)
+        self._watch.taken_in(new)
         self._continue(layers, step)
 
-    def _late(self, saved: Mapping[str, Any]) -> list[tuple[str, DecorLayer]]:
+    def _trained_before(self, saved: Mapping[str, Any]) -> list[tuple[str, DecorLayer]]:
         """Layers that trained when a state was saved, and were frozen at this attach: they have their R from it."""
         return [(name, layer) for name, layer in self._watch.held_back() if name in saved["layers"]]
 
