@@ -372,7 +372,7 @@ def finetune(file: Path, draw: bool) -> str:
     for opt in dict.fromkeys(run["opt"] for run in runs):
         held = sorted((r["lr"], r["top1"]) for r in runs if (r["opt"], r["measured_on"]) == (opt, "held-out"))
         tried.append(f"{opt}: " + ", ".join(f"{lr:g} {top1:.1f}" for lr, top1 in held))
-        for arm in ("plain", "decorrelated"):
+        for arm in dict.fromkeys(run["arm"] for run in runs):
             mine = [r for r in runs if (r["opt"], r["arm"], r["measured_on"]) == (opt, arm, "test")]
             if mine:
                 scores = [r["top1"] for r in sorted(mine, key=lambda r: r["seed"])]

@@ -234,6 +234,18 @@ class TestChangesOnTheWay:
         shutil.copytree(begun, tmp_path / "run")
         return train(tmp_path / "run", "--resume", tmp_path / "run", "--epochs", 5, *words, base=[])
 
+    def with_another_best(self, begun: Path, to: Path) -> int:
+        """A copy of the run in which another epoch than its best has the lowest loss; which one."""
+        state = torch.load(begun / "resume.pt", weights_only=True)
+        other = 1 + self.epoch(begun, "best") % 3
+        for row in state["history"]:
+            row["eval_loss"] = 0.001 if row["epoch"] == other else 0.5
+        shutil.copytree(begun, to)
+        torch.save(state, to / "resume.pt")
+        results = json.loads((begun / "results.json").read_text()) | {"final": state["history"][-1]}
+        (to / "results.json").write_text(json.dumps(results))
+        return other
+
     @staticmethod
     def epoch(run: Path, name: str) -> int:
         with safe_open(run / f"{name}.safetensors", "pt") as file:
@@ -258,12 +270,7 @@ class TestChangesOnTheWay:
         assert ("best-ema" in names) == (best <= 2)
 
     def test_best_is_what_the_metric_of_now_says(self, begun: Path, tmp_path: Path):
-        state = torch.load(begun / "resume.pt", weights_only=True)
-        other = 1 + self.epoch(begun, "best") % 3
-        for row in state["history"]:
-            row["eval_loss"] = 0.001 if row["epoch"] == other else 0.5
-        shutil.copytree(begun, tmp_path / "made")
-        torch.save(state, tmp_path / "made" / "resume.pt")
+        other = self.with_another_best(begun, tmp_path / "made")
         run = self.gone_on(tmp_path / "made", tmp_path, "--eval-metric", "loss")
         assert self.epoch(run, "best") == json.loads((run / "results.json").read_text())["best"]["epoch"] == other
         (tmp_path / "made" / f"checkpoint-{other}.safetensors").unlink()
@@ -307,15 +314,7 @@ class TestChangesOnTheWay:
 
     def test_a_finished_run_is_left_alone(self, begun: Path, tmp_path: Path):
         """Its results.json has the digests of its files."""
-        state = torch.load(begun / "resume.pt", weights_only=True)
-        other = 1 + self.epoch(begun, "best") % 3
-        for row in state["history"]:
-            row["eval_loss"] = 0.001 if row["epoch"] == other else 0.5
-        shutil.copytree(begun, tmp_path / "run")
-        torch.save(state, tmp_path / "run" / "resume.pt")
-        (tmp_path / "run" / "results.json").write_text(
-            json.dumps(json.loads((begun / "results.json").read_text()) | {"final": state["history"][-1]})
-        )
+        self.with_another_best(begun, tmp_path / "run")
         train(tmp_path / "run", "--resume", tmp_path / "run", "--eval-metric", "loss", base=[])
         assert self.epoch(tmp_path / "run", "best") == self.epoch(begun, "best")
         check_digest(tmp_path / "run" / "best.safetensors")

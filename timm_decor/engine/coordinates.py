@@ -300,7 +300,7 @@ def step_type(optimizer: Optimizer) -> type[StepOnW]:
 
 
 def moves(
-    weights: Sequence[Weight], old: Sides, new: Sides, optimizer: Optimizer, ends: Callable[[], list[Tensor]] | None
+    weights: Sequence[Weight], old: Sides, new: Sides, optimizer: Optimizer, ends: Sequence[Tensor] | None
 ) -> list[Move]:
     """What else must change when L and R do.
 
@@ -312,7 +312,7 @@ def moves(
         old: L and R as they are.
         new: what they become.
         optimizer: that holds the weights.
-        ends: gives what A is before the change, where the function is not to be preserved; None where it is.
+        ends: what A is before the change, where the function is not to be preserved; None where it is.
     """
     old, new = old.unit, new.unit  # the scale is the same before and after
 
@@ -330,5 +330,5 @@ def moves(
             ]
             found.append((momenta, turned(momenta)))
     if ends is not None:
-        found.append(([weight.value for weight in weights], turned(ends())))
+        found.append(([weight.value for weight in weights], turned(ends)))
     return found

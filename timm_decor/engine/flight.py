@@ -49,9 +49,9 @@ class StepInFlight:
     ) -> None:
         self.groups, self._power, self._measures = groups, power, measures
         self.scale: Tensor | None = None
-        held = {id(p) for each in optimizer.param_groups for p in each["params"]}
-        self.active = [group.active(held) for group in groups]
-        self.idle = [group.idle(held) for group in groups]
+        self._held = {id(p) for each in optimizer.param_groups for p in each["params"]}
+        self.active = [group.active(self._held) for group in groups]
+        self.idle: list[list[int]] = []  # known at a refresh, which alone asks
         # Not where there are other processes: they may have a gradient where this one has none.
         self.counts = counts and (any(self.active) or processes() > 1)
         # What a gradient scaler leaves with a fused optimizer, which then finds out on the device whether it steps.
@@ -88,6 +88,7 @@ class StepInFlight:
         Args:
             first: the first one of all, for which the scale is found at once: the next step is not to be a shorter one.
         """
+        self.idle = [group.idle(self._held) for group in self.groups]
         with torch.autocast(self.groups[0].layers[0].weight.device.type, enabled=False):
             fresh = averaged_moments(self.groups)
             pairs = zip(self.groups, fresh, strict=True)

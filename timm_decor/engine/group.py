@@ -6,7 +6,7 @@ group. On a CPU a group is one layer (see `_STACKED_ELEMENTS`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from timm_decor.config import DecorConfig
 from timm_decor.engine.coordinates import Move, StepOnW, moves, transformed, write
 from timm_decor.engine.optimizers import LINEAR
-from timm_decor.engine.shards import Weight, weight_of
+from timm_decor.engine.shards import weight_of
 from timm_decor.layers import DecorLayer, Outside
 from timm_decor.moments import OUTPUT_MOMENT, gradient_moment, looked_at, mean_correlation, moment_shape
 from timm_decor.plan import LayerPlan
@@ -251,8 +251,9 @@ class LayerGroup:
             if not some:
                 continue
             weights, old, new = [self.weights[i] for i in some], self.sides_here(some), self.sides_here(some, sides)
-            stay = _values(weights) if some is not index or step is None else step.result
-            ends = None if self._config.preserve_function else stay
+            ends = None
+            if not self._config.preserve_function:
+                ends = step.result() if step is not None and some is index else [weight.value for weight in weights]
             found = moves(weights, old, new, self._optimizer, ends)
             good = [parts(self.sides_of(some, sides).inputs.is_invertible(), len(some)).all(1)]
             good += [torch.isfinite(parts(values, len(some))).flatten(1).all(1) for _, values in found]
@@ -339,11 +340,6 @@ class LayerGroup:
         """(n,): whether all of a layer's entries are finite."""
         count = len(self.layers)
         return torch.stack([torch.isfinite(parts(t, count)).flatten(1).all(1) for t in tensors.values()]).all(0)
-
-
-def _values(weights: Sequence[Weight]) -> Callable[[], list[Tensor]]:
-    """Copies of the weights, when they are asked for."""
-    return lambda: [weight.value.clone() for weight in weights]
 
 
 def _repeated(tensor: Tensor, count: int) -> Tensor:

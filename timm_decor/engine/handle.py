@@ -267,7 +267,9 @@ class DecorHandle:
         self._recover()
         changed = _evaluated(args, kwargs)  # the closure's gradients are those of kernels
         self._follow()
-        counts = not all(map(is_zero, rates(optimizer, self._weights.values())))
+        weights = self._weights
+        self._watch.replaced(weights)
+        counts = not all(map(is_zero, rates(optimizer, weights.values())))
         look = counts and self._counted % self.config.output_every == 0
         measures = counts and self._measure_due
         self._flight = StepInFlight(self._groups, optimizer, counts, look, self._power, measures)
@@ -398,7 +400,6 @@ class DecorHandle:
     def _follow(self) -> None:
         """Follow what happened to the model since the last step: layers that train now, weights that were moved."""
         new = self._watch.unfrozen()
-        self._watch.replaced(self._weights)
         if new or any(group.is_misplaced for group in self._groups):
             if any(shards.is_cut(layer.weight) for _, layer in (*self._layers, *new)):  # perhaps since the last step
                 check_held(self._optimizer, self._layers)

@@ -170,13 +170,7 @@ def _two(images: Tensor) -> Tensor:
 
 def _write(path: Path, data: bytes) -> None:
     """The file, whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        unfinished.write_bytes(data)
-        unfinished.replace(path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    RunFolder(path.parent).write_bytes(path.name, data)
 
 
 @contextlib.contextmanager

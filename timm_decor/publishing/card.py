@@ -117,14 +117,8 @@ def _rows(trained: Trained, results: dict[str, Any]) -> list[dict[str, str]]:
         chance = 100 / trained.metadata.num_classes
         word = "" if last.get(f"{prefix}_top1", 100.0) > _CHANCE * chance else " (no better than guessing)"
         failed = f" ({markdown_cell(twin.outcome)})" if twin.failure else word
-        rows.append(
-            row(
-                f"its {kind}{failed}",
-                {key: last.get(f"{prefix}_{key}") for key in score(results)},
-                twin,
-                len(twin.history),
-            )
-        )
+        scores = {key: last.get(f"{prefix}_{key}") for key in score(results)}
+        rows.append(row(f"its {kind}{failed}", scores, twin, len(twin.history)))
     return rows
 
 
@@ -167,14 +161,11 @@ def _how_measured(trained: Trained, results: dict[str, Any]) -> str:
     else:
         text = f"Measured by train.py after epoch {trained.epoch}, on {images}."
     kind = "averaged (EMA) weights" if trained.averaged else "weights"
-    if trained.is_last:
-        word = (
-            ", picked as the best on these images" if trained.is_picked else ", whether or not the best on these images"
-        )
-        text += f" These are the {kind} after the last epoch{word}."
-    else:
-        word = ", picked as the best on these images" if trained.is_picked else ""
-        text += f" These are the {kind} after epoch {trained.epoch} of {len(trained.side.history)}{word}."
+    when = "the last epoch" if trained.is_last else f"epoch {trained.epoch} of {len(trained.side.history)}"
+    picked = ", picked as the best on these images" if trained.is_picked else ""
+    if trained.is_last and not picked:
+        picked = ", whether or not the best on these images"
+    text += f" These are the {kind} after {when}{picked}."
     if trained.twin is not None:
         text += (
             " The twin began with the same weights and saw the same batches, with the learning rate in its row; its "

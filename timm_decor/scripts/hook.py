@@ -27,7 +27,6 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import timm_decor
-from timm_decor.config import DecorConfig
 from timm_decor.convert import any_attached, decor_layers
 from timm_decor.engine.attach import giving_way
 from timm_decor.engine.handle import DecorHandle, attached_optimizers
@@ -85,7 +84,7 @@ def _made(optimizer: Optimizer) -> None:
         report: ConversionReport = model.decor_report  # type: ignore[assignment]
         try:
             config = dataclasses.replace(report.config, **_OPTIONS)
-            handle = _own_attach(model, optimizer, config)
+            handle = timm_decor.attach(model, optimizer, config)
         except ValueError as error:
             raise ValueError(f"timm_decor.hook: {error}") from error
         _bindings[:] = [binding for binding in _bindings if binding.optimizer() is not None]
@@ -175,16 +174,8 @@ def _why_plain(optimizer: Optimizer) -> str:
     )
 
 
-def _own_attach(model: nn.Module, optimizer: Optimizer, config: DecorConfig | None) -> DecorHandle:
-    giving_way.remove(_give_way)
-    try:
-        return timm_decor.attach(model, optimizer, config)
-    finally:
-        giving_way.append(_give_way)
-
-
 def _give_way(model: nn.Module, optimizer: Optimizer) -> None:
-    """The script's own attach wins: it may have chosen a config, and it wants the handle."""
+    # The script's own attach wins: it may have chosen a config, and it wants the handle. Ours finds no live binding.
     layers = {layer for _, layer in decor_layers(model)}
     for binding in _bindings:
         theirs = binding.model()

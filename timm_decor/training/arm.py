@@ -6,7 +6,6 @@ random numbers that depend on seed and epoch only, so arms may take turns withou
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,6 +31,7 @@ from timm_decor.training.optim import make_loss, make_optimizer, settings
 from timm_decor.training.options import TrainOptions
 from timm_decor.training.runtime import is_sharded, mixed_seed, seed_everything, set_random_state, shard
 from timm_decor.training.schedule import Schedule
+from timm_decor.training.seeing.compare import ranked
 from timm_decor.training.seeing.losswatch import LossWatch
 from timm_decor.training.seeing.observe import Observer
 from timm_decor.training.seeing.timeleft import TimeLeft
@@ -195,10 +195,7 @@ class Arm:
     @property
     def ranked(self) -> list[Row]:
         """The evaluated rows, the best first; NaN, which has no rank, is left out."""
-        column = self.metric_column
-        rows = [row for row in self.history if math.isfinite(row.get(column, math.nan))]
-        sign = 1 if column.endswith("loss") else -1
-        return sorted(rows, key=lambda row: sign * row[column])
+        return ranked(self.history, self.metric_column)
 
     @property
     def metric_column(self) -> str:

@@ -147,8 +147,9 @@ def _teacher(name: str, path: str | None, classes: int, channels: int) -> nn.Mod
 def _arguments(name: str, path: str | None) -> dict[str, Any]:
     """What else the teacher's checkpoint says that it was made with."""
     saved = CheckpointMetadata.read(path or "")
-    is_its = saved is not None and build.architecture(saved.architecture) == build.architecture(name)
-    return saved.model_kwargs if saved is not None and is_its else {}
+    if saved is None or build.architecture(saved.architecture) != build.architecture(name):
+        return {}
+    return saved.model_kwargs
 
 
 def _renormalisation(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -49,10 +49,7 @@ class Schedule:
         self._scheduler, self.epochs = _timm_scheduler(
             options, optimizer, updates_per_epoch, layer_decay, eval_metric, seed
         )
-        try:
-            self.begin(0, None)
-        except (ValueError, AssertionError, TypeError, ArithmeticError) as error:
-            raise UserError(f"schedule {options.sched}: {first_line(error)}") from error
+        self.begin(0, None)
 
     @property
     def lr(self) -> float:

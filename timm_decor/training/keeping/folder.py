@@ -83,14 +83,14 @@ class RunFolder:
                 folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
                 try:
                     folder.mkdir()  # not asked for before: another run may begin in the same second
+                    break
                 except FileExistsError:
                     continue
-                made = cls(folder)
-                made._is_new = True
-                return made
         except OSError as error:
             raise UserError(f"cannot make output folder {path}: {error.strerror}") from error
-        raise AssertionError("the numbers do not end")
+        made = cls(folder)
+        made._is_new = True
+        return made
 
     def remove_if_empty(self) -> None:
         """Remove the folder if it was made here and holds nothing but empty ones."""
@@ -182,7 +182,7 @@ class RunFolder:
             source = self.path / f"{name}{suffix}.safetensors"
             if self._writes and source.is_file():
                 self._write(f"{other}{suffix}.safetensors", partial(_link, source))
-            else:
+            elif suffix:
                 self._remove(f"{other}{suffix}.safetensors")
 
     def forget_average(self, name: str) -> None:

@@ -77,8 +77,7 @@ def published_command(prog: str, argv: Sequence[str]) -> str:
             words.append(f"{flag}={HIDDEN}")
         else:
             take = ""
-            shown = f"{flag}={without_path(without_secrets(value))}" if name and equals else without_path(word)
-            words.append(without_secrets(shown))
+            words.append(f"{flag}={cleaned(value)}" if name and equals else cleaned(word))
     return " ".join(shlex.quote(word) for word in words)
 
 

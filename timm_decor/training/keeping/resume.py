@@ -28,7 +28,7 @@ _START = ("pretrained", "pretrained_path", "initial_checkpoint", "initial_r", "h
 # What changes nothing of what is trained: places, and what a person sees on the way.
 _OF_NO_MATTER = (
     *PRIVATE, "workers", "pin_mem", "cache_images", "log_interval", "log_with", "project_name", "report_mistakes",
-    "checkpoint_hist", "recovery_interval", "dist_timeout", "eval_metric", "validation_batch_size", "val_num_samples",
+    "checkpoint_hist", "recovery_interval", "dist_timeout", "validation_batch_size", "val_num_samples",
 )  # fmt: skip
 
 

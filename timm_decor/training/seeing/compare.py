@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -11,6 +11,18 @@ from typing import Any
 from timm_decor.text import markdown_cell
 
 SIDES = ("decorrelated", "plain")  # the two models' folders in that of the run
+
+
+def ranked(history: Sequence[Mapping[str, Any]], column: str) -> list[Any]:
+    """The rows that were evaluated, the best by a column first, the first of equals; without NaN, which has no rank.
+
+    Args:
+        history: a row an epoch.
+        column: of an accuracy or a loss.
+    """
+    rows = [row for row in history if math.isfinite(row.get(column, math.nan))]
+    sign = 1 if column.endswith("loss") else -1
+    return sorted(rows, key=lambda row: sign * row[column])
 
 
 @dataclass(frozen=True)
@@ -69,8 +81,7 @@ class Side:
     @property
     def picked(self) -> dict[str, Any]:
         """The evaluated epoch that is best by `metric`, which best.safetensors is of; the first of equals."""
-        sign = 1 if self.metric.endswith("loss") else -1
-        return min(self.evaluated, key=lambda row: sign * row[self.metric])
+        return next(iter(ranked(self.history, self.metric)), self.best)
 
     @property
     def best_top1(self) -> float:
