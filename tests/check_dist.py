@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DIST, LOG = ROOT / "dist", ROOT / "output" / "check_dist.log"
 UV = (sys.executable, "-m", "uv")
 PYPI_LIMIT = 100 * 10**6  # bytes a file, unless PyPI was asked for more
+WHEEL_LIMIT = 60 * 2**20  # bytes: all who install it fetch it
 
 # Run by the fresh environment's Python, away from the source tree.
 PROBE = """
@@ -114,6 +115,14 @@ def build(kind: str, source: Path, out: Path) -> Path:
     return next(out.glob("*.whl" if kind == "wheel" else "*.tar.gz"))
 
 
+def left_out(unpacked: Path) -> set[str]:
+    """The files of a source tree that pyproject.toml keeps out of the wheel."""
+    file = unpacked / "pyproject.toml"
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    names = re.findall(r'^    "(hub/staged/.+)",$', text, re.MULTILINE)  # Python 3.10 has no tomllib
+    return {path.relative_to(unpacked).as_posix() for name in names for path in unpacked.glob(name)}
+
+
 def wheel_files(wheel: Path) -> dict[str, bytes]:
     with zipfile.ZipFile(wheel) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
@@ -162,15 +171,17 @@ def check_commands(unpacked: Path, python: Path, work: Path) -> str:
 
 
 def check_wheel(wheel: Path, unpacked: Path) -> str:
-    """The package and its license, typed, with every staged file and the demo; nothing else at the top level."""
+    """The package and its license, typed, with what is staged for it and the demo; nothing else at the top level."""
+    require(wheel.stat().st_size <= WHEEL_LIMIT, f"the wheel has more than {WHEEL_LIMIT // 2**20} MiB")
     files = wheel_files(wheel)
     info = "-".join(wheel.name.split("-")[:2]) + ".dist-info"
+    apart = left_out(unpacked)
     places = {"timm_decor": "timm_decor", "hub/staged": "timm_decor/staged", "hub/space": "timm_decor/space"}
     wanted = {
         f"{target}/{file.relative_to(unpacked / source).as_posix()}"
         for source, target in places.items()
         for file in (unpacked / source).rglob("*")
-        if file.is_file()
+        if file.is_file() and file.relative_to(unpacked).as_posix() not in apart
     } | {f"{info}/licenses/LICENSE", "timm_decor/py.typed", "timm_decor_door.py"}
     have = {name for name in files if not name.startswith(f"{info}/") or "licenses" in name}
     require(wanted <= have, f"the wheel lacks {named(wanted - have)}")
@@ -204,9 +215,17 @@ def check_installed(wheel: Path, unpacked: Path, work: Path) -> tuple[str, Path]
         seen["layers"] == seen["refreshed"] > 0,
         f"R was refreshed in {seen['refreshed']} of decor_resnet18's {seen['layers']} layers",
     )
-    configs = [json.loads(file.read_text(encoding="utf-8")) for file in unpacked.glob("hub/staged/*/config.json")]
+    apart = left_out(unpacked)
+    configs = [
+        json.loads(file.read_text(encoding="utf-8"))
+        for file in unpacked.glob("hub/staged/*/config.json")
+        if file.with_name("model.safetensors").relative_to(unpacked).as_posix() not in apart
+    ]
     staged = sorted(f"decor_{config['architecture']}.{config['pretrained_cfg']['tag']}" for config in configs)
-    require(seen["staged"] == staged, f"hub/staged has {named(staged)}, the installed wheel {named(seen['staged'])}")
+    require(
+        seen["staged"] == staged,
+        f"hub/staged has {named(staged)} for the wheel, the installed one {named(seen['staged'])}",
+    )
     return f"decor_resnet18 trains, torch {seen['torch']}, timm {seen['timm']}, {len(staged)} staged weights", python
 
 

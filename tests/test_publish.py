@@ -253,6 +253,64 @@ def test_a_folder_of_runs(run: Path, hub: LocalHub) -> None:
         publish(run / "plain", "--no-eval", repo="me")
 
 
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twins that had runs of their own; of the plain one only what is kept of it. Nothing may write into it."""
+    folder = tmp_path_factory.mktemp("apart")
+    train(folder / "decorrelated", "--epochs", 2, *DECOR)
+    plain = train(folder / "whole", "--epochs", 2, "--lr", 0.04)
+    (folder / "plain").mkdir()
+    for name in ("args.yaml", "results.json", "summary.csv"):
+        shutil.copy(plain / name, folder / "plain")
+    return folder
+
+
+def test_a_twin_of_another_run_has_its_row(apart: Path, tmp_path: Path) -> None:
+    folder = staged(apart, tmp_path, "--no-eval", "--twin", str(apart / "plain"))
+    card = (folder / "README.md").read_text()
+    twin = json.loads((apart / "plain" / "results.json").read_text())["final"]
+    assert re.search(rf"\| its plain twin[^|]* \| {twin['eval_top1']:.2f} \|.* \| 2 \| 0.04 \|", card)
+    assert "The twin was trained in a run of its own, with the same recipe and seed" in " ".join(card.split())
+    results = json.loads((folder / "results.json").read_text())
+    assert (results["twin"]["lr"], results["twin"]["apart"]) == (0.04, True)
+    assert results["twin"]["final"]["eval_top1"] == twin["eval_top1"]
+
+
+OTHER_TWINS = [
+    ("args.yaml", {"epochs": 3}, "was not trained as its twin: epochs is 3, and 2 in"),
+    ("args.yaml", {"seed": 7}, "was not trained as its twin: seed is 7, and 42 in"),
+    ("args.yaml", {"model": "decor_resnet18"}, "was not trained as its twin: model is resnet18, and test_resnet in"),
+    ("args.yaml", {"data_dir": "there", "dataset": "folder"}, "data is there, and digits in"),
+    ("args.yaml", {"compare": True}, "is of a --compare run"),
+    ("results.json", {"decorrelated": True}, "both are decorrelated"),
+    ("results.json", {"failure": "diverged"}, r"training failed \(diverged\)"),
+    ("results.json", {"changed": [{"steps": 4, "changed": {"lr": ["0.1", "0.2"]}}]}, "gone on with by other arguments"),
+    ("results.json", {"final": {"epoch": 1, "steps": 4, "seconds": 1.0}}, "not of one run, or one was cut"),
+]
+
+
+@pytest.mark.parametrize(("file", "values", "words"), OTHER_TWINS)
+def test_what_is_not_a_twin_is_refused(
+    apart: Path, tmp_path: Path, file: str, values: dict[str, object], words: str
+) -> None:
+    copy = Path(shutil.copytree(apart / "plain", tmp_path / "plain"))
+    given = yaml.safe_load((copy / file).read_text())  # JSON is YAML
+    text = yaml.safe_dump(given | values) if file == "args.yaml" else json.dumps(given | values)
+    (copy / file).write_text(text)
+    with pytest.raises(UserError, match=words):
+        staged(apart, tmp_path, "--no-eval", "--twin", str(copy))
+    assert not (tmp_path / "staged").exists()
+
+
+def test_a_twin_is_of_one_run_that_has_none(run: Path, apart: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is of a --compare run, which has its twin"):
+        staged(run, tmp_path, "--twin", str(apart / "plain"))
+    with pytest.raises(UserError, match="--twin is of one"):
+        publish(run, "--no-eval", "--twin", str(apart / "plain"), repo="me")
+    with pytest.raises(UserError, match="results.json"):
+        staged(apart, tmp_path, "--no-eval", "--twin", str(tmp_path / "nowhere"))
+
+
 def test_half_precision(run: Path, tmp_path: Path) -> None:
     folder = staged(run, tmp_path, "--half")
     assert load_file(folder / "model.safetensors")["fc.weight"].dtype == torch.float16

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import check_dist
 import pytest
 import timm
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from training_runs import ROOT, reset_accelerate
 
 import timm_decor
+from timm_decor.models.staged import own_weights
 from timm_decor.training import validation
 
 STAGED = sorted((ROOT / "hub" / "staged").glob("*/config.json"))
@@ -51,8 +53,19 @@ def test_a_repository_is_consistent(folder: Path) -> None:
         assert b"/home/" not in file.read_bytes() and b"/tmp/" not in file.read_bytes(), file
 
 
-def test_all_of_it_is_small_enough_to_keep() -> None:
-    assert sum(file.stat().st_size for config in STAGED for file in config.parent.iterdir()) < 60 * 2**20
+def test_the_wheel_has_what_a_name_alone_gives() -> None:
+    first: dict[str, str] = {}
+    for each in own_weights():
+        first.setdefault(each.architecture, f"{each.architecture}.{each.tag}")
+    rest = {file.parent.name for file in STAGED} - set(first.values())
+    files = {path for name in rest for path in (ROOT / "hub" / "staged" / name).glob("*.safetensors")}
+    kept_out = check_dist.left_out(ROOT)
+    assert kept_out == {file.relative_to(ROOT).as_posix() for file in files}
+    size = sum(
+        file.stat().st_size for config in STAGED for file in config.parent.iterdir()
+        if file.relative_to(ROOT).as_posix() not in kept_out
+    )  # fmt: skip
+    assert size < check_dist.WHEEL_LIMIT, "weights are not compressed"
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -44,6 +44,9 @@ def publish_parser(prog: str = "hub.publish") -> Parser:
         "--no-eval", action="store_true", help="publish training's own last evaluation; run no validate.py"
     )
     words.add_argument(
+        "--twin", metavar="RUN", help="output folder of the twin, where it was trained by itself and not by --compare"
+    )
+    words.add_argument(
         "--samples", action="store_true", help="show some evaluation images on the card; that publishes them"
     )
     words.add_argument(
@@ -76,7 +79,7 @@ def refuse_others(args: argparse.Namespace) -> None:
         raise UserError(f"--{name.replace('_', '-')} is {whose}")
 
 
-_OF_WEIGHTS = ("tag", "license", "base_model", "half", "no_r", "data_dir", "no_eval", "samples")
+_OF_WEIGHTS = ("tag", "license", "base_model", "half", "no_r", "data_dir", "no_eval", "samples", "twin")
 _OF_SPACE = ("requirement",)
 
 

@@ -167,10 +167,12 @@ def _how_measured(trained: Trained, results: dict[str, Any]) -> str:
         picked = ", whether or not the best on these images"
     text += f" These are the {kind} after {when}{picked}."
     if trained.twin is not None:
-        text += (
-            " The twin began with the same weights and saw the same batches, with the learning rate in its row; its "
-            "figures are those of its own last epoch."
+        alike = (
+            "was trained in a run of its own, with the same recipe and seed"
+            if trained.twin_apart
+            else "began with the same weights and saw the same batches"
         )
+        text += f" The twin {alike}, with the learning rate in its row; its figures are those of its own last epoch."
     return text
 
 

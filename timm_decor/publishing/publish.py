@@ -23,7 +23,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from timm_decor.errors import UserError, first_line, message
 from timm_decor.publishing import card, repository, space
 from timm_decor.publishing.args import LICENSE, publish_parser, refuse_others
-from timm_decor.publishing.trained import Trained, find, read
+from timm_decor.publishing.trained import Trained, find, read, with_twin
 from timm_decor.publishing.upload import Target, log_in, upload
 from timm_decor.training.keeping.folder import RunFolder
 
@@ -65,6 +65,10 @@ def _publish_trained(args: argparse.Namespace, prog: str) -> None:
     several = len(trained) > 1
     if several and ("/" in args.repo_id or args.tag):
         raise UserError(f"{args.checkpoint} holds {len(trained)} models: --repo-id OWNER alone, and no --tag")
+    if several and args.twin:
+        raise UserError(f"{args.checkpoint} holds {len(trained)} models: --twin is of one, so publish them one by one")
+    if args.twin:
+        trained = [with_twin(trained[0], Path(args.twin))]
     names = [_owned(args.repo_id) if not several else f"{args.repo_id}/{one.architecture}.{one.tag}" for one in trained]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:

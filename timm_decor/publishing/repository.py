@@ -257,6 +257,7 @@ def _results(trained: Trained, options: Options, evaluated: dict[str, Any] | Non
     if twin is not None:
         last = twin.history[-1] if twin.history else None
         other = {"model": twin.model, "lr": twin.lr, "epochs": twin.epochs, "failure": twin.failure, "final": last}
+        other["apart"] = trained.twin_apart
     return {
         "architecture": trained.architecture,
         "tag": options.tag,

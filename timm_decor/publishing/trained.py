@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from timm_decor.models import PREFIX
 from timm_decor.publishing.datasets import Data, is_place, known
 from timm_decor.training.args import as_recipe, decor_config
 from timm_decor.training.foreign import Fields, read_json, read_mapping, read_text
-from timm_decor.training.keeping.folder import ARGS_FILE, EMA_SUFFIX, SUMMARY_FILE
+from timm_decor.training.keeping.folder import ARGS_FILE, EMA_SUFFIX, RESULTS_FILE, SUMMARY_FILE
 from timm_decor.training.keeping.metadata import CheckpointMetadata
+from timm_decor.training.keeping.resume import NO_MATTER
 from timm_decor.training.run import parse
 from timm_decor.training.seeing.compare import SIDES, Side
 
@@ -25,6 +26,7 @@ WEIGHTS = "last.safetensors"
 _WRITTEN = ("batch_size", "dataset", "epochs", "model", "opt", "sched", "val_split", "weight_decay", "workers")
 _OWN_LOAD = 1.25  # times its threads and workers: a load above that is others' as well
 # Files on the machine of the training that a recipe cannot bring along.
+_OF_A_TWIN = ("model", "decor", "lr", "lr_base", "lr_base_size", "lr_base_scale", "compare_lr")  # may be its own
 _FILES = ("initial_checkpoint", "pretrained_path", "initial_r", "kd_pretrained_path", "class_map")
 
 
@@ -38,7 +40,8 @@ class Trained:
         results: results.json.
         args: args.yaml, with the places on this machine.
         side: its history.
-        twin: that of the other model of a --compare run; None otherwise.
+        twin: that of the other model of a --compare run, or of a run that was named as the twin's; None otherwise.
+        twin_apart: whether the twin had a run of its own.
     """
 
     checkpoint: Path
@@ -47,6 +50,7 @@ class Trained:
     args: dict[str, Any]
     side: Side
     twin: Side | None
+    twin_apart: bool = False
 
     @property
     def architecture(self) -> str:
@@ -115,13 +119,7 @@ class Trained:
     @property
     def data_name(self) -> str:
         """The data set's name: that of --dataset, or the last part of where it is on the machine that trained."""
-        dataset = str(self.args.get("dataset") or ("folder" if self.args.get("data_dir") else "digits"))
-        kind, _, rest = dataset.partition("/")
-        if kind in ("hfds", "hfids") and is_place(rest):
-            return _last_part(rest)
-        if kind in ("parquet", "folder", "wds") and self.args.get("data_dir"):
-            return _last_part(self.args["data_dir"])
-        return dataset
+        return _data_name(self.args)
 
     @property
     def data(self) -> Data:
@@ -149,6 +147,16 @@ class Trained:
         """As timm's tags: how it was trained (`DecorConfig.rule`, or bp for plain), on what, at which size."""
         how = decor_config(argparse.Namespace(**self.args)).rule if self.decorrelated else "bp"
         return f"{how}_{self.data.short}_r{self.data_config['input_size'][-1]}"
+
+
+def _data_name(args: dict[str, Any]) -> str:
+    dataset = str(args.get("dataset") or ("folder" if args.get("data_dir") else "digits"))
+    kind, _, rest = dataset.partition("/")
+    if kind in ("hfds", "hfids") and is_place(rest):
+        return _last_part(rest)
+    if kind in ("parquet", "folder", "wds") and args.get("data_dir"):
+        return _last_part(args["data_dir"])
+    return dataset
 
 
 def _last_part(place: str) -> str:
@@ -193,7 +201,7 @@ def read(checkpoint: Path) -> Trained:
     folder = checkpoint.parent
     top = folder.parent if folder.name in SIDES and (folder.parent / "compare.json").is_file() else folder
     try:
-        results, args = _results(folder / "results.json"), _args(top / ARGS_FILE)
+        results, args = _results(folder / RESULTS_FILE), _args(top / ARGS_FILE)
         sides = _compared(top) if top != folder else [_alone(folder, results, args)]
         side = sides[SIDES.index(folder.name) if top != folder else 0]
         if not results.get("failure"):
@@ -208,8 +216,56 @@ def read(checkpoint: Path) -> Trained:
     return Trained(checkpoint, metadata, results, args, side, next((each for each in sides if each is not side), None))
 
 
+def with_twin(trained: Trained, folder: Path) -> Trained:
+    """A run, with its twin of another run: who has trained the plain model before need not do so again.
+
+    Args:
+        trained: the run.
+        folder: of the twin's run; args.yaml, results.json and summary.csv are all that is read.
+
+    Raises:
+        UserError: the run has a twin, the folder holds no run that ended well, or it was not trained as its twin.
+    """
+    if trained.twin is not None:
+        raise UserError(f"--twin {folder}: {trained.checkpoint} is of a --compare run, which has its twin")
+    results, args = _results(folder / RESULTS_FILE), _args(folder / ARGS_FILE)
+    if results.get("failure"):
+        raise UserError(f"--twin {folder}: training failed ({results['failure']})")
+    if args["compare"]:
+        raise UserError(f"--twin {folder} is of a --compare run: it is the twin of the other model there")
+    side = _alone(folder, results, args)
+    _check_ends(results, side)
+    if bool(results["decorrelated"]) == trained.decorrelated:
+        kind = "decorrelated" if trained.decorrelated else "plain"
+        raise UserError(f"--twin {folder}: both are {kind}, and a twin is the model that is not")
+    own = {name for name in {*args, *trained.args} if name.startswith("decor_")} | {*_OF_A_TWIN, *NO_MATTER}
+    pairs = {name: (trained.args.get(name), args.get(name)) for name in sorted({*args, *trained.args} - own)}
+    names = (trained.args["model"].removeprefix(PREFIX), args["model"].removeprefix(PREFIX))
+    pairs = {"model": names, "data": (trained.data_name, _data_name(args)), **pairs}
+    other = next((name for name, pair in pairs.items() if pair[0] != pair[1]), None)
+    if other:
+        raise UserError(
+            f"--twin {folder} was not trained as its twin: {other} is {pairs[other][1]}, "
+            f"and {pairs[other][0]} in {trained.checkpoint.parent}"
+        )
+    changed = next((f"{run} was gone on with by other arguments" for run, found in (
+        (trained.checkpoint.parent, trained.results), (folder, results)) if found["changed"]), None)  # fmt: skip
+    if changed:
+        raise UserError(f"--twin {folder}: {changed}, so that its recipe does not say how it was trained")
+    return replace(trained, twin=side, twin_apart=True)
+
+
 def _check_epochs(checkpoint: Path, metadata: CheckpointMetadata, results: dict[str, Any], side: Side) -> None:
     """Refuse files of different runs, and a history that was cut."""
+    _check_ends(results, side)
+    known = len(side.history)
+    if metadata.epoch is None or metadata.epoch > known:
+        said = f"is of epoch {metadata.epoch}" if metadata.epoch else "does not say its epoch"
+        raise UserError(f"{checkpoint.name} {said}, the history has {known}")
+
+
+def _check_ends(results: dict[str, Any], side: Side) -> None:
+    """Refuse results and a history that end at different places."""
     final, known = results["final"], len(side.history)
     last = side.history[-1] if side.history else {}
     if final["epoch"] != known or final["steps"] != last["steps"]:
@@ -217,9 +273,6 @@ def _check_epochs(checkpoint: Path, metadata: CheckpointMetadata, results: dict[
             f"results.json ends with epoch {final['epoch']} ({final['steps']} updates), the history with epoch {known} "
             f"({last.get('steps', 0)} updates): they are not of one run, or one was cut"
         )
-    if metadata.epoch is None or metadata.epoch > known:
-        said = f"is of epoch {metadata.epoch}" if metadata.epoch else "does not say its epoch"
-        raise UserError(f"{checkpoint.name} {said}, the history has {known}")
 
 
 def _results(path: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ AUTO = "auto"  # --resume: the run in --experiment's folder, if there is one
 _START = ("pretrained", "pretrained_path", "initial_checkpoint", "initial_r", "head_init_scale", "head_init_bias")
 
 # What changes nothing of what is trained: places, and what a person sees on the way.
-_OF_NO_MATTER = (
+NO_MATTER = (
     *PRIVATE, "workers", "pin_mem", "cache_images", "log_interval", "log_with", "project_name", "report_mistakes",
     "checkpoint_hist", "recovery_interval", "dist_timeout", "validation_batch_size", "val_num_samples",
 )  # fmt: skip
@@ -115,7 +115,7 @@ def go_on(
             words = ", ".join(f"{key} {_shown(*change)}" for key, change in changed.items())
             accelerator.print(f"other arguments than before: {words}")
         if goes_on:
-            matter = {key: change for key, change in changed.items() if key not in _OF_NO_MATTER}
+            matter = {key: change for key, change in changed.items() if key not in NO_MATTER}
             folder.note_changes(arms[0].steps, {key: (_text(was), _text(now)) for key, (was, now) in matter.items()})
         for at in (folder, *folders) if goes_on else ():
             at.forget_results()
