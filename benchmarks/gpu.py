@@ -5,21 +5,25 @@
 
 In this order: time to accuracy with ResNet-18 on CIFAR-10 (32 px, the stem for small images) and on Imagenette (128 px,
 timm's stem), SGD and AdamW, plain and decorrelated, and plain Muon; then what a step costs at 64, 128 and 224 px in
-bfloat16, SGD also compiled. Several runs share the GPU, each in a process of its own; the arms of a seed take turns
-within a process. How long all of it takes is not known: no GPU has run it yet.
+bfloat16, SGD also compiled. Runs that are not timed share the GPU, each in a process of its own; those whose seconds
+are reported have it alone, the arms of a seed in turns within one process. How long all of it takes is not known: no
+GPU has run it yet.
 
-What is finished is in the result files at once. Where the minutes end, or something else ends it, the same command goes
-on; it ends with exit code 0 when all is there, and with 3 when something is left.
+What is finished is in the result files at once: a run, and where runs take turns those of a seed, seven of them, for
+which the minutes must suffice. Where they end, or something else ends it, the same command goes on, also on another
+host with the same GPU; it ends with exit code 0 when all is there, and with 3 when something is left.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,6 +98,21 @@ def smoke(out: Path) -> list[Task]:
     ]
 
 
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP be exceptions: a task that is left behind would train beside the next one."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run(tasks: list[Task], minutes: float) -> list[Task]:
     """Run one after the other until the time is over; returns those that are left.
 
@@ -106,15 +125,16 @@ def run(tasks: list[Task], minutes: float) -> list[Task]:
         if left <= 0:
             return tasks[number:]
         begin = time.monotonic()
-        process = subprocess.Popen(task.command, start_new_session=True)  # a group of its own: its workers end with it
-        try:
-            code = process.wait(timeout=left)
-        except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)  # what is finished is in the file
-            process.wait()
-            if isinstance(error, subprocess.TimeoutExpired):
-                return tasks[number:]
-            raise
+        with ended_by_signals():
+            process = subprocess.Popen(task.command, start_new_session=True)  # a group of its own: workers end with it
+            try:
+                code = process.wait(timeout=left)
+            except BaseException as error:
+                os.killpg(process.pid, signal.SIGKILL)  # what is finished is in the file
+                process.wait()
+                if isinstance(error, subprocess.TimeoutExpired):
+                    return tasks[number:]
+                raise
         if code:
             raise UserError(f"{task.name} failed, see above; what was finished is kept, and the same command goes on")
         print(f"{task.name}: done in {time.monotonic() - begin:.0f} s", flush=True)

@@ -140,13 +140,17 @@ def step_cost(path: Path, draw: bool) -> str:
     ]
     has_peak = pictures.has_peaks(record)
     columns = [column for _, title, _ in others for column in (title, "ratio")]
+    has_refresh = has_peak and all("refresh_peak_bytes" in result for result in record["results"])
     memories = ("held, MiB", "peak in a step, MiB") if has_peak else ("memory, MiB",)
+    memories += ("and that refreshes, MiB",) if has_refresh else ()
     header = ("", "plain, ms", "decorrelated, ms", "ratio", *columns, *memories)
     rows = []
     for result in record["results"]:
         seconds, ratio = result["seconds"], result["ratio"]
         measured = [result["held_bytes"], *([result["peak_bytes"]] if has_peak else [])]
         memory = [" -> ".join(f"{size / 2**20:.0f}" for size in sizes.values()) for sizes in measured]
+        if has_refresh:
+            memory.append(f"{result['refresh_peak_bytes']['decorrelated'] / 2**20:.0f}")
         row = [pictures.case_text(result["case"]), _ms(seconds["plain"]), _ms(seconds["amortised"])]
         row.append(f"**{ratio['amortised']:.2f}**")
         for arm, _, _ in others:
@@ -155,7 +159,7 @@ def step_cost(path: Path, draw: bool) -> str:
         rows.append([*row, *memory])
     kind = "weights, buffers and optimizer state"
     if has_peak:
-        kind += ", held; and at the highest point of an ordinary step's update, with gradients and temporaries"
+        kind += ", held; and at the highest point of a step's update, with gradients and temporaries but no activations"
     order = "".join(f", then {words}" for _, _, words in others)
     notes = dict.fromkeys(result["peer"] for result in record["results"] if result["peer"])
     text = (

@@ -28,7 +28,7 @@ import torch
 from study import cluster
 from study import scaling_pages as pages
 from study.arm import Case
-from study.results import session
+from study.results import replace_text, session
 from timm_decor import DecorConfig
 from timm_decor.errors import UserError, exit_code
 from timm_decor.text import text_table
@@ -146,7 +146,7 @@ def _add(path: Path, result: dict[str, Any], threads: int = 1) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     old = results(path) if path.is_file() else []
     head = session(torch.device("cpu"), threads, 1)
-    path.write_text(json.dumps({**head, "results": [*old, result]}, indent=1) + "\n", encoding="utf-8")
+    replace_text(path, json.dumps({**head, "results": [*old, result]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ import torch
 from study.arm import Arm, Case, Options, Worker
 from study.peer import SETTINGS, Peer, describe
 from study.pictures import case_text, step_cost_picture
-from study.results import commit_of, session
+from study.results import commit_of, replace_text, session
 from timm_decor import DecorConfig, knobs
 from timm_decor.errors import UserError, exit_code, first_line
 from timm_decor.text import text_table
@@ -146,10 +146,15 @@ def open_file(args: argparse.Namespace, config: DecorConfig) -> dict[str, Any]:
     if args.json and args.json.is_file():
         old = json.loads(args.json.read_text(encoding="utf-8"))
         for key in ("config", "versions", "machine", "peer_settings", "baseline", "steps_per_block"):
-            if old.get(key) != head[key]:
+            if _of_the_device(key, old.get(key)) != _of_the_device(key, head[key]):
                 raise UserError(f"{args.json} was measured with another {key}: name another --json, or remove it")
         return {**old, "command": head["command"], "commit": head["commit"]}
     return {**head, "results": []}
+
+
+def _of_the_device(key: str, value: Any) -> Any:
+    """Of a machine with an accelerator the accelerator alone: a host is lent by the hour, and another one goes on."""
+    return value["accelerator"] if key == "machine" and value and value.get("accelerator") else value
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -226,8 +231,7 @@ def main(argv: list[str]) -> None:
         record["results"].append(measure(case, args, config, peer))
         print(table(record["results"][-1:]), flush=True)
         if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            replace_text(args.json, json.dumps(record, indent=1) + "\n")
     print(table(record["results"]))
     if args.json:
         step_cost_picture(record, args.json.with_suffix(".png"))

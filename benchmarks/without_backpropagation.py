@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 import timm_decor
-from study.results import session
+from study.results import replace_text, session
 from timm_decor.errors import exit_code
 from timm_decor.text import text_table
 
@@ -186,7 +186,7 @@ def main(argv: Sequence[str]) -> None:
         settings = {"steps": args.steps, "batch_size": args.batch_size, "seeds": SEEDS, "config": CONFIG.to_dict()}
         record = {**session(torch.device("cpu"), 1, 1), "settings": settings, "results": results}
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        replace_text(args.json, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -69,6 +69,21 @@ def test_speedups() -> None:
     ]
 
 
+def test_interval() -> None:
+    """What two other seeds would give: nothing to either side without spread, and wider with more of it."""
+    plain = curve.Curve("sgd", PLAIN, {}, {1: (50, 52), 2: (60, 62), 4: (70, 72)})
+    mine = curve.Curve("sgd", "decorrelated", {}, {1: (60, 62), 2: (70, 72), 4: (75, 77)})
+    assert curve.spreads([plain, mine]) == pytest.approx(dict.fromkeys((1, 2, 4), 2**0.5))
+    assert curve.interval(mine, plain, 1.25, 4, dict.fromkeys((1, 2, 4), 1e-9)) == pytest.approx((1.6, 1.6))
+    low, high = curve.interval(mine, plain, 1.25, 4, dict.fromkeys((1, 2, 4), 0.2)) or (0, 0)
+    lower, higher = curve.interval(mine, plain, 1.25, 4, dict.fromkeys((1, 2, 4), 1.0)) or (0, 0)
+    assert lower < low < 1.6 < high < higher
+    # a line of 10 points a doubling: a standard deviation of a point in the difference is a factor of 2**0.1
+    assert higher / lower == pytest.approx(2 ** (0.1 * 2 * 1.96), rel=0.1)
+    assert curve.interval(mine, plain, 1.25, 2, {1: 0.2, 2: 0.2}) is None, "no spread is known of a budget"
+    assert curve.interval(mine, plain, 1.25, 2, dict.fromkeys((1, 2, 4), 1.0)) is None, "half of them do not meet"
+
+
 def test_tables() -> None:
     """The rival is set beside each plain curve, and decorrelated curves beside their own and the rival's."""
     arms = [("sgd", PLAIN), ("sgd", "decorrelated"), ("adamw", PLAIN), ("adamw", "decorrelated"), ("muon", PLAIN)]
@@ -123,7 +138,7 @@ def test_readmes_row() -> None:
     with pytest.raises(UserError, match="no step of plain SGD was timed at 224 px, batch 64"):
         curve_pages.step_costs(record, 224, 64)
     cells = curve_pages.headline("a net, data", "sgd", 20, found, costs)
-    assert cells == ["a net, data, 20 epochs", "sgd", "81.0 %", "85.0 %", "85.0 %", "3.20x", "1.00x"]
+    assert cells == ["a net, data, 20 epochs", "sgd", "81.0 %", "85.0 %", "85.0 %", "3.2x", "1.0x"]
     assert curve_pages.headline("a net, data", "adamw", 20, found, costs) is None
     assert curve_pages.headline("a net, data", "sgd", 10, found, costs) is None
 

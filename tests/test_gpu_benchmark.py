@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,6 +12,7 @@ import gpu
 import pytest
 import step_cost
 import time_to_accuracy
+from training_runs import ROOT
 
 from study.presets import PRESETS
 from timm_decor.errors import UserError
@@ -49,6 +52,27 @@ def test_it_ends_in_time_with_its_workers(tmp_path: Path) -> None:
     time.sleep(0.3)
     assert (file.stat().st_size if file.exists() else 0) == size, "a worker lives on"
     assert gpu.run([done], minutes=0) == [done]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_its_workers_too(tmp_path: Path, number: signal.Signals) -> None:
+    """As `timeout`, a scheduler or a closed terminal ends it: the same command would train beside an orphan."""
+    file = tmp_path / "alive"
+    child = f"import time\nwhile True:\n    open({str(file)!r}, 'a').write('x'); time.sleep(0.05)"
+    code = (
+        f"import sys; sys.path[:0] = {[str(ROOT / 'benchmarks'), str(ROOT)]!r}; import gpu\n"
+        "class Python(gpu.Task):\n    command = property(lambda self: [sys.executable, '-c', self.name])\n"
+        f"gpu.run([Python({child!r}, ())], minutes=5)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code])
+    end = time.monotonic() + 60
+    while not file.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(timeout=30) == 128 + number
+    size = file.stat().st_size
+    time.sleep(0.5)
+    assert file.stat().st_size == size, "a task lives on"
 
 
 def test_a_failure_is_told() -> None:

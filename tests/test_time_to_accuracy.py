@@ -92,6 +92,34 @@ def test_table() -> None:
     assert "0.25: 61.0" in cells
 
 
+def test_a_turn_in_which_one_arm_was_slow_does_not_count() -> None:
+    """Something else had the machine while plain training had its turn: that is no saving of the other arm's."""
+    plain, decor = record(70.0), *budgets_run({1.0: 76.0})
+    plain.seconds, decor.seconds = [2.0, 2.1, 4.0, 2.0, 2.0, 2.0], [2.4, 2.5, 2.4, 2.4, 2.4, 3.4]
+    row = protocol.rows([plain, decor], 100, BUDGETS, 1)[1]
+    assert protocol.quiet_turns([plain, decor]) == {"g": [0, 1, 3, 4]}
+    assert row.cost == pytest.approx((9.7 / 8.1,))
+    assert row.milliseconds == pytest.approx(1000 * 9.7 / (4 * 17)), "17 steps a turn, the last one fewer"
+    decor.seconds[0] *= 2
+    assert protocol.quiet_turns([plain, decor]) == {"g": [0, 1, 2, 3, 4, 5]}, "too few are left: there is no usual turn"
+
+
+def test_on_a_gpu_what_is_timed_has_it_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    preset = dataclasses.replace(SMOKE, workers=4)
+    results = Results(tmp_path / "file.json", {})
+    alone: list[str] = []
+    monkeypatch.setattr(stages, "_train_group", lambda bench, specs, group: alone.append(group))
+    monkeypatch.setattr(Results, "open", classmethod(lambda cls, path, settings: results))
+    monkeypatch.setattr(stages, "ProcessPoolExecutor", lambda *args: pytest.fail("several at a time"))
+    groups = [[record(0.0, seed=seed).spec] for seed in range(2)]
+    stages.Bench(preset, None, False, torch.device("cuda"), results, {}, 1).run(groups, timed=True)
+    assert len(alone) == 2
+    with pytest.raises(pytest.fail.Exception, match="several"):
+        stages.Bench(preset, None, False, torch.device("cpu"), results, {}, 1).run(groups, timed=True)
+    with pytest.raises(pytest.fail.Exception, match="several"):
+        stages.Bench(preset, None, False, torch.device("cuda"), results, {}, 1).run(groups)
+
+
 def test_table_without_proof() -> None:
     """Nothing is filled in: seconds that were not measured in turns, a seed that is missing, a search not ended."""
     runs = [record(70.0), *budgets_run({1.0: 76.0}, group="another hour")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from study.training import PLAIN, Record
 
 DECORRELATED = "decorrelated"
 AT_PLAIN_RATE = "at plain's rate"
+DRAWS = 2000
 Rates = Mapping[tuple[str, str], Mapping[float, float]]  # (opt, arm): learning rates by the epochs they were tuned at
 
 
@@ -41,16 +43,25 @@ class Curve:
         return {epochs: statistics.mean(values) for epochs, values in self.scores.items()}
 
     def budget_to(self, level: float) -> float | None:
-        """Epochs to a level of accuracy, %: between two budgets that were trained, along a line over their logarithms.
+        """Epochs to a level of accuracy, %: see `crossing`."""
+        return crossing(list(self.means.items()), level)
 
+
+def crossing(points: Sequence[tuple[float, float]], level: float) -> float | None:
+    """Epochs to a level: between two budgets that were trained, along a line over their logarithms.
+
+    Args:
+        points: epochs and accuracy in %, by epochs.
+        level: accuracy, %.
+
+    Returns:
         None where the smallest budget is above the level already, or none reaches it.
-        """
-        points = list(self.means.items())
-        for (before, low), (after, high) in zip(points, points[1:], strict=False):
-            if low <= level <= high and low < high:
-                share = (level - low) / (high - low)
-                return 2 ** (math.log2(before) + share * (math.log2(after) - math.log2(before)))
-        return None
+    """
+    for (before, low), (after, high) in zip(points, points[1:], strict=False):
+        if low <= level <= high and low < high:
+            share = (level - low) / (high - low)
+            return 2 ** (math.log2(before) + share * (math.log2(after) - math.log2(before)))
+    return None
 
 
 def rate_for(rates: Mapping[float, float], epochs: float) -> float:
@@ -150,3 +161,49 @@ def speedups(mine: Curve, other: Curve, cost: float) -> list[Speedup]:
         steps = epochs / needed if needed else None
         found.append(Speedup(epochs, steps, steps and steps / cost))
     return found
+
+
+def spreads(curves: Sequence[Curve]) -> dict[float, float]:
+    """Standard deviation of a run's accuracy over seeds by epochs, %, pooled over the curves."""
+    found: dict[float, list[float]] = {}
+    freedom: dict[float, int] = {}
+    for curve in curves:
+        for epochs, values in curve.scores.items():
+            mean = statistics.mean(values)
+            found.setdefault(epochs, []).extend((value - mean) ** 2 for value in values)
+            freedom[epochs] = freedom.get(epochs, 0) + len(values) - 1
+    return {epochs: math.sqrt(sum(squares) / freedom[epochs]) for epochs, squares in found.items() if freedom[epochs]}
+
+
+def interval(
+    mine: Curve, other: Curve, cost: float, epochs: float, spread: Mapping[float, float]
+) -> tuple[float, float] | None:
+    """Where 95 of 100 repetitions would have the speed-up in seconds, by what seeds do (a parametric bootstrap).
+
+    The cost of a step is taken as known.
+
+    Args:
+        mine: the arm.
+        other: whose accuracy is the target.
+        cost: seconds of a step of mine in units of the other's.
+        epochs: the other's budget.
+        spread: see `spreads`.
+
+    Returns:
+        None where a budget has one seed, or more than 1 in 20 repetitions would not have the curves meet.
+    """
+    if not all(each in spread for each in (*mine.scores, epochs)):
+        return None
+    draw, found = random.Random(0), []
+    target, count = other.means[epochs], len(other.scores[epochs])
+    for _ in range(DRAWS):
+        level = draw.gauss(target, spread[epochs] / math.sqrt(count))
+        points = [
+            (at, draw.gauss(mean, spread[at] / math.sqrt(len(mine.scores[at])))) for at, mean in mine.means.items()
+        ]
+        if (needed := crossing(points, level)) is not None:
+            found.append(epochs / needed / cost)
+    if len(found) < 0.95 * DRAWS:
+        return None
+    found.sort()
+    return found[round(0.025 * len(found))], found[round(0.975 * len(found)) - 1]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from study.curve import AT_PLAIN_RATE, Curve, speedups
+from study.curve import AT_PLAIN_RATE, Curve, interval, speedups, spreads
 from study.training import PLAIN
 from timm_decor.errors import UserError
 from timm_decor.text import markdown_table
@@ -27,7 +27,16 @@ class Pair:
     target: Curve
 
     def cost(self, costs: Costs) -> float:
-        """Seconds of a step of the arm in units of the target's."""
+        """Seconds of a step of the arm in units of the target's.
+
+        Raises:
+            UserError: one of them was not timed.
+        """
+        missing = next(
+            (key for curve in (self.mine, self.target) if (key := (curve.opt, curve.role)) not in costs), None
+        )
+        if missing:
+            raise UserError(f"no step of {', '.join(missing)} was timed: run step_cost.py with it")
         return costs[self.mine.opt, self.mine.role] / costs[self.target.opt, self.target.role]
 
 
@@ -140,6 +149,8 @@ HEADLINE = (
 def headline(what: str, opt: str, epochs: float, found: Sequence[Curve], costs: Costs) -> list[str] | None:
     """A row under HEADLINE: three accuracies at an equal budget, and how much faster two of them are to the first.
 
+    A speed-up has its 95 % interval where it can be had.
+
     Args:
         what: network and data.
         opt: base optimizer.
@@ -165,9 +176,12 @@ def headline(what: str, opt: str, epochs: float, found: Sequence[Curve], costs: 
     def faster(arm: Curve | None) -> str:
         if arm is None:
             return "-"
-        by_epochs = {each.epochs: each.seconds for each in speedups(arm, plain, Pair(arm, plain).cost(costs))}
-        seconds = by_epochs.get(epochs)
-        return f"{seconds:.2f}x" if seconds else "-"
+        cost = Pair(arm, plain).cost(costs)
+        seconds = {each.epochs: each.seconds for each in speedups(arm, plain, cost)}.get(epochs)
+        if not seconds:
+            return "-"
+        ends = interval(arm, plain, cost, epochs, spreads(found))
+        return f"{seconds:.1f}x" + (f" ({ends[0]:.1f} to {ends[1]:.1f})" if ends else "")
 
     means = [f"{arm.means[epochs]:.1f} %" if arm else "-" for arm in (plain, mine, rival)]
     return [f"{what}, {_epochs(epochs)}", opt, *means, faster(mine), faster(rival)]

@@ -57,7 +57,8 @@ class Preset:
         amp: bfloat16 autocast.
         channels_last: memory format of the model.
         compile: torch.compile.
-        turn: steps that a run trains before it is the next one's turn.
+        turn: steps that a run trains before it is the next one's turn; a multiple of DecorConfig.every, so that each
+            turn has as many refreshes.
         threads: torch's, a worker; None for torch's own choice.
         workers: processes that train at the same time; each of them trains whole groups of runs, in turns.
         generated: pixels of generated images; 0 for a data set.
@@ -89,7 +90,7 @@ class Preset:
 
 PRESETS = {
     "gpu": Preset("resnet18", "small", 5, 128, None, 5000, 4, seeds=2, amp=True, turn=40, threads=None, workers=4),
-    "cpu": Preset("small_resnet", "timm", 2, 128, 40_000, 10_000, 2, 3, amp=False, turn=25, threads=1, workers=2),
+    "cpu": Preset("small_resnet", "timm", 2, 128, 40_000, 10_000, 2, 3, amp=False, turn=40, threads=1, workers=2),
     "smoke": Preset(
         "small_resnet", "timm", 2, 32, 256, 1, 2, 2, amp=False, turn=3, threads=1, workers=1, budgets=(0.5, 0.75),
         generated=16,

@@ -6,7 +6,7 @@
                  the target in the mean over seeds; the next smaller one on the list was trained, too, and missed it
     tuning       every arm, plain training too, on one grid at N epochs; shorter budgets take that learning rate
     seconds      steps times the cost of a step; the ratio of two arms' costs is that of their seconds in runs that
-                 trained in turns
+                 trained in turns, over the turns in which none of the runs was slow
 
 Accuracy is always that of the end of a schedule: neither the best epoch nor the first to cross a line is picked. This
 is time to a target as AlgoPerf has it (arXiv 2306.07179), with the target set by the tuned rival itself, and a budget
@@ -25,6 +25,9 @@ from timm_decor.errors import UserError
 
 Point = tuple[float, float]  # learning rate, weight decay
 MIN_TURNS = 4  # fewer, and a slow minute of the machine would have met one arm alone
+# Times a run's usual turn: something else had the machine. A turn is a few seconds, and what disturbs it may be over
+# before all arms have had theirs: ratios of whole runs were up to a twentieth off what undisturbed turns agree on.
+SLOW = 1.3
 
 
 def scores(records: Iterable[Record]) -> dict[Point, float]:
@@ -115,7 +118,7 @@ class Row:
         weight_decay: tuned or given.
         steps: of N epochs.
         top1: accuracy after N epochs, %, a number a seed.
-        seconds: training seconds of N epochs, a number a seed.
+        step_seconds: seconds of a step, refreshes included, a number a seed.
         cost: seconds of a step in units of the target's, a number for each seed whose runs trained in turns.
         target: mean accuracy of plain training after N epochs, with optimizer `against`.
         tried: mean accuracy at each budget that was trained with every seed.
@@ -131,7 +134,7 @@ class Row:
     weight_decay: float
     steps: int
     top1: tuple[float, ...]
-    seconds: tuple[float, ...]
+    step_seconds: tuple[float, ...]
     cost: tuple[float, ...]
     target: float
     tried: dict[float, float]
@@ -151,7 +154,7 @@ class Row:
     @property
     def milliseconds(self) -> float:
         """Of a step, refreshes included: the median over seeds."""
-        return 1000 * statistics.median(self.seconds) / self.steps
+        return 1000 * statistics.median(self.step_seconds)
 
     @property
     def steps_speedup(self) -> float | None:
@@ -188,6 +191,7 @@ def rows(
     """
     found = []
     runs = {key: _by_budget(records, *key, whole, budgets) for key in {(r.spec.opt, r.spec.arm) for r in records}}
+    quiet = quiet_turns([record for mine in runs.values() for record in mine.get(1.0, [])])
     complete = sorted(key for key, mine in runs.items() if len(mine.get(1.0, [])) >= seeds)
     for against in sorted({opt for opt, _ in complete}, key=lambda opt: (opt == rival, opt)):
         if (against, PLAIN) not in complete:
@@ -196,13 +200,13 @@ def rows(
         arms = [key for key in complete if key[0] == against and key[1] != PLAIN]
         others = [(rival, PLAIN)] if rival and rival != against and (rival, PLAIN) in complete else []
         for key in [(against, PLAIN), *arms, *others]:
-            found.append(_row(against, plain, *key, runs[key], whole, budgets, seeds))
+            found.append(_row(against, plain, *key, runs[key], whole, budgets, seeds, quiet))
     return found
 
 
 def _row(
     against: str, plain: list[Record], opt: str, arm: str, mine: Mapping[float, list[Record]], whole: int,
-    budgets: Sequence[float], seeds: int,
+    budgets: Sequence[float], seeds: int, quiet: Mapping[str, Sequence[int]],
 ) -> Row:  # fmt: skip
     target = statistics.mean(record.final for record in plain)
     tried = {b: statistics.mean(r.final for r in mine[b]) for b in sorted(mine) if len(mine[b]) >= seeds}
@@ -213,7 +217,8 @@ def _row(
     runs, spec = mine[1.0], mine[1.0][0].spec
     return Row(
         against, opt, arm, spec.lr, spec.weight_decay, whole, tuple(r.final for r in runs),
-        tuple(sum(r.seconds) for r in runs), _costs(runs, plain), target, tried, budget, missed, following is not None,
+        tuple(_step_seconds(r, quiet) for r in runs), _costs(runs, plain, quiet), target, tried,
+        budget, missed, following is not None,
     )  # fmt: skip
 
 
@@ -229,15 +234,50 @@ def _by_budget(
     return mine
 
 
-def _costs(mine: Iterable[Record], plain: Iterable[Record]) -> tuple[float, ...]:
-    """Ratio of the seconds of whole runs, of each seed whose runs trained in turns and to their end."""
-    others = {record.group: record for record in plain if _took_turns(record)}
-    pairs = [(record, others[record.group]) for record in mine if record.group in others and _took_turns(record)]
-    return tuple(sum(record.seconds) / sum(other.seconds) for record, other in pairs)
+def quiet_turns(records: Iterable[Record]) -> dict[str, list[int]]:
+    """By group, the turns in which no run was slow: one that something else disturbed makes the others look fast.
+
+    Args:
+        records: runs of one length. Those that diverged, or had fewer turns than `MIN_TURNS`, do not count.
+
+    Returns:
+        Indexes of turns; all of them where fewer than `MIN_TURNS` are quiet, as of a group in which no turn is usual.
+    """
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        if _took_turns(record):
+            groups.setdefault(record.group, []).append(record)
+    found = {}
+    for group, runs in groups.items():
+        limits = [SLOW * statistics.median(run.seconds) for run in runs]
+        turns = range(min(len(run.seconds) for run in runs))
+        quiet = [i for i in turns if all(run.seconds[i] <= limit for run, limit in zip(runs, limits, strict=True))]
+        found[group] = quiet if len(quiet) >= MIN_TURNS else list(turns)
+    return found
 
 
 def _took_turns(record: Record) -> bool:
     return not record.diverged and len(record.seconds) >= MIN_TURNS
+
+
+def _costs(mine: Iterable[Record], plain: Iterable[Record], quiet: Mapping[str, Sequence[int]]) -> tuple[float, ...]:
+    """Ratio of the seconds of quiet turns, of each seed whose runs trained in turns and to their end."""
+    others = {record.group: record for record in plain if _took_turns(record)}
+    pairs = [(record, others[record.group]) for record in mine if record.group in others and _took_turns(record)]
+    return tuple(_seconds(record, quiet) / _seconds(other, quiet) for record, other in pairs)
+
+
+def _seconds(record: Record, quiet: Mapping[str, Sequence[int]]) -> float:
+    return sum(record.seconds[i] for i in quiet[record.group])
+
+
+def _step_seconds(record: Record, quiet: Mapping[str, Sequence[int]]) -> float:
+    """Of a step, over its group's quiet turns; of a run that took no turns over the whole."""
+    if not _took_turns(record):
+        return sum(record.seconds) / record.spec.steps
+    turn = -(-record.spec.steps // len(record.seconds))  # the last one may be shorter
+    steps = sum(min(turn, record.spec.steps - i * turn) for i in quiet[record.group])
+    return _seconds(record, quiet) / steps
 
 
 def seed_spread(table: Sequence[Row]) -> tuple[float, int]:

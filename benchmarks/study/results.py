@@ -45,6 +45,21 @@ def session(device: torch.device, threads: int | None, workers: int) -> dict[str
     }
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a file at once: whoever is killed meanwhile leaves what was there.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
 def commit_of(folder: Path) -> str | None:
     """A checkout's commit, with a + where files differ from it; None outside a checkout."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
@@ -136,12 +151,7 @@ class Results:
         head = {"format": FORMAT, "settings": self.settings, "arms": arms, "sessions": self.sessions}
         text = json.dumps(head, indent=1)[:-2]  # runs a line each: a result file is read by people, too
         runs = ",\n".join("  " + json.dumps(record.as_json()) for record in order)
-        unfinished = self.path.with_name(f".{self.path.name}.unfinished")
-        try:
-            unfinished.write_text(f'{text},\n "runs": [\n{runs}\n ]\n}}\n', encoding="utf-8")
-            os.replace(unfinished, self.path)
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+        replace_text(self.path, f'{text},\n "runs": [\n{runs}\n ]\n}}\n')
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from study.results import session
+from study.results import replace_text, session
 
 
 class Rows:
-    """Rows in a JSON file, beside how and where the last of them was made.
+    """Rows in a JSON file, each with its command and commit, beside how and where the last of them was made.
 
     Args:
         path: the file; made with the first row. Several processes may add to it.
@@ -38,5 +38,5 @@ class Rows:
         with open(self.path.with_name(f".{self.path.name}.lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             made_by = session(torch.device("cpu"), self._threads, 1)
-            text = json.dumps({"made_by": made_by, "runs": [*self.rows, row]}, indent=1) + "\n"
-            self.path.write_text(text, encoding="utf-8")
+            row = {**row, "command": made_by["command"], "commit": made_by["commit"]}
+            replace_text(self.path, json.dumps({"made_by": made_by, "runs": [*self.rows, row]}, indent=1) + "\n")

@@ -50,12 +50,17 @@ class Bench:
     made_by: dict[str, Any]
     whole: int
 
-    def run(self, groups: Sequence[Sequence[Spec]]) -> None:
-        """Train groups of runs; each group in turns, groups on the preset's workers."""
+    def run(self, groups: Sequence[Sequence[Spec]], timed: bool = False) -> None:
+        """Train groups of runs; each group in turns, groups on the preset's workers.
+
+        Args:
+            groups: of runs.
+            timed: their seconds are reported. Workers have a core each, but share a GPU: there they train one by one.
+        """
         groups = [group for group in groups if group]
         begin = time.time_ns()
         jobs = [(list(group), f"{begin}-{number}") for number, group in enumerate(groups)]
-        if self.preset.workers == 1 or len(jobs) <= 1:
+        if self.preset.workers == 1 or len(jobs) <= 1 or (timed and self.device.type != "cpu"):
             for job in jobs:
                 _train_group(self, *job)
         else:
@@ -219,7 +224,7 @@ def report(bench: Bench, tuned: Results, opts: Sequence[str], arms: dict[str, st
         by_opt = [[spec(opt, arm, seed, 1.0) for arm in mine[opt]] for opt in opts]
         # An optimizer's arms train in turns or not at all: seconds of different hours are not compared.
         wholes.append([each for group in by_opt if missing(group) for each in group])
-    bench.run(wholes)
+    bench.run(wholes, timed=True)
     while True:
         wanted: list[list[Spec]] = [[] for _ in range(bench.preset.seeds)]
         for row in table_of(bench):
