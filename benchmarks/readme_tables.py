@@ -141,7 +141,7 @@ def step_cost(path: Path, draw: bool) -> str:
     has_peak = pictures.has_peaks(record)
     columns = [column for _, title, _ in others for column in (title, "ratio")]
     has_refresh = has_peak and all("refresh_peak_bytes" in result for result in record["results"])
-    memories = ("held, MiB", "peak in a step, MiB") if has_peak else ("memory, MiB",)
+    memories: tuple[str, ...] = ("held, MiB", "peak in a step, MiB") if has_peak else ("memory, MiB",)
     memories += ("and that refreshes, MiB",) if has_refresh else ()
     header = ("", "plain, ms", "decorrelated, ms", "ratio", *columns, *memories)
     rows = []

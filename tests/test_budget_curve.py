@@ -72,7 +72,7 @@ def test_speedups() -> None:
 def test_interval() -> None:
     """What two other seeds would give: nothing to either side without spread, and wider with more of it."""
     plain = curve.Curve("sgd", PLAIN, {}, {1: (50, 52), 2: (60, 62), 4: (70, 72)})
-    mine = curve.Curve("sgd", "decorrelated", {}, {1: (60, 62), 2: (70, 72), 4: (75, 77)})
+    mine = curve.Curve("sgd", "decorrelated", {}, {1: (60, 62), 2: (70, 72), 4: (80, 82)})
     assert curve.spreads([plain, mine]) == pytest.approx(dict.fromkeys((1, 2, 4), 2**0.5))
     assert curve.interval(mine, plain, 1.25, 4, dict.fromkeys((1, 2, 4), 1e-9)) == pytest.approx((1.6, 1.6))
     low, high = curve.interval(mine, plain, 1.25, 4, dict.fromkeys((1, 2, 4), 0.2)) or (0, 0)
