@@ -78,6 +78,10 @@ TRAIN_ERRORS = [
     ("--mean nan", "argument --mean: must be finite, not nan"),
     ("--head-init-bias nan", "argument --head-init-bias: must be finite, not nan"),
     ("--sched step --decay-epochs 0", "argument --decay-epochs: must be above 0, not 0"),
+    (
+        "--warmup-prefix --warmup-epochs 0.5",
+        "--warmup-prefix puts whole epochs before the schedule, not --warmup-epochs 0.5",
+    ),
     ("--lr-cycle-mul 0", "argument --lr-cycle-mul: must be above 0, not 0"),
     ("--cutmix-minmax 0.8 0.2", "argument --cutmix-minmax: the smaller one first, not 0.8 0.2"),
     ("--train-crop-mode rkrc --scale 0 1", "argument --scale: must be above 0, not 0"),
@@ -141,6 +145,13 @@ def test_train_refuses_in_one_line(words: str, expected: str, tmp_path: Path, ca
         ("--bce-target-thresh 0.2", "--bce-target-thresh does nothing without --bce-loss"),
         ("--input-size 3 32 32", "--img-size does nothing beside --input-size"),
         ("--kd-temperature 2", "--kd-temperature does nothing without --kd-model-name"),
+        ("--mixup-prob 0.5", "--mixup-prob does nothing without --mixup or --cutmix or --cutmix-minmax"),
+        ("--mixup-prob 0.5 --cutmix 1", ""),
+        ("--model-ema-decay 0.9", "--model-ema-decay does nothing without --model-ema"),
+        ("--color-jitter-prob 0.5", "--color-jitter-prob does nothing without --color-jitter"),
+        ("--no-aug --aa rand-m9", "--aa does nothing beside --no-aug"),
+        ("--sched step --cooldown-epochs 3", "--cooldown-epochs does nothing with --sched step"),
+        ("--cooldown-epochs 3", ""),
     ],
 )
 def test_what_waits_for_another_argument_is_told_of(words: str, line: str):

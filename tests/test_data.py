@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import random
+import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from timm_decor.training.data.digits import Digits
 from timm_decor.training.data.loaders import eval_loader
 from timm_decor.training.data.parquet import Parquet, ParquetColumns
 from timm_decor.training.data.progressive import Progression
-from timm_decor.training.data.sources import Cached, read, rows_of, split_of
+from timm_decor.training.data.sources import Cached, read, rows_of, split_of, whole_label
 from timm_decor.training.options import DataOptions
 from timm_decor.training.runtime import make_accelerator
 
@@ -199,6 +201,37 @@ class TestParquet:
         assert len(open_source(args, "validation", "RGB")) == 2
         assert len(open_source(args, "test", "RGB")) == 3
 
+    def test_a_split_is_one_set_of_files(self, tmp_path: Path):
+        """train beside train_noisy is two splits; two revisions of one are refused, not read one after the other."""
+
+        def images(*names: str, split: str = "train") -> int:
+            (folder := tmp_path / str(len(list(tmp_path.iterdir())))).mkdir()
+            for name in names:
+                write_parquet(folder, name, [encoded(0)], [0])
+            return len(Parquet(folder, split, "RGB", ParquetColumns()))
+
+        beside = ("train-00000-of-00001.parquet", "train_noisy-00000-of-00001.parquet")
+        assert images(*beside) == images(*beside, split="train_noisy") == 1
+        assert images("train.parquet", "train_small.parquet") == 1
+        assert images("train_0.parquet", "train_1.parquet") == images("train1.parquet", "train2.parquet") == 2
+        hashed = ("train-00000-of-00002-ab1.parquet", "train-00001-of-00002-cd2.parquet")
+        assert images(*hashed) == 2
+        for more in ("train-00000-of-00002-ef3.parquet", "train-00000-of-00003.parquet", "train.parquet"):
+            with pytest.raises(UserError, match="more than one set|files are missing"):
+                images(*hashed, more)
+
+    def test_images_of_two_types(self, tmp_path: Path):
+        for number, kind in enumerate((pa.binary(), pa.large_binary())):
+            table = pa.table({"image": pa.array([encoded(number)], kind), "label": [0]})
+            pq.write_table(table, tmp_path / f"train_{number}.parquet")
+        source = Parquet(tmp_path, "train", "RGB", ParquetColumns())
+        assert [np.asarray(source.image(i)).mean() for i in (0, 1)] == [np.asarray(picture(i)).mean() for i in (0, 1)]
+        write_parquet(tmp_path, "train_2.parquet", [encoded(2)], [0])
+        with pytest.raises(
+            UserError, match="train_2.parquet: its images are struct<.*>, those of the first file binary"
+        ):
+            Parquet(tmp_path, "train", "RGB", ParquetColumns())
+
     @pytest.mark.parametrize(
         ("broken", "words"),
         [
@@ -304,6 +337,63 @@ class TestFolders:
         assert (len(source), source.num_classes, read(source, 5)[0].mode, read(source, 5)[1]) == (6, 3, "L", 2)
 
 
+class TestTorchvision:
+    """timm takes what is no word for training for the test images."""
+
+    @pytest.fixture
+    def root(self, tmp_path: Path) -> Path:
+        """MNIST's files: 6 training images of grey 10, 4 test images of grey 200, labels 0, 1, 2, ..."""
+        (raw := tmp_path / "MNIST" / "raw").mkdir(parents=True)
+        for name, count, grey in (("train", 6, 10), ("t10k", 4, 200)):
+            pixels = np.full((count, 28, 28), grey, dtype=np.uint8).tobytes()
+            (raw / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 0x803, count, 28, 28) + pixels)
+            (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, count) + bytes(range(count)))
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        ("split", "grey", "labels"),
+        [
+            ("train", 10, range(6)),
+            ("training[:4]", 10, range(4)),
+            ("train[50%:]", 10, range(3, 6)),
+            ("test", 200, range(4)),
+            ("validation[1:3]", 200, (1, 2)),
+        ],
+    )
+    def test_splits_and_parts(self, root: Path, split: str, grey: int, labels: Sequence[int]):
+        source = open_source(data_options("--dataset", "torch/mnist", "--data-dir", str(root)), split, "L")
+        found = [read(source, i) for i in range(len(source))]
+        assert [label for _, label in found] == list(labels)
+        assert {int(np.asarray(image).max()) for image, _ in found} == {grey}
+
+    def test_other_words_are_refused(self, root: Path):
+        with pytest.raises(UserError, match="torch/mnist has no split 'trian'; did you mean 'train'?|no split 'trian'"):
+            open_source(data_options("--dataset", "torch/mnist", "--data-dir", str(root)), "trian", "L")
+        with pytest.raises(UserError, match="no images"):
+            open_source(data_options("--dataset", "torch/mnist", "--data-dir", str(root)), "test[4:]", "L")
+
+
+@pytest.mark.parametrize("name", ["digits/x", "parquet/foo", "folder/cats"])
+def test_a_name_that_would_not_be_looked_at(name: str, tmp_path: Path):
+    with pytest.raises(UserError, match=f"--dataset {name}: {name.split('/')[0]} takes no name"):
+        open_source(data_options("--dataset", name, "--data-dir", str(tmp_path)), "train", "RGB")
+
+
+def test_digits_are_not_in_a_folder(tmp_path: Path):
+    with pytest.raises(UserError, match="digits comes with scikit-learn, not from"):
+        open_source(data_options("--dataset", "digits", "--data-dir", str(tmp_path)), "train", "RGB")
+
+
+@pytest.mark.parametrize("value", [0.9, 2.0, None, "x"])
+def test_a_label_is_a_whole_number(value: object):
+    with pytest.raises(ValueError, match="no whole number|invalid literal"):
+        whole_label(value)
+
+
+def test_labels_as_data_sets_have_them():
+    assert [whole_label(value) for value in (3, "3", b"3\n", np.int64(3), torch.tensor(3))] == [3] * 5
+
+
 class TestBatches:
     def test_they_depend_on_seed_and_epoch_alone(self):
         reference = batches(epoch=1)
@@ -345,6 +435,22 @@ class TestBatches:
         assert (labels.topk(2).values[:, 1] > 0.02).any(), "two classes share an image"
         later = torch.cat([labels for _, labels in batches(*words, epoch=1)])
         assert torch.allclose(later.max(1).values, torch.tensor(0.91)), "smoothed, but no longer mixed"
+
+    @pytest.mark.parametrize(
+        ("words", "why"),
+        [
+            ("--aa rand-m9-n9-mstd0 --train-interpolation lanczos", "digits, image [0-9]+"),
+            ("--gaussian-blur-prob 1 --epochs 2 --progressive-size 8:0.5,32:0.5", "digits, image [0-9]+"),
+        ],
+    )
+    def test_what_an_augmentation_cannot_do_is_named(self, words: str, why: str):
+        with pytest.raises(UserError, match=f"cannot augment image {why}"):
+            batches(*words.split())
+
+    def test_cutmix_needs_sizes_to_choose_from(self):
+        for values in ("0.5 0.5", "0 0", "0.5 0.51"):
+            with pytest.raises(UserError, match="--cutmix-minmax .* leaves no pixel to choose from in images of 32 px"):
+                batches(*f"--cutmix-minmax {values}".split())
 
     def test_a_label_beyond_the_classes_is_named(self):
         reset_accelerate()

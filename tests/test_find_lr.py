@@ -38,7 +38,7 @@ def test_what_diverged_is_told_and_never_named():
     assert "diverged at update 13" in find_lr.table([some])
     assert "at the edge of what was tried: try lower ones" in some.words
     none = Search("a", [trial(0.1, 2.0, diverged=True)])
-    assert none.best is None and "every learning rate diverged" in none.words
+    assert none.best is None and "with every learning rate training diverged" in none.words
 
 
 def find(folder, *words):

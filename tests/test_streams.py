@@ -21,7 +21,7 @@ from timm_decor.errors import Stopped, UserError, message
 from timm_decor.training.data import shards as shards_module
 from timm_decor.training.data import streams as streams_module
 from timm_decor.training.data.datasets import open_source, open_splits
-from timm_decor.training.data.loaders import eval_loader, of_epoch, train_loader
+from timm_decor.training.data.loaders import WORKER_TIMEOUT, eval_loader, of_epoch, train_loader
 from timm_decor.training.data.names import Renumbered
 from timm_decor.training.data.progressive import Progression
 from timm_decor.training.data.sources import read
@@ -142,6 +142,27 @@ class TestAnEpoch:
             {*range(TOTAL)} - {*sum((sum(greys(of_epoch(it, epoch, 0)), []) for it in made), [])} for epoch in (0, 1)
         ]
         assert [len(images) for images in left] == [4, 4] and left[0] != left[1], "others in another epoch"
+
+    def test_one_shard_begins_elsewhere_in_each_epoch(self, tmp_path: Path):
+        """Or some images would never come, and each process would always have the same ones."""
+        words = ["--dataset", "wds/", "--data-dir", str(write_shards(tmp_path, [20]))]
+        made = [loader(words, 2, n, batch=6) for n in range(2)]
+        seen = [[set(sum(greys(of_epoch(it, epoch, 0)), [])) for it in made] for epoch in range(12)]
+        assert all(len(a | b) == 12 for a, b in seen), "each once"
+        assert set().union(*(a | b for a, b in seen)) == set(range(20)), "what is left out is another one each time"
+        assert set().union(*(a for a, _ in seen)) == set(range(20)), "and so is a process's part"
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_a_resume_may_wait_for_what_it_leaves_out(self, tars: Path, workers: int):
+        """All of it is read before the first batch: at the end of an epoch longer than a batch may take."""
+        made = loader(["--dataset", "wds/", "--data-dir", str(tars)], workers=workers)
+        for done, patience in ((9, 10), (0, 1), (3, 4)):
+            resumed = of_epoch(made, 1, done)
+            next(batches := iter(resumed))
+            waits = getattr(resumed.base_dataloader._iterator, "_timeout", 0)
+            assert waits == (patience * WORKER_TIMEOUT if workers else 0)
+            for _ in batches:
+                pass
 
     def test_is_augmented_by_seed_and_epoch(self, tars: Path):
         made = loader(["--dataset", "wds/", "--data-dir", str(tars), "--reprob", "1"], augmented=True)

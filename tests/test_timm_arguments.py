@@ -6,6 +6,7 @@ import argparse
 import importlib
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
 from torch import nn
 from training_runs import DECOR, ROOT, created, history, options, reset_accelerate, train, training_batches
 
@@ -20,8 +22,13 @@ from timm_decor.errors import UserError
 from timm_decor.training import build
 from timm_decor.training.args import train_parser, validate_parser
 from timm_decor.training.distill import Distillation, make_distillation
+from timm_decor.training.keeping.metadata import stored_metadata
 from timm_decor.training.optim import make_loss, make_optimizer
 
+DATA = {
+    "input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bilinear", "crop_pct": 1.0,
+    "crop_mode": "center",
+}  # fmt: skip
 ROW = re.compile(r"^\| `(--[\w-]+|data)` \| (same|renamed|left out) \| (.*) \|$")
 
 
@@ -157,9 +164,11 @@ class TestDistillation:
             teacher, options("--kd-model-name", "any", *words).distill, self.CONFIG, Accelerator(cpu=True)
         )
 
-    def asked(self, words: list[str], student: nn.Module, config: dict) -> Distillation | None:
+    def asked(
+        self, words: list[str], student: nn.Module, config: dict, names: Sequence[str] = ()
+    ) -> Distillation | None:
         given = options(*words)
-        return make_distillation(given.distill, student, given.model, config, Accelerator(cpu=True), False)
+        return make_distillation(given.distill, student, given.model, config, names, Accelerator(cpu=True), False)
 
     def batch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return torch.randn(4, 3, 32, 32), torch.randn(4, 10), torch.arange(4)
@@ -242,9 +251,77 @@ class TestDistillation:
             self.asked(words.split(), model_of(), self.CONFIG)
         assert expected in str(error.value) and "\n" not in str(error.value)
 
+    def test_a_teacher_of_the_hub_keeps_its_head(self, tmp_path: Path):
+        """What timm knows by such a name it knows once it is there; a new head would teach noise."""
+        folder = tmp_path / "teacher"
+        save_for_hf(timm.create_model("test_resnet", num_classes=10), folder, safe_serialization=True)
+        words = ["--kd-model-name", f"local-dir:{folder}"]
+        reset_accelerate()
+        made = self.asked(words, model_of(), self.CONFIG)
+        assert made is not None
+        weights = load_file(folder / "model.safetensors")
+        assert torch.equal(made.teacher.state_dict()["fc.weight"], weights["fc.weight"])
+        save_for_hf(timm.create_model("test_resnet", num_classes=7), folder, safe_serialization=True)
+        with pytest.raises(UserError, match="teacher local-dir:.* knows 7 classes, not these 10"):
+            self.asked(words, model_of(), self.CONFIG)
+
+    def test_classes_are_matched_by_name(self, tmp_path: Path):
+        path, names = tmp_path / "teacher.safetensors", [f"class {i}" for i in range(10)]
+        teacher = model_of()
+        save_file(teacher.state_dict(), path, stored_metadata("test_resnet", 10, DATA, {}, names[::-1]))
+        words = ["--kd-model-name", "test_resnet", "--kd-pretrained-path", str(path), "--task-loss-weight", "0"]
+        images = self.batch()[0]
+        reset_accelerate()
+        made = self.asked(words, model_of(), self.CONFIG, names)
+        assert made is not None
+        with torch.no_grad():
+            right = teacher.eval()(images * made._factor + made._offset).flip(1)
+        assert made(torch.zeros(()), right, images).item() == pytest.approx(0, abs=1e-6)
+        with pytest.raises(UserError, match="the teacher does not know class 'another'"):
+            self.asked(words, model_of(), self.CONFIG, [*names[:9], "another"])
+
+    def test_a_grey_teacher_is_normalised_as_it_is_alone(self):
+        reset_accelerate()
+        teacher = timm.create_model("test_resnet", num_classes=10, in_chans=1)
+        teacher.pretrained_cfg = {**teacher.pretrained_cfg, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+        given = options("--kd-model-name", "any").distill
+        config = {"mean": (0.45,), "std": (0.25,), "input_size": (1, 32, 32)}
+        made = Distillation(teacher, given, config, Accelerator(cpu=True))
+        assert (made._factor.item(), made._offset.item()) == pytest.approx((0.25 / 0.5, (0.45 - 0.2) / 0.5))
+
+    def test_the_teachers_opinion_is_not_rounded(self):
+        """Under bfloat16 its logits are; its probabilities still sum to one."""
+        reset_accelerate()
+        teacher = model_of().eval()
+        given = options("--kd-model-name", "any").distill
+        made = Distillation(teacher, given, self.CONFIG, Accelerator(cpu=True, mixed_precision="bf16"))
+        images, _, _ = self.batch()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            logits = teacher(images * made._factor + made._offset).float()
+        ours = torch.randn(4, 10)
+        t = given.kd_temperature
+        right = nn.functional.kl_div(
+            (ours / t).log_softmax(1), (logits / t).log_softmax(1), reduction="batchmean", log_target=True
+        )
+        assert made(torch.zeros(()), ours, images).item() == pytest.approx(right.item() * t**2, rel=1e-5)
+
     def test_a_teacher_of_another_size(self):
         with pytest.raises(UserError, match=r"--kd-model-name: it does not take images of \(3, 32, 32\)"):
             self.made(timm.create_model("vit_tiny_patch16_224", num_classes=10))
+
+
+@pytest.mark.parametrize("name", ["--initial-checkpoint", "--pretrained-path"])
+def test_a_head_of_other_classes_is_told_of(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """The same classes under other numbers would be wrong for each of them; others are a choice."""
+    digits = [str(digit) for digit in range(10)]
+    path = tmp_path / "weights.safetensors"
+    save_file(model_of().state_dict(), path, stored_metadata("test_resnet", 10, DATA, {}, digits[::-1]))
+    with pytest.raises(UserError, match=f"{name} .* numbers the classes otherwise: '0' is 9 there and 0 here"):
+        train(tmp_path / "run", "--epochs", 1, name, path)
+    for names, told in ((digits, False), ([], False), ([f"kind {digit}" for digit in digits], True)):
+        save_file(model_of().state_dict(), path, stored_metadata("test_resnet", 10, DATA, {}, names))
+        train(tmp_path / f"run{len(names)}{told}", "--epochs", 1, name, path)
+        assert (f"{name}: its head knows other classes ('kind 0', ...)" in capsys.readouterr().out) == told
 
 
 def test_every_switch_can_be_undone():

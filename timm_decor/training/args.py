@@ -41,7 +41,9 @@ def train_parser(prog: str = "train.py") -> Parser:
     add_data_arguments(parser, batch_size=128)
     group = parser.add_argument_group("training data")
     group.add_argument("--train-split", default="train", metavar="NAME", help="training split, as in train[:1000]")
-    group.add_argument("--val-split", default="validation", metavar="NAME", help="falls back to val or test")
+    group.add_argument(
+        "--val-split", default="validation", metavar="NAME", help="of files and folders also val or test"
+    )
     group.add_argument("--train-num-samples", type=count, metavar="N", help="images that the training split must have")
     group.add_argument("--val-num-samples", type=count, metavar="N", help="images that the evaluation split must have")
     group.add_argument("-vb", "--validation-batch-size", type=count, metavar="N", help="default: --batch-size")
@@ -88,7 +90,7 @@ def validate_parser(prog: str = "validate.py") -> Parser:
     parser = Parser(prog=prog, description="Evaluate a checkpoint, or timm's pretrained weights.")
     add_data_arguments(parser, batch_size=256)
     add_model_arguments(parser, default_model=None)
-    parser.add_argument("--split", default="validation", metavar="NAME", help="falls back to val or test")
+    parser.add_argument("--split", default="validation", metavar="NAME", help="of files and folders also val or test")
     parser.add_argument("--num-samples", type=count, metavar="N", help="images that the split must have")
     parser.add_argument(
         "--checkpoint",

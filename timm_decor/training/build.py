@@ -397,9 +397,13 @@ def data_config(options: ImageOptions, model: nn.Module, in_chans: int, use_test
     config = resolve_data_config(dataclasses.asdict(options), model=model, use_test_size=use_test_size)
     config["input_size"] = (in_chans, *config["input_size"][1:])
     for name in ("mean", "std"):
-        if len(config[name]) != in_chans:  # timm's defaults are for RGB
-            config[name] = (sum(config[name]) / len(config[name]),) * in_chans
+        config[name] = per_channel(config[name], in_chans)
     return config
+
+
+def per_channel(values: Sequence[float], in_chans: int) -> tuple[float, ...]:
+    """Means or standard deviations of so many channels: timm's are for RGB, and of grey images their mean is taken."""
+    return tuple(values) if len(values) == in_chans else (sum(values) / len(values),) * in_chans
 
 
 def input_channels(options: ImageOptions) -> int:

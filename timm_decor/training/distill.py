@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from timm_decor.errors import UserError
+from timm_decor.text import near
 from timm_decor.training import build
 from timm_decor.training.keeping.metadata import CheckpointMetadata
 from timm_decor.training.options import DistillOptions
@@ -34,6 +35,7 @@ class Distillation(nn.Module):
         data_config: by which the student's images were normalised: mean, std, input_size.
         accelerator: its device and precision are used.
         channels_last: memory layout of the images.
+        order: the teacher's class that each of the student's is; None where they are numbered alike.
 
     Raises:
         UserError: the teacher does not take such images.
@@ -46,6 +48,7 @@ class Distillation(nn.Module):
         data_config: dict[str, Any],
         accelerator: Accelerator,
         channels_last: bool = False,
+        order: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.teacher = build.place(teacher.eval().requires_grad_(False), accelerator.device, channels_last)
@@ -59,6 +62,7 @@ class Distillation(nn.Module):
         factor, offset = _renormalisation(data_config, theirs)
         self._factor, self._offset = factor.to(accelerator.device), offset.to(accelerator.device)
         self._device = accelerator.device
+        self._order = None if order is None else torch.tensor(order, device=self._device)
         self.check_images([data_config["input_size"]])
 
     def check_images(self, sizes: Iterable[Sequence[int]]) -> None:
@@ -81,7 +85,8 @@ class Distillation(nn.Module):
         """
         student = output[1] if self._by_token else output
         with torch.no_grad(), self._autocast():
-            teacher = self.teacher(images * self._factor + self._offset)
+            teacher = self.teacher(images * self._factor + self._offset).float()  # a softmax wants more than bfloat16
+            teacher = teacher if self._order is None else teacher[:, self._order]
         assert isinstance(student, Tensor)
         if self._by_token and self._hard:
             distill_loss = functional.cross_entropy(student, teacher.argmax(1))
@@ -97,6 +102,7 @@ def make_distillation(
     student: nn.Module,
     name: str,
     data_config: dict[str, Any],
+    class_names: Sequence[str],
     accelerator: Accelerator,
     channels_last: bool,
 ) -> Distillation | None:
@@ -107,12 +113,14 @@ def make_distillation(
         student: the model to train.
         name: of the student, for messages.
         data_config: by which the student's images were normalised.
+        class_names: of the student's classes; empty where they are not known.
         accelerator: of the student.
         channels_last: memory layout of the images.
 
     Raises:
-        UserError: an unknown teacher, weights that do not load, other classes than the student's, a student without
-            a distillation head, or images that the teacher does not take.
+        UserError: an unknown teacher, weights that do not load, other classes than the student's, by number or by the
+            names in the teacher's checkpoint, a student without a distillation head, or images that the teacher does
+            not take.
     """
     if not options.kd_model_name:
         return None
@@ -122,26 +130,46 @@ def make_distillation(
         student.set_distilled_training(True)  # type: ignore[operator]
     classes, channels = build.class_count(student), data_config["input_size"][0]
     teacher = _teacher(options.kd_model_name, options.kd_pretrained_path, classes, channels)
-    return Distillation(teacher, options, data_config, accelerator, channels_last)
+    order = _order(options.kd_pretrained_path, class_names)
+    return Distillation(teacher, options, data_config, accelerator, channels_last, order)
 
 
 def _teacher(name: str, path: str | None, classes: int, channels: int) -> nn.Module:
     build.check_model_name(name)
     own = getattr(get_pretrained_cfg(name, allow_unregistered=True), "num_classes", classes)
-    if not path and own != classes:  # timm would give it a new head, and it would teach noise
-        raise UserError(
-            f"teacher {name} knows {own} classes, not these {classes}: --kd-pretrained-path takes one that does"
-        )
+    if not path:
+        _check_classes(name, own, classes)
+    size: dict[str, Any] = {"num_classes": classes} if path else {}  # timm would make a new head, which teaches noise
     try:
         with build.weights_only():
-            teacher = timm.create_model(
-                name, pretrained=not path, num_classes=classes, in_chans=channels, **_arguments(name, path)
-            )
+            teacher = timm.create_model(name, pretrained=not path, in_chans=channels, **size, **_arguments(name, path))
     except build.CREATION_ERRORS as error:
         raise UserError(f"cannot create teacher {name}: {build.reason(error)}") from error
+    if not path:
+        _check_classes(name, build.class_count(teacher), classes)  # of hf-hub:... nothing is known before
     if path:
         build.load_weights(teacher, path)
     return teacher
+
+
+def _check_classes(name: str, own: int, classes: int) -> None:
+    if own != classes:
+        raise UserError(
+            f"teacher {name} knows {own} classes, not these {classes}: --kd-pretrained-path takes one that does"
+        )
+
+
+def _order(path: str | None, names: Sequence[str]) -> list[int] | None:
+    """The teacher's class that each of `names` is, by the names in its checkpoint."""
+    saved = CheckpointMetadata.read(path or "")
+    theirs = list(saved.label_names) if saved else []
+    if not theirs or not names or theirs == list(names):
+        return None
+    missing = next((name for name in names if name not in theirs), None)
+    if missing is not None or len(set(theirs)) < len(theirs):
+        odd = f"does not know class '{missing}'{near(missing, theirs)}" if missing else "has a class name twice"
+        raise UserError(f"--kd-pretrained-path {path}: the teacher {odd}, so that its classes are not the student's")
+    return [theirs.index(name) for name in names]
 
 
 def _arguments(name: str, path: str | None) -> dict[str, Any]:
@@ -162,7 +190,9 @@ def _renormalisation(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[Tens
 def _seen_by(teacher: nn.Module, path: str | None, data_config: dict[str, Any]) -> dict[str, Any]:
     """Mean and std of the teacher's images: its checkpoint's where that says so, timm's, or else the student's."""
     saved = CheckpointMetadata.read(path or "")
+    channels = data_config["input_size"][0]
     for known in (saved.data_config if saved else {}, getattr(teacher, "pretrained_cfg", {}), data_config):
-        if len(known.get("mean") or ()) == len(known.get("std") or ()) == data_config["input_size"][0]:
-            return known
+        mean, std = known.get("mean") or (), known.get("std") or ()
+        if len(mean) == len(std) in (channels, 3):
+            return {"mean": build.per_channel(mean, channels), "std": build.per_channel(std, channels)}
     return data_config

@@ -85,18 +85,19 @@ class Search:
 
     @property
     def best(self) -> Trial | None:
-        """The lowest rate that is as good as the best one within the noise; None where all diverged."""
-        least = min(self.trials, key=lambda trial: trial.loss)
-        if math.isinf(least.loss):
+        """The lowest rate that is as good as the best one within the noise; None where the loss fell with none."""
+        trained = [trial for trial in self.trials if not trial.failed]
+        if not trained:
             return None
-        return next(trial for trial in self.trials if trial.loss <= least.loss + least.error)
+        least = min(trained, key=lambda trial: trial.loss)
+        return next(trial for trial in trained if trial.loss <= least.loss + least.error)
 
     @property
     def words(self) -> str:
         """The result in a sentence."""
         best = self.best
         if best is None:
-            return f"{self.name}: every learning rate diverged; try lower ones"
+            return f"{self.name}: with every learning rate training diverged, or its loss rose; try lower ones"
         edge = {self.trials[0].lr: "lower", self.trials[-1].lr: "higher"}.get(best.lr)
         at_edge = f"; it is at the edge of what was tried: try {edge} ones, too" if edge else ""
         return f"{self.name}: learning rate {best.lr:.4g} (training loss {best.loss:.4f}){at_edge}"

@@ -31,7 +31,7 @@ from timm_decor.training.distill import make_distillation
 from timm_decor.training.keeping import resume
 from timm_decor.training.keeping.checkpoints import Keeper
 from timm_decor.training.keeping.folder import ARGS_FILE, RunFolder
-from timm_decor.training.keeping.metadata import stored_metadata
+from timm_decor.training.keeping.metadata import CheckpointMetadata, stored_metadata
 from timm_decor.training.keeping.privacy import refuse_secrets
 from timm_decor.training.keeping.record import Record
 from timm_decor.training.keeping.stopping import StopRequest
@@ -231,6 +231,9 @@ def _make(options: TrainOptions, accelerator: Accelerator) -> _Made:
         model = build.synchronized(model, start.freeze, accelerator.device, accelerator.num_processes)
     base = build.hub_name(model) if start.pretrained else None
     classes = build.class_count(model)
+    for name in ("initial_checkpoint", "pretrained_path"):
+        if note := _of_other_classes(name, getattr(start, name), train_source.class_names, classes):
+            accelerator.print(note)
     check_labels(train_source, classes, f"split {split.train_split}")
     check_labels(eval_source, classes, f"split {split.val_split}")
     if options.evaluation.eval_metric == "top5" and classes <= 5:
@@ -249,11 +252,40 @@ def _make(options: TrainOptions, accelerator: Accelerator) -> _Made:
         ),
     )
     channels_last = options.device.channels_last
-    distillation = make_distillation(options.distill, model, options.model, data_config, accelerator, channels_last)
+    names = train_source.class_names
+    distillation = make_distillation(
+        options.distill, model, options.model, data_config, names, accelerator, channels_last
+    )
     if distillation is not None:
         distillation.check_images(progression.input_sizes)
     images = len(train_source), len(eval_source)
     return _Made(model, base, data_config, progression, train_source.class_names, loaders, images, distillation)
+
+
+def _of_other_classes(name: str, path: str | None, names: Sequence[str], classes: int) -> str:
+    """What to say where a head that training begins with knows other classes by name than there are here.
+
+    Args:
+        name: of the argument.
+        path: of the weights.
+        names: of the classes here; empty where they are not known.
+        classes: of the model; of other numbers of them the head is a new one.
+
+    Raises:
+        UserError: they are the same ones, numbered otherwise: the head would be wrong for each.
+    """
+    saved = CheckpointMetadata.read(path or "")
+    theirs = list(saved.label_names) if saved else []
+    if not theirs or not names or theirs == list(names) or len(theirs) != classes:
+        return ""
+    flag = f"--{name.replace('_', '-')}"
+    if sorted(theirs) == sorted(names):
+        here, other = next((i, name) for i, name in enumerate(names) if theirs[i] != name)
+        raise UserError(
+            f"{flag} {path} numbers the classes otherwise: '{other}' is {theirs.index(other)} there and {here} here; "
+            f"give the data its numbers (--class-map, or classes.json beside parquet files)"
+        )
+    return f"{flag}: its head knows other classes ('{theirs[0]}', ...), and is trained on from there"
 
 
 def _progression(options: TrainOptions, input_size: Sequence[int]) -> Progression:

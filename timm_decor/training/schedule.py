@@ -97,6 +97,10 @@ def _timm_scheduler(
     """timm's scheduler, None for --sched none, and the number of epochs that it wants."""
     if options.sched == "none" and layer_decay not in (None, 1):
         raise UserError("--layer-decay does nothing with --sched none: timm's schedules apply it; use --sched constant")
+    if options.warmup_prefix and options.warmup_epochs % 1:  # timm would cut the end of the schedule off
+        raise UserError(
+            f"--warmup-prefix puts whole epochs before the schedule, not --warmup-epochs {options.warmup_epochs:g}"
+        )
     kwargs = scheduler_kwargs(options, decreasing_metric=eval_metric == "loss") | {"noise_seed": seed}
     kwargs["step_on_epochs"] |= options.sched == "plateau"  # it follows the metric of whole epochs
     try:

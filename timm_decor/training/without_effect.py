@@ -27,7 +27,18 @@ _IDLE = (  # recipes have them at hand for when the second is turned on
     ("model_ema_warmup", "model_ema"),
     ("remode", "reprob"),
     ("recount", "reprob"),
+    ("model_ema_decay", "model_ema"),
+    ("mixup_prob", ("mixup", "cutmix", "cutmix_minmax")),
+    ("mixup_mode", ("mixup", "cutmix", "cutmix_minmax")),
+    ("mixup_off_epoch", ("mixup", "cutmix", "cutmix_minmax")),
+    ("color_jitter_prob", "color_jitter"),
+    ("lr_noise_pct", "lr_noise"),
+    ("lr_noise_std", "lr_noise"),
+    ("layer_decay_min_scale", "layer_decay"),
+    ("layer_decay_no_opt_scale", "layer_decay"),
 )
+_AUGMENTS = ("aa", "reprob", "train_crop_mode", "vflip", "grayscale_prob", "gaussian_blur_prob")  # not with --no-aug
+_WITHOUT_COOLDOWN = ("constant", "multistep", "none", "plateau", "step")  # timm adds them to those that have an end
 _MAPPED = ("folder", "wds")  # data sets that --class-map numbers
 
 
@@ -56,10 +67,15 @@ def refuse_class_map(args: argparse.Namespace) -> None:
 def idle(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
     """A line for each argument that waits for another one which is off."""
     lines = [
-        f"{_flag(name)} does nothing without {_flag(other)}"
-        for name, other in (*_FORGOTTEN, *_IDLE)  # the former of a run that has begun: else they are refused
-        if hasattr(args, name) and _is_given(args, parser, name) and not getattr(args, other)
+        f"{_flag(name)} does nothing without {' or '.join(map(_flag, others))}"
+        for name, given in (*_FORGOTTEN, *_IDLE)  # the former of a run that has begun: else they are refused
+        for others in [(given,) if isinstance(given, str) else given]
+        if hasattr(args, name) and _is_given(args, parser, name) and not any(getattr(args, other) for other in others)
     ]
+    if getattr(args, "no_aug", False):
+        lines += [f"{_flag(name)} does nothing beside --no-aug" for name in _AUGMENTS if _is_given(args, parser, name)]
+    if getattr(args, "cooldown_epochs", 0) and args.sched in _WITHOUT_COOLDOWN:
+        lines.append(f"--cooldown-epochs does nothing with --sched {args.sched}")
     if args.input_size and (args.img_size or args.in_chans):
         lines.append(f"{'--img-size' if args.img_size else '--in-chans'} does nothing beside --input-size")
     return lines

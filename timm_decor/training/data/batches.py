@@ -18,7 +18,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from timm_decor.errors import UserError
+from timm_decor.errors import UserError, first_line
 from timm_decor.training.data.progressive import Progression
 from timm_decor.training.data.sources import Source, read
 from timm_decor.training.runtime import mixed_seed
@@ -122,7 +122,10 @@ class Batches(Dataset[Any]):
             raise UserError(
                 f"image {self.source.where(index)} has label {label}, but the model has {self._num_classes} classes"
             )
-        return transform(image), label
+        try:
+            return transform(image), label
+        except Exception as error:  # timm's and torchvision's raise whatever comes
+            raise UserError(f"cannot augment image {self.source.where(index)}: {first_line(error)}") from error
 
 
 @contextlib.contextmanager

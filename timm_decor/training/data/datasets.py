@@ -10,15 +10,16 @@ from timm.data import create_dataset
 from timm_decor.errors import UserError, first_line
 from timm_decor.text import near
 from timm_decor.training.data.digits import Digits
-from timm_decor.training.data.folders import Folder
+from timm_decor.training.data.folders import Folder, class_map_file
 from timm_decor.training.data.libraries import TimmDataset
 from timm_decor.training.data.names import numbered_as
 from timm_decor.training.data.parquet import Parquet, ParquetColumns
 from timm_decor.training.data.shards import ParquetShards, TarShards, is_local
-from timm_decor.training.data.sources import Cached, Source, decoded_bytes
+from timm_decor.training.data.sources import EVAL_NAMES, TRAIN_NAMES, Cached, Source, decoded_bytes, split_of
 from timm_decor.training.options import DataOptions, SplitOptions
 
 _KINDS = ("digits", "parquet", "folder", "torch/", "hfds/", "wds/", "hfids/")
+_CHECK_THEIR_SPLITS = ("imagenet", "places365", "inaturalist", "inat")  # those of torchvision that have names for them
 _CACHE_LIMIT = 2**30  # bytes of decoded images that are cached without being asked
 
 
@@ -35,13 +36,19 @@ def open_source(options: DataOptions, split: str, mode: str, num_samples: int | 
         UserError: unknown kind, missing or empty folder, no such split, missing column, another number of images.
     """
     name = options.dataset or ("folder" if options.data_dir else "digits")
-    kind = name.split("/", 1)[0].lower()
+    kind, _, rest = name.partition("/")
+    kind = kind.lower()
+    if rest and kind in ("digits", "parquet", "folder"):
+        raise UserError(f"--dataset {name}: {kind} takes no name; its images are those of --data-dir FOLDER")
+    if kind == "digits" and options.data_dir:
+        raise UserError(f"--dataset digits comes with scikit-learn, not from {options.data_dir}: leave out --data-dir, "
+                        f"or name another --dataset")  # fmt: skip
     if kind == "digits":
         source: Source = Digits(split, mode)
     elif kind == "parquet":
         source = Parquet(_existing(options.data_dir, name), split, mode, _columns(options))
     elif kind == "folder":
-        source = Folder(_existing(options.data_dir, name), split, mode, _class_map(options))
+        source = Folder(_existing(options.data_dir, name), split, mode, class_map_file(options))
     elif kind in ("torch", "hfds") and "/" in name:
         source = _timm_source(options, name, kind, split, mode)
     elif kind in ("wds", "hfids") and "/" in name:
@@ -109,8 +116,10 @@ def _timm_source(options: DataOptions, name: str, kind: str, split: str, mode: s
         raise UserError(f"--dataset {name} needs Hugging Face datasets: pip install 'timm-decor[data]'")
     try:
         if kind == "torch":
-            dataset = create_dataset(name, root=options.data_dir, split=split, download=options.dataset_download)
+            word, rows = _torch_split(name, split)
+            dataset = create_dataset(name, root=options.data_dir, split=word, download=options.dataset_download)
         else:
+            rows = slice(None)  # datasets cuts itself
             dataset = create_dataset(
                 name,
                 root=options.data_dir,
@@ -119,18 +128,26 @@ def _timm_source(options: DataOptions, name: str, kind: str, split: str, mode: s
                 input_key=options.input_key or "image",
                 target_key=options.target_key or "label",
             )
-        return TimmDataset(dataset, name, mode)
+        return TimmDataset(dataset, name, mode, rows)
     except (RuntimeError, ValueError, OSError, AssertionError, ImportError, KeyError, TypeError) as error:
         raise UserError(f"cannot open {name}, split {split}: {first_line(error)}") from error
 
 
+def _torch_split(name: str, split: str) -> tuple[str, slice]:
+    """What timm is to open, and the part of it.
+
+    timm takes what is no word of its own for training for the test images, and cuts `[:1000]` off.
+
+    Raises:
+        UserError: a word that torchvision would not look at.
+    """
+    kind, slash, text = split.rpartition("/")  # of inaturalist, as kingdom/2021_train
+    word, rows = split_of(text)
+    if word not in (*TRAIN_NAMES, *EVAL_NAMES) and name.rsplit("/", 1)[-1].lower() not in _CHECK_THEIR_SPLITS:
+        known = ", ".join((TRAIN_NAMES[0], *EVAL_NAMES))
+        raise UserError(f"{name} has no split '{word}'{near(word, (*TRAIN_NAMES, *EVAL_NAMES))}; splits: {known}")
+    return f"{kind}{slash}{word}", rows
+
+
 def _columns(options: DataOptions) -> ParquetColumns:
     return ParquetColumns(options.input_key, options.target_key)
-
-
-def _class_map(options: DataOptions) -> Path | None:
-    """--class-map, which timm looks for in the data folder as well."""
-    if not options.class_map:
-        return None
-    places = (Path(options.class_map), Path(options.data_dir or "", options.class_map))
-    return next((path for path in places if path.is_file()), places[0])

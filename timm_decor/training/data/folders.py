@@ -17,6 +17,7 @@ from timm_decor.errors import UserError
 from timm_decor.text import listed
 from timm_decor.training.data.decoding import decode
 from timm_decor.training.data.sources import EVAL_NAMES, TRAIN_NAMES, split_of
+from timm_decor.training.options import DataOptions
 
 
 class Folder:
@@ -93,6 +94,14 @@ class Folder:
 def readable_endings() -> frozenset[str]:
     """File name endings of the formats that this Pillow opens, in lower case, with their dot."""
     return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+
+
+def class_map_file(options: DataOptions) -> Path | None:
+    """--class-map, which timm looks for in the data folder as well."""
+    if not options.class_map:
+        return None
+    places = (Path(options.class_map), Path(options.data_dir or "", options.class_map))
+    return next((path for path in places if path.is_file()), places[0])
 
 
 def read_class_map(path: Path) -> list[str]:

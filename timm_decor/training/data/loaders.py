@@ -91,7 +91,7 @@ def train_loader(
         num_classes,
         seed,
         erase=_erasing(augment),
-        mixup=_mixup(label, options.batch_size, num_classes),
+        mixup=_mixup(label, options.batch_size, num_classes, [size[-1] for size in progression.input_sizes]),
         mixup_off_epoch=label.mixup_off_epoch,
     )
     seed_everything(seed)  # Accelerate's sampler takes its seed from torch's generator
@@ -123,11 +123,15 @@ def eval_loader(
     return _loader(dataset, options, accelerator, shuffle=False, seed=seed)
 
 
-def _mixup(label: LabelOptions, batch_size: int, num_classes: int) -> Mixup | None:
+def _mixup(label: LabelOptions, batch_size: int, num_classes: int, sizes: Iterable[int]) -> Mixup | None:
     if not label.mixes:
         return None
     if batch_size % 2:
         raise UserError(f"--mixup and --cutmix pair images up: --batch-size must be even, not {batch_size}")
+    low, high = label.cutmix_minmax or (0.0, 1.0)
+    narrow = next((size for size in sizes if int(size * low) >= int(size * high)), None)
+    if narrow:
+        raise UserError(f"--cutmix-minmax {low:g} {high:g} leaves no pixel to choose from in images of {narrow} px")
     return Mixup(
         mixup_alpha=label.mixup,
         cutmix_alpha=label.cutmix,
@@ -197,10 +201,21 @@ def of_epoch(loader: DataLoader[Any], epoch: int, done: int) -> DataLoader[Any]:
     loader.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
     if isinstance(loader.dataset, Stream):
         loader.dataset.skip(done)
+        _wait(loader, WORKER_TIMEOUT * (1 + done))  # what is left out is read all the same, before the first batch
     elif done:
         loader = skip_first_batches(loader, done)
         loader.set_epoch(epoch)  # type: ignore[attr-defined]  # it counts epochs on its own
     return loader
+
+
+def _wait(loader: DataLoader[Any], seconds: float) -> None:
+    """How long to wait for a batch of this epoch, where workers make them."""
+    if not loader.num_workers:
+        return
+    torchs = getattr(loader, "base_dataloader", loader)  # Accelerate's has torch's within
+    torchs.timeout = seconds
+    if torchs._iterator is not None:  # persistent workers are asked by the same one
+        torchs._iterator._timeout = seconds
 
 
 def told(loader: Iterable[T]) -> Iterator[T]:

@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -54,7 +55,8 @@ class Parquet:
         self.notes: list[str] = []
         given = class_list(root)
         self.class_names = given
-        images, labels = [], []
+        images: list[Any] = []
+        labels: list[np.ndarray] = []
         for file in self._files:
             try:
                 table = pq.read_table(file)
@@ -68,7 +70,7 @@ class Parquet:
             if column.null_count:
                 missing = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
                 raise UserError(f"{file.name}, row {missing}: no label")
-            images.append(table.column(image))
+            images.append(_as_type(table.column(image), images[0].type if images else None, file))
             own = names_in(table.schema.metadata or {}, label)
             self.class_names = self.class_names or own
             labels.append(_renumbered(column.to_numpy(zero_copy_only=False), own, self.class_names, file))
@@ -110,6 +112,7 @@ def _parquet_files(root: Path, name: str) -> list[Path]:
         raise UserError(f"no *.parquet files in {root}")
     for word in wanted:
         files = [file for file in found if re.match(rf"{word}(\W|_|\d|$)", file.stem)]
+        files = [file for file in files if _set_of(file)[0] == word] or files  # train beside train_noisy
         if files:
             _check_all_there(files)
             return files
@@ -117,7 +120,7 @@ def _parquet_files(root: Path, name: str) -> list[Path]:
 
 
 def _check_all_there(files: list[Path]) -> None:
-    """Refuse a part of a set: train-00000-of-00002 without train-00001-of-00002."""
+    """Refuse a part of a set, train-00000-of-00002 without train-00001-of-00002, and two sets at once."""
     matches = [match for file in files if (match := re.search(r"-(\d+)-of-(\d+)", file.stem))]
     for total in {match[2] for match in matches}:
         there = {int(match[1]) for match in matches if match[2] == total}
@@ -126,9 +129,32 @@ def _check_all_there(files: list[Path]) -> None:
             example = next(match for match in matches if match[2] == total)
             first = f"{example.string[: example.start()]}-{missing[0]:0{len(example[1])}}-of-{total}.parquet"
             raise UserError(f"{files[0].parent}: {len(missing)} of {int(total)} files are missing: {first} ...")
-    if len({match[2] for match in matches}) > 1 or len(matches) not in (0, len(files)):
+    twice = len({match[1] for match in matches}) < len(matches)  # of two revisions
+    if twice or len({_set_of(file) for file in files}) > 1:
         names = listed([file.name for file in files], 4)
         raise UserError(f"{files[0].parent} holds files of more than one set for one split: {names}")
+
+
+def _as_type(column: Any, wanted: Any, file: Path) -> Any:
+    """Images of one file as those of the first: `large_binary` is `binary`, a struct is not."""
+    import pyarrow as pa
+
+    if wanted is None or column.type == wanted:
+        return column
+    try:
+        return column.cast(wanted)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise UserError(f"{file}: its images are {column.type}, those of the first file {wanted}") from error
+
+
+def _set_of(file: Path) -> tuple[str, str]:
+    """What files of one set share: of `train-00000-of-00002-ab12` (train, 00002), of `train_3` (train, "").
+
+    The Hub's older sets have another ending in each file.
+    """
+    if numbered := re.fullmatch(r"(.*)-\d+-of-(\d+)(-\w+)?", file.stem):
+        return numbered[1], numbered[2]
+    return re.sub(r"[\W_]*\d+$", "", file.stem), ""
 
 
 def _column(file: Path, names: list[str], asked: str | None, usual: tuple[str, ...]) -> str:

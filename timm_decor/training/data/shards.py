@@ -29,8 +29,9 @@ from timm.data.readers.reader_factory import create_reader
 from timm_decor.errors import UserError, first_line
 from timm_decor.text import listed
 from timm_decor.training.data.decoding import decode
-from timm_decor.training.data.folders import read_class_map
+from timm_decor.training.data.folders import class_map_file, read_class_map
 from timm_decor.training.data.parquet import class_list, names_in
+from timm_decor.training.data.sources import whole_label
 from timm_decor.training.options import DataOptions
 
 IMAGE_KEYS = "jpg;jpeg;png;webp"  # timm's, and jpeg
@@ -127,7 +128,7 @@ class Shards:
         return decode(io.BytesIO(self._encoded(self._sample(index).fields)), self._mode)
 
     def label(self, index: int) -> int:
-        return int(self._label(self._sample(index).fields))
+        return whole_label(self._label(self._sample(index).fields))
 
     def where(self, index: int) -> str:
         return self._sample(index).where
@@ -196,7 +197,7 @@ class TarShards(Shards):
             raise UserError(f"{root}, split {split}: {total} images are announced, and its shards have {sum(lengths)}")
         self._image_keys = (options.input_key or IMAGE_KEYS).lower().split(";")
         self._target_key = options.target_key or reader.split_info.alt_label
-        names_file = Path(options.class_map) if options.class_map else None
+        names_file = class_map_file(options)
         classes = read_class_map(names_file) if names_file else class_list(Path(root)) if local else []
         sizes = reader.sample_shuffle_size, reader.sample_initial_size
         super().__init__(names, lengths, mode, sizes, classes)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -54,6 +55,20 @@ def read(source: Source, index: int) -> tuple[Image.Image, int]:
     if label < 0:
         raise UserError(f"image {source.where(index)} has label {label}: labels start at 0")
     return image, label
+
+
+def whole_label(value: Any) -> int:
+    """A label as a number; text is read, and a fraction is no label.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(value, str | bytes):
+        return int(value)
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"label {value!r} is no whole number") from None
 
 
 def split_of(text: str) -> tuple[str, slice]:

@@ -119,7 +119,10 @@ class Stream(IterableDataset[Any]):
         if not mine:
             return
         first = self._place(self._process, lane)
-        samples = self._in_order(epoch, first, min(first + mine * self._batch_size, len(self._shards)))
+        order, turned = self._order(epoch)
+        samples = self._in_order(
+            order, turned + first, turned + min(first + mine * self._batch_size, len(self._shards))
+        )
         if self._shuffle:
             numbers = random.Random(mixed_seed(self._seed, epoch, self._process, lane))
             samples = _shuffled(samples, *self._shards.shuffle_size, numbers)
@@ -128,12 +131,22 @@ class Stream(IterableDataset[Any]):
             if number >= self._of_lane(lane, done):
                 yield self._finished(taken, epoch)
 
-    def _in_order(self, epoch: int, start: int, stop: int) -> Iterator[Sample]:
-        """The images from one place to another, in the epoch's order of the shards."""
+    def _order(self, epoch: int) -> tuple[np.ndarray, int]:
+        """An epoch's order of the shards, and the image in it that is the first.
+
+        Of one shard, or of few, the order alone would give each worker the same images in every epoch, and leave the
+        same ones out.
+        """
         order = np.arange(len(self._shards.names))
-        if self._shuffle:
-            np.random.default_rng([self._seed, epoch]).shuffle(order)
-        for shard in order:
+        if not self._shuffle:
+            return order, 0
+        numbers = np.random.default_rng([self._seed, epoch])
+        numbers.shuffle(order)
+        return order, int(numbers.integers(len(self._shards)))
+
+    def _in_order(self, order: np.ndarray, start: int, stop: int) -> Iterator[Sample]:
+        """The images from one place to another, in an order of the shards that begins anew after its last image."""
+        for shard in (*order, *order):
             length = int(self._shards.starts[shard + 1] - self._shards.starts[shard])
             if start < length and stop > 0:
                 samples = self._shards.samples(int(shard), max(start, 0))
