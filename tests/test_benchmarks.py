@@ -26,6 +26,7 @@ from study import pictures, sensitivity
 from study.arm import Arm, Case, Options
 from study.memory import PeakMemory, alive, storage_bytes
 from study.results import Results
+from study.rows import Rows
 from study.stages import read_table
 from study.verdict import Measured
 from timm_decor import DecorConfig
@@ -47,6 +48,18 @@ from decorbp.decorrelation.decorrelation import *
 def bp2decor(model, decor_lr, kappa, downsample_perc, method): return model
 """,
 }
+
+
+def test_rows_say_how_they_were_made_and_are_of_one_configuration(tmp_path: Path) -> None:
+    rows = Rows(tmp_path / "file.json", 1)
+    rows.add({"arm": "decorrelated", "seed": 0, "config": DecorConfig().to_dict()})
+    rows.add({"arm": "older", "seed": 0})
+    assert all(row["command"].startswith("python benchmarks/") and "commit" in row for row in rows.rows)
+    assert rows.find({"arm": "decorrelated"}, DecorConfig()) == rows.rows[0]
+    assert rows.find({"arm": "decorrelated", "seed": 1}, DecorConfig()) is None
+    with pytest.raises(UserError, match="of another configuration"):
+        rows.find({"arm": "decorrelated"}, DecorConfig(damping=3.0))
+    assert rows.find({"arm": "older"}, DecorConfig(damping=3.0)) == rows.rows[1], "nobody knows"
 
 
 def test_step_cost(tmp_path: Path) -> None:

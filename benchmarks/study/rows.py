@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from study.results import replace_text, session
+from study.results import replace_text, same_config, session
+from timm_decor import DecorConfig
+from timm_decor.errors import UserError
 
 
 class Rows:
@@ -28,9 +30,20 @@ class Rows:
         """The rows so far."""
         return json.loads(self.path.read_text(encoding="utf-8"))["runs"] if self.path.is_file() else []
 
-    def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
-        """The row that has all of these values; None where there is none yet."""
-        return next((row for row in self.rows if key.items() <= row.items()), None)
+    def find(self, key: dict[str, Any], config: DecorConfig | None = None) -> dict[str, Any] | None:
+        """The row that has all of these values; None where there is none yet.
+
+        Args:
+            key: values.
+            config: what a decorrelated training is asked for with. Rows of before it was kept are taken as they are.
+
+        Raises:
+            UserError: the row is of another configuration: it would stand for one that nobody trained.
+        """
+        found = next((row for row in self.rows if key.items() <= row.items()), None)
+        if found and config and not same_config(json.dumps(found.get("config", config.to_dict())), config.to_json()):
+            raise UserError(f"{self.path} has {key} of another configuration: remove it, or name another --json")
+        return found
 
     def add(self, row: dict[str, Any]) -> None:
         """Write one more."""

@@ -61,7 +61,7 @@ class Trials:
         whole = round(self.preset.epochs * (len(self._split.train) // self.preset.batch_size))
         steps = budget_steps(budget, whole)
         key = {"opt": opt, "variant": variant, "seed": seed, "steps": steps}
-        if self._rows.find(key):
+        if self._rows.find(key, config):
             return
         settings = settings or OPTIMIZERS[opt]
         text = None if config is None else config.to_json()
@@ -72,6 +72,7 @@ class Trials:
                 between(run)
             run.advance()
         row = {**key, "lr": spec.lr, "top1": run.record.final, "loss": run.record.loss}
+        row["config"] = None if config is None else config.to_dict()
         row["scale"] = None if run.handle is None else run.handle.scale
         self._rows.add(row)
 
