@@ -216,7 +216,7 @@ def compare(path: Path, draw: bool) -> str:
         names, config = " and ".join(side.name for side in drawn), record["config"]
         save_picture(drawn, path.with_name("compare.png"), f"{names} on {config['dataset']}, {config['opt']}")
     rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
-        ("learning rate", lambda s: f"{s['lr']:g}"),
+        ("learning rate", lambda s: f"{s['lr']:.3g}"),
         ("epochs, steps", lambda s: f"{s['epochs']}, {s['steps']}"),
         ("test top-1 accuracy, %", lambda s: f"{s['final_top1']:.2f}"),
         ("training loss of the last epoch", lambda s: f"{s['final_train_loss']:.3f}"),
@@ -444,6 +444,7 @@ MAKERS = {
     **{"lr_sensitivity": lr_sensitivity, "graft": graft, "knobs": knobs},
     **{"headline": headline, "budget_curve": budget_curve, "recipe": budget_curve},
     **{"time_to_accuracy": time_to_accuracy, "step_cost": step_cost, "cifar10_resnet18": compare},
+    "cifar10_64px_resnet18": compare,
     **{"zoo": zoo, "zoo_layers": zoo_layers, "muon": muon, "finetune": finetune, "staged": staged},
 }
 

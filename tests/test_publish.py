@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compare_runs
 import pytest
 import timm
 import torch
@@ -274,6 +275,16 @@ def test_a_twin_of_another_run_has_its_row(apart: Path, tmp_path: Path) -> None:
     results = json.loads((folder / "results.json").read_text())
     assert (results["twin"]["lr"], results["twin"]["apart"]) == (0.04, True)
     assert results["twin"]["final"]["eval_top1"] == twin["eval_top1"]
+
+
+def test_twins_of_two_runs_are_compared(apart: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compare_runs.main([str(apart / "decorrelated"), str(apart / "plain"), "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "compare.json").read_text())
+    assert found["verdict"] == capsys.readouterr().out.strip() and found["config"]["opt"] == "sgd"
+    for side, name in zip(found["sides"], ("decorrelated", "plain"), strict=True):
+        final = json.loads((apart / name / "results.json").read_text())["final"]
+        assert side["final_top1"] == pytest.approx(final["eval_top1"])
+    assert str(apart.parent) not in (tmp_path / "compare.json").read_text()
 
 
 OTHER_TWINS = [
