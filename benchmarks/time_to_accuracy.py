@@ -15,8 +15,8 @@ reads the learning rates from tune's file and trains on the training images; tes
 is the mean accuracy of plain training after N epochs. Reported are (a) the accuracy of each arm after N epochs and (b)
 the smallest budget with which the other arm reaches the target, each budget with a schedule of its own length, found by
 bisection over a fixed list. The runs of N epochs of a seed train in turns, some tens of steps each, on one device or
-core, so that a noisy machine slows all of them alike; seconds are those of training, refreshes of R included,
-evaluation and a run's warm-up (compilation, allocators) excluded. The ratio of seconds is taken within such a group.
+core; seconds are those of training, refreshes of R included, evaluation and a run's warm-up (compilation, allocators)
+excluded. The ratio of seconds is taken within such a group, over the turns in which none of its runs was slow.
 
 Every finished run is in the result file at once, and a rerun skips it: a long report may be made in short commands.
 Runs that train in turns end together, so a command must last for one seed's: where it does not, name fewer of --opt in

@@ -19,7 +19,7 @@ from huggingface_hub import HfApi, ModelCard
 from local_hub import LocalHub
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from training_runs import DECOR, ROOT, reset_accelerate, train
+from training_runs import DECOR, ROOT, history, reset_accelerate, train
 
 from timm_decor.digest import sha256
 from timm_decor.errors import UserError, exit_code
@@ -287,11 +287,18 @@ def test_twins_of_two_runs_are_compared(apart: Path, tmp_path: Path, capsys: pyt
     assert str(apart.parent) not in (tmp_path / "compare.json").read_text()
 
 
+def test_a_run_of_its_own_is_the_same_training(run: Path, apart: Path) -> None:
+    """From the same weights on the same batches, because both follow from the seed."""
+    mine, other = (history(folder) for folder in (run / "decorrelated", apart / "decorrelated"))
+    assert [row["train_loss"] for row in mine] == [row["train_loss"] for row in other]
+
+
 OTHER_TWINS = [
     ("args.yaml", {"epochs": 3}, "was not trained as its twin: epochs is 3, and 2 in"),
     ("args.yaml", {"seed": 7}, "was not trained as its twin: seed is 7, and 42 in"),
     ("args.yaml", {"model": "decor_resnet18"}, "was not trained as its twin: model is resnet18, and test_resnet in"),
     ("args.yaml", {"data_dir": "there", "dataset": "folder"}, "data is there, and digits in"),
+    ("args.yaml", {"initial_checkpoint": "/there/a.safetensors"}, "initial_checkpoint is a.safetensors, and  in"),
     ("args.yaml", {"compare": True}, "is of a --compare run"),
     ("results.json", {"decorrelated": True}, "both are decorrelated"),
     ("results.json", {"failure": "diverged"}, r"training failed \(diverged\)"),

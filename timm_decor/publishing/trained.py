@@ -25,8 +25,8 @@ WEIGHTS = "last.safetensors"
 # Of args.yaml, which is sorted: what the card tells, and its last line.
 _WRITTEN = ("batch_size", "dataset", "epochs", "model", "opt", "sched", "val_split", "weight_decay", "workers")
 _OWN_LOAD = 1.25  # times its threads and workers: a load above that is others' as well
+_OF_A_TWIN = ("model", "decor", "lr", "lr_base", "lr_base_size", "lr_base_scale")  # may be its own
 # Files on the machine of the training that a recipe cannot bring along.
-_OF_A_TWIN = ("model", "decor", "lr", "lr_base", "lr_base_size", "lr_base_scale", "compare_lr")  # may be its own
 _FILES = ("initial_checkpoint", "pretrained_path", "initial_r", "kd_pretrained_path", "class_map")
 
 
@@ -241,17 +241,22 @@ def with_twin(trained: Trained, folder: Path) -> Trained:
     own = {name for name in {*args, *trained.args} if name.startswith("decor_")} | {*_OF_A_TWIN, *NO_MATTER}
     pairs = {name: (trained.args.get(name), args.get(name)) for name in sorted({*args, *trained.args} - own)}
     names = (trained.args["model"].removeprefix(PREFIX), args["model"].removeprefix(PREFIX))
-    pairs = {"model": names, "data": (trained.data_name, _data_name(args)), **pairs}
+    files = {  # their places may differ, and R is decorrelation's
+        name: (Path(trained.args.get(name) or "").name, Path(args.get(name) or "").name)
+        for name in _FILES
+        if name != "initial_r"
+    }
+    pairs = {"model": names, "data": (trained.data_name, _data_name(args)), **files, **pairs}
     other = next((name for name, pair in pairs.items() if pair[0] != pair[1]), None)
     if other:
         raise UserError(
             f"--twin {folder} was not trained as its twin: {other} is {pairs[other][1]}, "
             f"and {pairs[other][0]} in {trained.checkpoint.parent}"
         )
-    changed = next((f"{run} was gone on with by other arguments" for run, found in (
-        (trained.checkpoint.parent, trained.results), (folder, results)) if found["changed"]), None)  # fmt: skip
-    if changed:
-        raise UserError(f"--twin {folder}: {changed}, so that its recipe does not say how it was trained")
+    for run, found in ((trained.checkpoint.parent, trained.results), (folder, results)):
+        if found["changed"]:
+            raise UserError(f"--twin {folder}: {run} was gone on with by other arguments, so that its recipe does not "
+                            f"say how it was trained")  # fmt: skip
     return replace(trained, twin=side, twin_apart=True)
 
 

@@ -145,10 +145,10 @@ def _teacher(name: str, path: str | None, classes: int, channels: int) -> nn.Mod
             teacher = timm.create_model(name, pretrained=not path, in_chans=channels, **size, **_arguments(name, path))
     except build.CREATION_ERRORS as error:
         raise UserError(f"cannot create teacher {name}: {build.reason(error)}") from error
-    if not path:
-        _check_classes(name, build.class_count(teacher), classes)  # of hf-hub:... nothing is known before
     if path:
         build.load_weights(teacher, path)
+    else:
+        _check_classes(name, build.class_count(teacher), classes)  # of hf-hub:... nothing is known before
     return teacher
 
 
