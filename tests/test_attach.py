@@ -132,12 +132,15 @@ def test_reported_correlation_is_that_of_the_explicit_inputs():
     """For every structure: from R's dense form and the moments' dense form, entry by entry."""
     from timm_decor.moments import mean_correlation
 
-    for structure in ("full", "kronecker", "space"):
-        model, optimizer, handle = attached(DecorConfig(structure=structure, every=1))
+    for structure, rule in (("full", "whiten"), ("kronecker", "whiten"), ("space", "whiten"), ("full", "crgd")):
+        model, optimizer, handle = attached(DecorConfig(structure=structure, rule=rule, every=1))
         for seed in range(3):
             step(model, optimizer, seed)
         for group, row in zip(handle._groups, handle.report().rows, strict=True):
             sigma = dense_moment(group.moments)
+            if (mean := group.moments.get("patch_mean")) is not None:
+                assert rule == "crgd"
+                sigma = sigma - mean.mT @ mean
             own = group.sides.inputs
             r = own.matrix if structure == "space" else own.dense()
             assert row.correlation_before == pytest.approx(mean_correlation(sigma), rel=1e-4)
@@ -317,6 +320,36 @@ def test_one_layer_of_a_batch_that_skips_does_not_hold_up_the_others(structure, 
         torch.testing.assert_close(model[name].weight, alone[name].weight, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("structure", ["full", "kronecker"])
+def test_one_group_that_is_dead_does_not_hold_up_the_others(structure):
+    """Channels that are always zero, in a grouped convolution: its other groups have an R of what they see."""
+
+    def train(groups, dead):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(2 * groups, 4 * groups, 3, groups=groups, bias=False)).double()
+        with torch.no_grad():
+            model[0].weight[:4].copy_(torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(1)))
+        timm_decor.decorrelate(model, DecorConfig(structure=structure, every=1, sample=1.0, sides="input", graft=False))
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        handle = timm_decor.attach(model, optimizer)
+        for seed in range(4):
+            x = torch.randn(6, 2, 8, 8, generator=torch.Generator().manual_seed(seed)).double() + 0.5
+            if dead:
+                x = torch.cat([x, torch.zeros_like(x) if seed in dead else x.flip(1)], 1)
+            optimizer.zero_grad()
+            model(x)[:, :4].square().mean().backward()
+            optimizer.step()
+        return model[0].weight.detach(), handle
+
+    weight, handle = train(2, dead=(0, 1))  # alive later
+    assert [(row.refreshes, row.skips) for row in handle.report().rows] == [(4, 0)]
+    alone, _ = train(1, dead=())
+    torch.testing.assert_close(weight[:4], alone, rtol=1e-9, atol=1e-12)
+    _, handle = train(2, dead=(0, 1, 2, 3))
+    identity = handle._groups[0].sides.inputs.dense()[1]
+    torch.testing.assert_close(identity / identity[0, 0], torch.eye(18, dtype=torch.float64), rtol=0, atol=1e-3)
+
+
 def test_gradient_accumulation_sees_every_micro_batch():
     model, optimizer, _ = attached(dtype=torch.float64)
     twin, twin_optimizer, _ = attached(dtype=torch.float64)
@@ -451,6 +484,45 @@ def test_gradients_are_autograds_own_after_the_step(opt):
         optimizer.step()
         for p, (tensor, values) in zip(model.parameters(), gradients, strict=True):
             assert p.grad is tensor and torch.equal(tensor, values)
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 4), reason="this torch fuses on GPUs alone")
+@pytest.mark.parametrize("found", [None, 0.0, 1.0])
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adam])
+def test_gradients_are_what_a_fused_optimizer_makes_of_them(make, found):
+    """It divides them by the gradient scaler's scale in place: who logs their norm after the step sees one unit."""
+    left = []
+    for plain in (True, False):
+        model = net()
+        optimizer = make(model.parameters(), 0.01, fused=True)
+        if not plain:
+            timm_decor.attach(timm_decor.decorrelate(model, DecorConfig(every=1)), optimizer)
+        x, y = batch(0)
+        (512 * F.cross_entropy(model(x), y)).backward()
+        optimizer.grad_scale = torch.full((), 512.0)
+        if found is not None:
+            optimizer.found_inf = torch.full((), found)
+        optimizer.step()
+        left.append([p.grad for p in model.parameters()])
+    for ours, theirs in zip(*left, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adam])
+def test_gradients_that_the_optimizer_drops_are_gone(kind):
+    class Dropping(kind):
+        @torch.no_grad()
+        def step(self, closure=None):
+            super().step(closure)
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+
+    model = timm_decor.decorrelate(net(), DecorConfig(every=1))
+    optimizer = Dropping(model.parameters(), 0.01)
+    timm_decor.attach(model, optimizer)
+    step(model, optimizer, 0)
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("opt", ["sgd", "adamw"])

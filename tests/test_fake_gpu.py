@@ -19,6 +19,7 @@ import timm_decor
 from timm_decor import DecorConfig
 from timm_decor.config import RULE_STRUCTURES
 from timm_decor.engine import handle as handle_module
+from timm_decor.structures import eigen
 
 STEPS, EVERY = 25, 6
 PAIRS = [(rule, structure) for rule, structures in RULE_STRUCTURES.items() for structure in structures]
@@ -137,3 +138,18 @@ def test_a_model_on_two_devices_takes_its_steps(opt: str) -> None:
             optimizer.step()
         for group, device in zip(handle._groups, ("cuda:0", "cuda:1"), strict=True):
             assert {str(tensor.device) for tensor in group.sides.tensors().values()} == {device}
+
+
+def test_a_mac_decomposes_on_its_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apple's GPUs have no eigh and no float64."""
+    seen = []
+
+    def decomposed(sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(sigma.device.type)
+        return sigma[..., 0], sigma
+
+    monkeypatch.setattr(eigen, "_of_finite", decomposed)
+    with FakeTensorMode():
+        sigma = torch.randn(1, 90, 90, device="mps")
+        found = [*eigen.eigenpairs(sigma), *eigen.leading_eigenpairs(sigma, 4, torch.randn(1, 90, 4, device="mps"))]
+    assert seen == ["cpu", "cpu"] and {each.device.type for each in found} == {"mps"}

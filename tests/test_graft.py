@@ -12,6 +12,7 @@ from torch import nn
 
 import timm_decor
 from timm_decor import DecorConfig
+from timm_decor.engine.coordinates import General
 from timm_decor.engine.optimizers import UNKNOWN, innermost
 from timm_decor.engine.probe import power_of
 
@@ -150,6 +151,25 @@ def test_decay_is_left_out(name):
         found.append(scale_of(handle))
     # Lion's weight is W itself, out of which decay is projected; its own movement along W goes with it
     assert found[0] != 1 and found[1] == pytest.approx(found[0], rel=0.03 if name == "lion" else 1e-4)
+
+
+def test_a_weight_of_zero_has_a_length():
+    """Nothing of it decays; what it moves by counts as that of the others."""
+    model, optimizer, handle = attached(lambda m: torch.optim.Adam(m.parameters(), 0.01, weight_decay=0.1))
+    layer = next(m for m in model.modules() if isinstance(m, nn.Linear))
+    nn.init.zeros_(layer.weight)
+    lengths = []
+    measured = General.lengths
+
+    def seen(self, sides=None):
+        lengths.append(measured(self, sides))
+        return lengths[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(General, "lengths", seen)
+        step(model, optimizer, 0)
+    assert lengths and all(torch.isfinite(torch.stack(each)).all() for each in lengths)
+    assert scale_of(handle) != 1
 
 
 def test_layers_weigh_by_their_rate():

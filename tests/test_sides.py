@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.utils.model import freeze_batch_norm_2d, unfreeze_batch_norm_2d
 from torch import nn
 
 import timm_decor
@@ -190,6 +191,29 @@ def test_r_of_a_file_with_other_sides_is_taken(opts, tmp_path):
     assert step(other, its_optimizer) > 0
 
 
+@pytest.mark.parametrize("structure", ["kronecker", "full", "space"])
+def test_r_of_another_number_of_groups_is_refused(structure, tmp_path):
+    """Their weights can have one shape: (8, 2, 3, 3) is of four channels in two groups, or of eight in four."""
+
+    def bound(groups):
+        model = timm_decor.decorrelate(
+            nn.Sequential(nn.Conv2d(2 * groups, 8, 3, groups=groups)), DecorConfig(every=1, structure=structure)
+        )
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        return model, optimizer, timm_decor.attach(model, optimizer)
+
+    model, optimizer, handle = bound(2)
+    model(torch.randn(4, 4, 6, 6)).square().mean().backward()
+    optimizer.step()
+    handle.save_r(tmp_path / "decor.safetensors")
+    other, _, its_handle = bound(4)
+    if structure == "space":  # one for all groups
+        its_handle.load_r(tmp_path / "decor.safetensors")
+        return
+    with pytest.raises(ValueError, match="the saved R has 2 groups for layer 0, which has 4"):
+        its_handle.load_r(tmp_path / "decor.safetensors")
+
+
 def test_norms_behind_the_layers_of_timms_models():
     def names(name):
         model = timm_decor.decorrelate(timm.create_model(name))
@@ -276,6 +300,27 @@ def test_a_frozen_norm_is_not_centred_for():
 
     assert torch.equal(moments(frozen=True, center=True), moments(frozen=True, center=False))
     assert not torch.allclose(moments(frozen=False, center=True), moments(frozen=False, center=False))
+
+
+def test_norms_are_those_of_the_model_as_it_is_now():
+    """timm's own way to freeze one puts another module in its place, and back."""
+
+    def moments(before, after, center):
+        config = DecorConfig(every=1, sample=1.0, structure="full", center=center)
+        torch.manual_seed(0)
+        model = timm_decor.decorrelate(timm.create_model("test_resnet", num_classes=5), config)
+        before(model)
+        optimizer = torch.optim.SGD(model.parameters(), 0.05)
+        handle = timm_decor.attach(model, optimizer)
+        after(model)
+        for seed in range(2):  # for the first, the means of a norm that came later were not recorded
+            step(model, optimizer, seed)
+        return handle._groups[1].moments["patch"]
+
+    frozen = [moments(lambda model: None, freeze_batch_norm_2d, center) for center in (True, False)]
+    assert torch.equal(*frozen)
+    thawed = [moments(freeze_batch_norm_2d, unfreeze_batch_norm_2d, center) for center in (True, False)]
+    assert not torch.allclose(*thawed)
 
 
 def test_inputs_that_never_vary_keep_their_r(caplog):

@@ -138,6 +138,19 @@ def test_statistics_survive_half_precision():
     torch.testing.assert_close(layer.moments["patch"], torch.full((1, 4, 4), 180000.0))
 
 
+def test_rows_are_counted_in_float32():
+    """Whatever torch's default is: bfloat16 would count 2002 rows as 2000."""
+    layer = nn.Linear(2, 2)
+    layer.__class__ = DecorLinear
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layer.start_recording(("patch",), 1.0)
+        layer(torch.ones(2002, 2, dtype=torch.float32))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert float(layer.rows) == 2002
+
+
 def test_mean_correlation():
     sigma = torch.tensor([[[4.0, 1.0], [1.0, 1.0]]])
     assert mean_correlation(sigma) == pytest.approx(0.5)

@@ -8,6 +8,7 @@ import io
 import itertools
 import logging
 import math
+import sys
 import weakref
 
 import pytest
@@ -486,6 +487,28 @@ class TestCopies:
         assert caplog.text.count("a copy of an attached optimizer steps plainly") == 1
         step(model, optimizer, 1)  # the original does not mind
 
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_of_all_three_are_bound_to_each_other(self, kind):
+        """What holds a model, an optimizer and their handle (a trainer) is copied as a whole."""
+        model, optimizer, handle = bound(kind)
+        for seed in range(3):
+            step(model, optimizer, seed)
+        for order in ((model, optimizer, handle), (handle, model, optimizer)):
+            found = copy.deepcopy(order)
+            twin, twin_optimizer, copied = (found[order.index(each)] for each in (model, optimizer, handle))
+            for seed in range(3, 6):
+                step(twin, twin_optimizer, seed)
+            assert copied.step == 6 == twin_optimizer.state_dict()["timm_decor"]["step"] and handle.step == 3
+            copied.detach()
+            assert "timm_decor" not in twin_optimizer.state_dict() and "timm_decor" in optimizer.state_dict()
+            again = timm_decor.attach(twin, twin_optimizer)
+            step(twin, twin_optimizer, 6)
+            assert again.step == 1
+            assert copy.deepcopy((twin, twin_optimizer, copied))[2].step == 6  # a detached one
+            again.detach()
+        with pytest.raises(TypeError, match="model first"):
+            copy.deepcopy((optimizer, handle))
+
     def test_pickled_ones_say_so_as_they_are_written(self, caplog):
         model, optimizer, _ = bound("linear")
         step(model, optimizer, 0)
@@ -850,9 +873,23 @@ class TestInputs:
         assert float(model[0].rows) == 32
 
     def test_that_the_layer_refuses_are_refused_by_the_layer(self):
-        model, _, _ = bound("linear")
-        with pytest.raises(RuntimeError, match="[Kk]ernel size"):
-            model[2](torch.randn(2, 6, 2, 2))
+        model, _, _ = bound("linear", model=nn.Sequential(nn.Conv2d(6, 4, 5)))
+        for size in ((9, 3), (3, 3)):  # too small one way, and both ways
+            with pytest.raises(RuntimeError, match="[Kk]ernel size can't be greater"):
+                model[0](torch.randn(2, 6, *size))
+
+    def test_within_each_other(self):
+        model, _, handle = bound("linear")
+        x, _ = batch(0)
+        with torch.no_grad(), handle.recording():
+            with handle.recording():
+                pass
+            model(x)
+        assert float(model[0].rows) > 0
+        before = float(model[0].rows)
+        with torch.no_grad():
+            model(x)
+        assert float(model[0].rows) == before
 
     def test_while_gradients_are_off_on_request(self):
         model, optimizer, handle = bound("linear")
@@ -900,6 +937,45 @@ class TestCoordinates:
             assert torch.equal(direction[name], value) != attached_here
             # <L V R, L^-T G R^-T> = <V, G>
             torch.testing.assert_close((direction[name] * gradient[name]).sum(), (value * other[name]).sum())
+
+    def test_by_the_names_of_a_wrapped_model(self):
+        model, optimizer, handle = bound("decaying", DecorConfig(every=1, sample=1.0))
+        for seed in range(2):
+            step(model, optimizer, seed)
+        draw = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+        plain = handle.kernel_direction(draw)
+        for prefix in ("_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."):
+            wrapped = handle.kernel_direction({prefix + name: value for name, value in draw.items()})
+            assert same([wrapped[prefix + name] for name in draw], plain.values())
+        for ask in (handle.kernel_direction, handle.kernel_gradient):
+            with pytest.raises(
+                ValueError, match=r"no weight of an attached layer among 1 names, such as 'net\.0'; one is"
+            ):
+                ask({"net.0": draw["0.weight"]})
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_a_step_that_is_running_is_not_saved(self, kind, monkeypatch):
+        """A signal's handler, or a thread: what the optimizer works on is not the model's weights."""
+        model, optimizer, handle = bound(kind)
+        step(model, optimizer, 0)
+        before = weights(model)
+        said = []
+
+        def asking(update):
+            def asked(*args, **kwargs):
+                for ask in (optimizer.state_dict, handle.report):
+                    with pytest.raises(RuntimeError, match="the optimizer's step is running"):
+                        ask()
+                    said.append(ask)
+                return update(*args, **kwargs)
+
+            return asked
+
+        for name in ("sgd", "adam", "adamw"):
+            module = sys.modules[f"torch.optim.{name}"]
+            monkeypatch.setattr(module, name, asking(getattr(module, name)))
+        step(model, optimizer, 1)
+        assert said and handle.step == 2 and not same(weights(model), before)
 
     def test_an_unfinished_step_is_said_and_undone(self, caplog):
         """Who kept `step` from before `attach` calls past the guard: the next touch puts the weights back."""

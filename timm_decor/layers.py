@@ -93,7 +93,7 @@ class DecorMixin:
             stored: what the optimizer steps on, if that is not the weight: a share, of which fully_shard makes the
                 weight for each forward anew.
         """
-        self.moments, self.rows = {}, torch.zeros(1, device=self.weight.device)
+        self.moments, self.rows = {}, torch.zeros(1, dtype=torch.float32, device=self.weight.device)
         self.stored = () if stored is None else (stored,)
         self.unrecorded, self.passes, self.moves, self.on_outside = 0, 0, 0, on_outside
         self.wanted, self.sample, self.max_rows, self.recording = wanted, sample, max_rows, True

@@ -7,7 +7,7 @@ the row count once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -104,7 +104,7 @@ def sample_images(x: Tensor, share: float, most: int) -> Tensor:
     """Evenly spaced images of a batch, at least one: the same ones each time, and no random state is touched.
 
     Args:
-        x: (N, ...).
+        x: (N, ...); of a layer inside Swin's windows those are the first axis.
         share: in (0, 1]; 1.0 returns x itself.
         most: images that a share below 1.0 may come to.
     """
@@ -120,9 +120,9 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def conv_rows(x: Tensor, shape: ConvShape) -> int:
-    """Number of patches in padded input x, (N, g * C, H, W)."""
+    """Number of patches in padded input x, (N, g * C, H, W); 0 where the kernel does not fit."""
     out = [
-        (size - dilation * (kernel - 1) - 1) // stride + 1
+        max(0, (size - dilation * (kernel - 1) - 1) // stride + 1)
         for size, kernel, stride, dilation in zip(
             x.shape[-2:], shape.kernel_size, shape.stride, shape.dilation, strict=True
         )
@@ -197,6 +197,15 @@ def mean_moment(name: str, mean: Tensor, shape: LayerShape) -> Tensor:
     if shape.positions == 1:  # one position: the factor is a number, whose size is that of the channels' factor
         space = torch.zeros_like(space)
     return space.unflatten(0, (-1, shape.groups)).mean(1) if name == "shared_space" else space
+
+
+def centred(moments: Mapping[str, Tensor], shape: LayerShape) -> dict[str, Tensor]:
+    """Moments less their mean rows' part, where the mean is kept beside them."""
+    mean = moments.get(MEAN)
+    if mean is None:
+        return dict(moments)
+    own = {name: moment for name, moment in moments.items() if name not in (MEAN, OUTPUT_MOMENT)}
+    return {**moments, **{name: moment - mean_moment(name, mean, shape) for name, moment in own.items()}}
 
 
 def vector_moment(x: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from timm_decor.config import DecorConfig
 from timm_decor.engine.group import LayerGroup
 from timm_decor.engine.shards import is_cut
 from timm_decor.layers import DecorLayer
-from timm_decor.plan import LayerPlan
+from timm_decor.plan import LayerPlan, plan
 from timm_decor.shape import parts
 from timm_decor.structures import SCALE, is_of_outputs
 
@@ -213,6 +213,14 @@ def check_fits(saved: Mapping[str, Any], layers: Sequence[tuple[str, DecorLayer]
         if entry is None or entry["shape"][1:] != shape[1:]:
             has = "nothing" if entry is None else f"shape {entry['shape']}"
             raise ValueError(f"the saved R has {has} for layer {name}, which has shape {shape}")
+        own = plan(config, layer.decor_shape, layer.weight.dtype).identity("meta").tensors()
+        groups = next((len(r) for n, r in entry["r"].items() if _is_of_groups(n, own) and len(r) != len(own[n])), None)
+        if groups is not None:
+            raise ValueError(f"the saved R has {groups} groups for layer {name}, which has {layer.decor_shape.groups}")
+
+
+def _is_of_groups(name: str, own: Mapping[str, Tensor]) -> bool:
+    return name in own and name != SCALE and not is_of_outputs(name)
 
 
 def _check_same(saved: Mapping[str, Any], config: DecorConfig, *names: str) -> None:

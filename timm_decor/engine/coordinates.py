@@ -78,8 +78,8 @@ class StepOnW:
         self.weights, self.sides, self._optimizer, self._power = weights, sides, optimizer, power
         self._measures = measures
         self.kernels = [weight.value for weight in weights]  # A
-        self._own: list[Tensor] = [weight.parameter.grad for weight in weights]  # type: ignore[misc]
-        self.gradients = [weight.local(own) for weight, own in zip(weights, self._own, strict=True)]
+        self._own: list[Tensor | None] = [weight.parameter.grad for weight in weights]
+        self.gradients = [weight.local(own) for weight, own in zip(weights, self._own, strict=True)]  # type: ignore[arg-type]
 
     def enter(self) -> None:
         """Before the optimizer's step."""
@@ -138,8 +138,26 @@ class StepOnW:
             weight.parameter.grad = weight.whole(gradient)
 
     def _restore(self) -> None:
-        for weight, kernel, own in zip(self.weights, self.kernels, self._own, strict=True):
-            weight.value, weight.parameter.grad = kernel, own
+        for weight, kernel in zip(self.weights, self.kernels, strict=True):
+            weight.value = kernel
+        self._give_gradients_back()
+
+    def _give_gradients_back(self) -> None:
+        for weight, own in zip(self.weights, self._own, strict=True):
+            weight.parameter.grad = own
+
+    def _keep_what_became_of_gradients(self) -> None:
+        """After a step a gradient is as the optimizer leaves those of other parameters: it may drop or unscale them."""
+        self._own = [
+            own if w.parameter.grad is not None else None for w, own in zip(self.weights, self._own, strict=True)
+        ]
+        scale = getattr(self._optimizer, "grad_scale", None)  # a fused optimizer divides the gradients by it in place
+        if scale is None:
+            return
+        found = getattr(self._optimizer, "found_inf", None)  # then it does nothing
+        scale = scale if found is None else torch.where(found > 0, torch.ones_like(scale), scale)
+        for gradient in self.gradients:
+            gradient.div_(scale.to(gradient.device))
 
 
 class _FromStart(StepOnW):
@@ -176,6 +194,7 @@ class _FromStart(StepOnW):
 
     def leave(self) -> None:
         self._moved = self._differences([weight.value for weight in self.weights])
+        self._keep_what_became_of_gradients()
         self._restore()
         self._decays = self._factors()
         # What can fail for want of memory is done before a single weight moves.
@@ -232,7 +251,9 @@ class General(_FromStart):
         starts = unbatched(self.weights, values, self.kernels)
         pairs = list(zip(self._moved, starts, strict=True))
         sums = torch.stack([torch.stack([(moved * w).sum(), (w * w).sum()]) for moved, w in pairs])
-        return [(along / size, w) for (along, size), w in zip(self.weights[0].total(sums), starts, strict=True)]
+        totals = self.weights[0].total(sums)
+        shares = totals[:, 0] / totals[:, 1].where(totals[:, 1] > 0, 1)  # a weight of zero does not decay
+        return list(zip(shares, starts, strict=True))
 
 
 class Decaying(_FromStart):
@@ -265,8 +286,8 @@ class Linear(StepOnW):
         return self._weighted(self._plain, self._at_unit_scale(self._ours, 2))
 
     def leave(self) -> None:
-        for weight, own in zip(self.weights, self._own, strict=True):
-            weight.parameter.grad = own
+        self._keep_what_became_of_gradients()
+        self._give_gradients_back()
 
     def abort(self) -> None:
         self._restore()

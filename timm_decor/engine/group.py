@@ -18,7 +18,7 @@ from timm_decor.engine.coordinates import Move, StepOnW, moves, transformed, wri
 from timm_decor.engine.optimizers import LINEAR
 from timm_decor.engine.shards import weight_of
 from timm_decor.layers import DecorLayer, Outside
-from timm_decor.moments import OUTPUT_MOMENT, gradient_moment, looked_at, mean_correlation, moment_shape
+from timm_decor.moments import OUTPUT_MOMENT, centred, gradient_moment, looked_at, mean_correlation, moment_shape
 from timm_decor.plan import LayerPlan
 from timm_decor.reporting import AttachedRow
 from timm_decor.rules import RULES, of_layers
@@ -310,7 +310,7 @@ class LayerGroup:
         """One layer's row in the report."""
         sides, before, after = self.sides_of([position]), None, None
         if self.refreshes[position]:
-            moments = self.moments_of(position)
+            moments = centred(self.moments_of(position), self.plan.shape)
             before = mean_correlation(sides.inputs.input_moment(moments))
             after = mean_correlation(sides.inputs.output_moment(moments))
         return AttachedRow(

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from timm_decor.config import DecorConfig
 from timm_decor.convert import decor_layers, mark_attached, norms_behind, replan
+from timm_decor.eligibility import own_name
 from timm_decor.engine import checkpoint, shards
 from timm_decor.engine.coordinates import transformed, unbatched
 from timm_decor.engine.flight import StepInFlight
@@ -35,7 +36,7 @@ from timm_decor.structures import Sides
 
 _logger = logging.getLogger(__name__)
 
-attached_optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+attached_optimizers: weakref.WeakKeyDictionary[Optimizer, weakref.ref[DecorHandle]] = weakref.WeakKeyDictionary()
 
 
 class DecorHandle:
@@ -60,6 +61,7 @@ class DecorHandle:
         self._flight: StepInFlight | None = None
         self._counted = 0  # steps, of which the device may know that some were none
         self._not_made: Tensor | None = None
+        self._without_grad = False  # inside `recording`
         self._watch = Watch(model, optimizer, self._layers)
         replan(model, plans)
         self._tell_left_out(plans)
@@ -72,7 +74,7 @@ class DecorHandle:
         self._loading: tuple[Mapping[str, Mapping[str, Any]], int] = {}, 0  # layers and step of a state that is loaded
         # Looked up on the instance by copy and pickle, which keep neither hooks nor what hangs on them.
         vars(optimizer).update(zip(_ON_INSTANCE, (self._copy_optimizer, self._pickled_optimizer), strict=True))
-        attached_optimizers.add(optimizer)
+        attached_optimizers[optimizer] = weakref.ref(self)
         for _, layer in self._layers:
             mark_attached(layer, self)
         self._set_recording()
@@ -158,7 +160,7 @@ class DecorHandle:
         for _, layer in self._layers:
             layer.stop_recording()
             mark_attached(layer, None)
-        attached_optimizers.discard(self._optimizer)
+        attached_optimizers.pop(self._optimizer, None)
 
     def save_r(self, path: str | Path) -> None:
         """Write R and the second moments behind it to a safetensors file; see `load_r`."""
@@ -189,13 +191,13 @@ class DecorHandle:
         for parameter, gradient in zip(model.parameters(), estimates): parameter.grad = gradient
         optimizer.step()
         """
-        for _, layer in self._layers:
-            layer.without_grad = True
+        before, self._without_grad = self._without_grad, True
+        self._mark(self._layers)
         try:
             yield
         finally:
-            for _, layer in self._layers:
-                layer.without_grad = False
+            self._without_grad = before
+            self._mark(self._layers)
 
     def kernel_direction(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A direction in W's coordinates as one for the kernels: L V R.
@@ -203,8 +205,12 @@ class DecorHandle:
         A perturbation that is drawn white for W is decorrelated for A (arXiv 2407.10780).
 
         Args:
-            values: V by the parameter's name, shaped like the parameter; those of other parameters stay as they are.
-                Under FSDP2 DTensors like the parameters, and all processes ask together.
+            values: V by the parameter's name (also as DDP or torch.compile has it), shaped like the parameter; those
+                of other parameters stay as they are. Under FSDP2 DTensors like the parameters, and all processes ask
+                together.
+
+        Raises:
+            ValueError: none is of an attached layer's weight.
         """
         return self._in_kernels(values, Sides.apply)
 
@@ -212,20 +218,41 @@ class DecorHandle:
         """A gradient for W as one for the kernels: L^-T V R^-T, which a step turns into V again.
 
         Args:
-            values: V by the parameter's name, shaped like the parameter; those of other parameters stay as they are.
+            values: as for `kernel_direction`.
+
+        Raises:
+            ValueError: none is of an attached layer's weight.
         """
         return self._in_kernels(values, Sides.apply_inverse_transposed)
 
     @torch.no_grad()
     def _in_kernels(self, values: Mapping[str, Tensor], product: Any) -> dict[str, Tensor]:
         out = dict(values)
+        keys = self._keys(values)
         for group in self._groups:
             for i, (name, weight) in enumerate(zip(group.names, group.weights, strict=True)):
-                if (key := f"{name}.weight") in out:
+                if (key := keys.get(name)) is not None:
                     sides, value = group.sides_here([i]).unit, weight.local(out[key])
                     new = transformed([weight], functools.partial(product, sides), [value])
                     out[key] = weight.whole(*unbatched([weight], new, [value]))
         return out
+
+    def _keys(self, values: Mapping[str, Any]) -> dict[str, str]:
+        """Of each layer whose weight is among `values`, the name that it has there."""
+        known = {f"{name}.weight": name for name in self.names}
+        found = {}
+        for key in values:
+            name = own_name(key)
+            while name not in known and name.startswith(_DDP):
+                name = name.removeprefix(_DDP)
+            if name in known:
+                found[known[name]] = key
+        if not found:
+            example = f", such as '{next(iter(values))}'" if values else ""
+            raise ValueError(
+                f"no weight of an attached layer among {len(values)} names{example}; one is '{next(iter(known))}'"
+            )
+        return found
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint of the optimizer holds of decorrelation, by layer."""
@@ -387,7 +414,16 @@ class DecorHandle:
             _logger.warning("step %d did not end: the weights are put back to what they were before it", self._counted)
 
     def _recover(self) -> None:
-        """The same for a step that was not called through `optimizer.step`, so that its exception was not seen."""
+        """The same for a step that was not called through `optimizer.step`, so that its exception was not seen.
+
+        Raises:
+            RuntimeError: the step is running (a signal's handler, or another thread, asks): its weights are W.
+        """
+        if self._step_hooks.is_running:
+            raise RuntimeError(
+                "the optimizer's step is running, and what it works on is not the model's weights: save between steps "
+                "(a signal's handler sets a flag, and the loop saves)"
+            )
         self._abort()
 
     def _set_recording(self) -> None:
@@ -400,10 +436,12 @@ class DecorHandle:
     def _follow(self) -> None:
         """Follow what happened to the model since the last step: layers that train now, weights that were moved."""
         new = self._watch.unfrozen()
-        if new or any(group.is_misplaced for group in self._groups):
+        norms = norms_behind(self._model) if self.refresh_due else self._norms  # frozen or replaced since, by others
+        if new or norms != self._norms or any(group.is_misplaced for group in self._groups):
             if any(shards.is_cut(layer.weight) for _, layer in (*self._layers, *new)):  # perhaps since the last step
                 check_held(self._optimizer, self._layers)
             shards.check_cuts([*self._layers, *new])
+            self._norms = norms
             saved = self.state()["layers"]
             self._take_in(new)
             self._regroup(saved)
@@ -455,6 +493,13 @@ class DecorHandle:
         self._layers += layers
         for _, layer in layers:
             mark_attached(layer, self)
+        if self._without_grad:
+            self._mark(layers)
+
+    def _mark(self, layers: Sequence[tuple[str, DecorLayer]]) -> None:
+        """Tell layers whether to record while gradients are off."""
+        for _, layer in layers:
+            layer.without_grad = self._without_grad
 
     def _continue(self, saved: Mapping[str, Mapping[str, Any]], step: int) -> None:
         """Go on from the state of every layer (or, where it is empty, from the identity)."""
@@ -466,6 +511,24 @@ class DecorHandle:
         self._set_recording()
         for group in self._groups:
             checkpoint.restore_recorded(group, saved)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DecorHandle:
+        """That of the copied model and optimizer, which are copied with it (an object that holds all three).
+
+        Raises:
+            TypeError: the optimizer was copied before its model, as a plain one.
+        """
+        if not self._hooks:
+            new = memo[id(self)] = object.__new__(type(self))
+            vars(new).update(copy.deepcopy(vars(self), memo))
+            return new
+        copy.deepcopy(self._model, memo)
+        optimizer = copy.deepcopy(self._optimizer, memo)
+        if (found := _handle_of(optimizer)) is None:
+            raise TypeError(
+                "a DecorHandle cannot be copied after its optimizer was copied without the model: model first"
+            )
+        return found
 
     def _copy_optimizer(self, memo: dict[int, Any]) -> Optimizer:
         """`copy.deepcopy` of the optimizer: attached to the copy of the model, if that was copied with it."""
@@ -492,6 +555,13 @@ class DecorHandle:
 
 
 _ON_INSTANCE = ("__deepcopy__", "__getstate__")
+_DDP = "module."
+
+
+def _handle_of(optimizer: Optimizer) -> DecorHandle | None:
+    """The handle that an optimizer is attached by."""
+    reference = attached_optimizers.get(optimizer)
+    return reference() if reference is not None else None
 
 
 class _TellOnce:

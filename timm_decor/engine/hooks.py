@@ -89,7 +89,8 @@ class StepHooks:
 
         @functools.wraps(getattr(inner, "__func__", inner))
         def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-            self._guarded_now, outer = True, getattr(self, "_guarded_now", False)
+            self._guarded_now, outer = True, self._guarded_now
+            self._running = self._running and outer  # else left by one that was not guarded, and ended in an exception
             try:
                 return inner(*args, **kwargs)
             except BaseException:
@@ -103,6 +104,11 @@ class StepHooks:
         self._optimizer.step = self._guarded  # type: ignore[method-assign]
 
     _guarded_now = False
+
+    @property
+    def is_running(self) -> bool:
+        """Whether somebody asks from within a step, between the optimizer's hooks."""
+        return self._running and self._guarded_now
 
     def _nested_in(self) -> bool:
         if not (self._running and self._guarded_now):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from timm_decor.moments import MEAN, mean_moment, normalized
 from timm_decor.rules.base import Rule, of_layers
-from timm_decor.shape import LayerShape
+from timm_decor.shape import LayerShape, parts
 from timm_decor.structures import Structure
 
 _ROUNDING = 16  # units in the last place, by which sums of a batch's squares and of its mean may differ
@@ -44,10 +44,25 @@ class Whiten(Rule):
         # In units of the mean eigenvalue, so that a batch of large inputs does not outweigh the others.
         unit = {name: normalized(moment) for name, moment in fresh.items()}
         weight = 1 - self.config.stat_decay * started.to(next(iter(unit.values())))
-        return {name: old[name].lerp(new, of_layers(weight, new)) for name, new in unit.items()}
+        mixed = {name: old[name].lerp(new, of_layers(weight, new)) for name, new in unit.items()}
+        return {name: _or_before(new, old[name], fresh[name], len(started)) for name, new in mixed.items()}
 
     def refreshed(self, r: Structure, moments: Mapping[str, Tensor]) -> Structure:
         return r.whitened(moments, self.config.damping)
+
+
+def _or_before(mixed: Tensor, old: Tensor, fresh: Tensor, count: int) -> Tensor:
+    """With the moment of before for a group without inputs, where other groups of its layer have some.
+
+    At first that is the identity, which is no opinion. A layer without any inputs stays NaN.
+    """
+    if len(fresh) == count:
+        return mixed
+    trace, known = (each.diagonal(dim1=-2, dim2=-1).sum(-1) for each in (fresh, old))
+    others = of_layers(parts(trace > 0, count).any(1), trace)
+    eye = torch.eye(old.shape[-1], dtype=old.dtype, device=old.device)
+    before = torch.where((known > 0)[:, None, None], old, eye)
+    return torch.where((others & (trace == 0))[:, None, None], before, mixed)
 
 
 def _cleared(centred: Tensor, moment: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 _EXACT_SHARE = 4  # subspace iteration pays from about four times its number of columns
 _OVERSAMPLING = 8
 _ITERATIONS = 3
+_WITHOUT_SOLVERS = ("mps",)  # neither eigh nor float64
 _NAN = float("nan")
 
 
@@ -26,6 +27,9 @@ def leading_eigenpairs(sigma: Tensor, rank: int, start: Tensor | None = None) ->
     Returns:
         Values (g, rank), ascending, and orthonormal columns (g, D, rank); NaN where no decomposition was found.
     """
+    if sigma.device.type in _WITHOUT_SOLVERS:
+        found = leading_eigenpairs(sigma.cpu(), rank, None if start is None else start.cpu())
+        return found[0].to(sigma.device), found[1].to(sigma.device)
     size = sigma.shape[-1]
     if size <= _EXACT_SHARE * (rank + _OVERSAMPLING):
         values, basis = eigenpairs(sigma)
@@ -54,6 +58,9 @@ def eigenpairs(sigma: Tensor) -> tuple[Tensor, Tensor]:
 
     NaN for a matrix without a decomposition. On a GPU only torch's own check of the solver waits for the device.
     """
+    if sigma.device.type in _WITHOUT_SOLVERS:
+        values, basis = eigenpairs(sigma.cpu())
+        return values.to(sigma.device), basis.to(sigma.device)
     usable = torch.isfinite(sigma).all(-1).all(-1)[..., None, None]
     eye = torch.eye(sigma.shape[-1], dtype=sigma.dtype, device=sigma.device)
     values, basis = _of_finite(torch.where(usable, sigma, eye))
