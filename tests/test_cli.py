@@ -124,6 +124,11 @@ TRAIN_ERRORS = [
     ("--resume {tmp}/nope", "nothing to resume"),
     ("--output {file}", "cannot make output folder"),
     ("--eval-metric top6", "argument --eval-metric: invalid choice"),
+    ("--model vgg11 --grad-checkpointing", "cannot create vgg11 with --grad-checkpointing: gradient checkpointing not"),
+    (
+        "--decor --compare -b 1 --img-size 32",
+        "test_resnet: --batch-size 1 at 32 px leaves BatchNorm one value a channel",
+    ),
 ]
 
 
@@ -152,6 +157,17 @@ def test_train_refuses_in_one_line(words: str, expected: str, tmp_path: Path, ca
         ("--no-aug --aa rand-m9", "--aa does nothing beside --no-aug"),
         ("--sched step --cooldown-epochs 3", "--cooldown-epochs does nothing with --sched step"),
         ("--cooldown-epochs 3", ""),
+        ("--decay-rate 0.5", "--decay-rate does nothing with --sched cosine: it is for multistep, plateau, poly, step"),
+        ("--decay-milestones 3 6", "--decay-milestones does nothing with --sched cosine: it is for multistep"),
+        ("--sched step --decay-rate 0.5 --decay-epochs 2", ""),
+        (
+            "--sched step --min-lr 0.1",
+            "--min-lr does nothing with --sched step: it is for cosine, poly, tanh, plateau, rsqrt, wsd",
+        ),
+        ("--sched none --warmup-epochs 3", "--warmup-epochs does nothing with --sched none"),
+        ("--sched none", ""),
+        ("--lr-base 0.7", "--lr-base does nothing beside --lr"),
+        ("--project-name x", "--project-name does nothing without --log-with"),
     ],
 )
 def test_what_waits_for_another_argument_is_told_of(words: str, line: str):
@@ -166,6 +182,13 @@ def test_what_a_begun_run_has_is_told_of_and_not_refused(tmp_path: Path):
     parser = train_parser()
     assert idle(parse(["--resume", str(tmp_path)]), parser) == ["--compare-lr does nothing without --compare"]
     assert parse(["-c", str(tmp_path / "args.yaml")], is_begun=True).compare_lr == 0.1
+
+
+def test_a_recipe_beside_a_run_to_resume_leaves_the_runs_other_arguments(tmp_path: Path):
+    (tmp_path / "args.yaml").write_text("lr: 0.3\nepochs: 2\nweight_decay: 0.01")
+    (tmp_path / "r.yaml").write_text("epochs: 5\nmomentum: 0.5")
+    args = parse(["-c", str(tmp_path / "r.yaml"), "--resume", str(tmp_path), "--weight-decay", "0.02"])
+    assert (args.lr, args.epochs, args.momentum, args.weight_decay) == (0.3, 5, 0.5, 0.02)
 
 
 def test_a_recipe_without_augmentation_can_be_undone(tmp_path: Path):

@@ -11,6 +11,7 @@ import math
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,12 +30,14 @@ from timm_decor.errors import Stopped, UserError
 from timm_decor.training import find_lr, results
 from timm_decor.training.run import parse
 from timm_decor.training.seeing import charts, plot, report, trackers
+from timm_decor.training.seeing import watch as watch_module
 from timm_decor.training.seeing.clock import PHASES, StepClock
 from timm_decor.training.seeing.compare import Side
 from timm_decor.training.seeing.drawing import STROKES, whole_ticks
 from timm_decor.training.seeing.losswatch import LossWatch, NonFiniteLoss
 from timm_decor.training.seeing.mistakes import Mistakes
 from timm_decor.training.seeing.observe import Series, phase_times
+from timm_decor.training.seeing.watch import EpochWatch
 
 
 @pytest.fixture(scope="module")
@@ -460,3 +463,23 @@ def test_without_trackers_nothing_is_started(tmp_path: Path):
     accelerator = Accelerator(cpu=True)
     trackers.start(accelerator, options().watch, {}, tmp_path, ())
     assert accelerator.trackers == [] and not list(tmp_path.iterdir())
+
+
+def test_the_side_that_came_so_far_is_shown(tmp_path: Path) -> None:
+    """One of two diverges before its first evaluation: the page has the other's result."""
+    with pytest.raises(UserError, match="loss"):
+        train(tmp_path / "run", *DECOR, "--compare", "--lr", "1e25", "--compare-lr", 0.05, "--epochs", 1)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<p>test_resnet is best in epoch 1 of 1" in page and "was not evaluated" not in page
+    assert re.search(r"<td>best top-1 accuracy, %</td><td>-</td><td>[\d.]+</td>", page)
+    assert "--compare-lr" in page and "--grad-accum-steps" not in page and "--amp" not in page
+
+
+def test_a_pause_is_none_of_an_epochs_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = EpochWatch.__new__(EpochWatch)
+    watch._start, watch._spent, watch._observer = 0.0, 0.0, SimpleNamespace(spent=1.0)
+    times = iter([10.0, 15.0, 20.0])
+    monkeypatch.setattr(watch_module, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    with watch.paused():
+        pass
+    assert watch.seconds == 20 - 5 - 1

@@ -13,9 +13,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from test_kill_and_resume import stop_at
 from training_runs import DECOR, TINY, history, reset_accelerate, train
 
-from timm_decor.errors import UserError
+from timm_decor.errors import Stopped, UserError
 from timm_decor.training import arm as arm_module
 from timm_decor.training import validation
 from timm_decor.training.keeping.folder import RunFolder, read_resume
@@ -122,6 +123,29 @@ def test_results_of_a_finished_run_go_when_it_goes_on(two: Path, tmp_path: Path,
     reset_accelerate()
     main(["--resume", str(tmp_path / "run")])
     assert [row["steps"] for row in history(tmp_path / "run")] == [4, 8, 12]
+
+
+def test_what_only_the_records_are_left_of_is_no_other_training(two: Path, tmp_path: Path) -> None:
+    """All epochs are done and nothing was written: arguments that no update used are told of as changes."""
+    shutil.copytree(two, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    train(tmp_path / "run", *DECOR, "--epochs", 2, "--lr", 0.01, "--resume", "auto")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    (change,) = results["changed"]
+    assert change["changed"]["lr"] == ["0.05", "0.01"], change
+
+
+def test_a_run_cannot_be_cut_in_an_epoch_that_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_at(monkeypatch, 6)
+    with pytest.raises(Stopped):
+        train(tmp_path / "run", *DECOR, "--epochs", 3, "--val-interval", 2)
+    monkeypatch.undo()
+    before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    with pytest.raises(UserError, match="epoch 2 has begun: --epochs 2 or more, not 1"):
+        train(tmp_path / "run", *DECOR, "--epochs", 1, "--val-interval", 2, "--resume", "auto")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before
+    run = train(tmp_path / "run", *DECOR, "--epochs", 2, "--val-interval", 2, "--resume", "auto")
+    assert "eval_top1" in history(run)[-1]
 
 
 class TestLauncher:

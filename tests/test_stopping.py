@@ -87,6 +87,17 @@ def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "run"
 
 
+def test_what_a_comparison_prints_to_go_on_with_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_at(monkeypatch, 2)
+    with pytest.raises(Stopped) as stop:
+        train(tmp_path / "run", *DECOR, "--compare", "--epochs", 1)
+    monkeypatch.undo()
+    place = str(stop.value).rsplit("--resume ", 1)[1]
+    assert place == str(tmp_path / "run")
+    train(tmp_path / "run", *DECOR, "--compare", "--epochs", 1, "--resume", place)
+    assert (tmp_path / "run" / "compare.json").is_file()
+
+
 def cut(content: bytes) -> bytes:
     return content[: len(content) // 2]
 

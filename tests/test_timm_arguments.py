@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -20,10 +21,12 @@ from training_runs import DECOR, ROOT, created, history, options, reset_accelera
 
 from timm_decor.errors import UserError
 from timm_decor.training import build
+from timm_decor.training import run as run_module
 from timm_decor.training.args import train_parser, validate_parser
 from timm_decor.training.distill import Distillation, make_distillation
 from timm_decor.training.keeping.metadata import stored_metadata
 from timm_decor.training.optim import make_loss, make_optimizer
+from timm_decor.training.runtime import make_accelerator
 
 DATA = {
     "input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bilinear", "crop_pct": 1.0,
@@ -90,6 +93,26 @@ class TestModel:
             if "BatchNorm" in type(m).__name__
         ]
         assert norms and {(m.momentum, m.eps) for m in norms} == {(0.25, 1e-3)}
+
+    def test_no_dropout_is_none_as_in_timms(self):
+        """Some architectures have another default than train.py."""
+        assert timm.create_model("ghostnet_050").drop_rate == 0.2
+        assert (
+            model_of("--model", "ghostnet_050").drop_rate
+            == 0
+            == model_of("--model", "ghostnet_050", "--drop", "0").drop_rate
+        )
+        assert model_of("--model", "ghostnet_050", "--drop", "0.3").drop_rate == 0.3
+
+    def test_a_checkpoint_to_begin_with_is_the_averaged_one_as_in_timm(self, tmp_path: Path):
+        model = timm.create_model("test_resnet", num_classes=10)
+        weights = model.state_dict()
+        averaged = {name: torch.ones_like(value) for name, value in weights.items()}
+        torch.save({"state_dict": weights, "state_dict_ema": averaged}, tmp_path / "w.pth.tar")
+        theirs = timm.create_model("test_resnet", num_classes=10, checkpoint_path=str(tmp_path / "w.pth.tar"))
+        ours = model_of("--initial-checkpoint", tmp_path / "w.pth.tar")
+        for ours_value, value in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
+            assert torch.equal(ours_value, value)
 
     def test_pooling_and_drop_block(self):
         assert type(model_of("--gp", "max").global_pool.pool).__name__ == "AdaptiveMaxPool2d"
@@ -231,6 +254,14 @@ class TestDistillation:
             config = {**self.CONFIG, "input_size": (3, 224, 224)}
             assert self.asked(words, student, config) is not None
         assert len(student.train()(torch.zeros(1, 3, 224, 224))) == 2
+
+    def test_a_comparison_warms_up_a_model_with_two_heads(self):
+        reset_accelerate()
+        model = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, depth=1, num_classes=10)
+        model.set_distilled_training(True)
+        arm = SimpleNamespace(model=model, name="deit", accelerator=make_accelerator("cpu", False, "float16"))
+        run_module._warm_up([arm, arm], (3, 32, 32), 2)
+        assert all(parameter.grad is None for parameter in model.parameters())
 
     @pytest.mark.parametrize(
         ("words", "expected"),

@@ -61,6 +61,14 @@ class TestFolders:
         )
         assert captured.err.count("validate.py: both/") == 4
 
+    def test_names_that_would_be_alike_are_paths(self, runs: Path):
+        one, other = runs / "both" / "decorrelated", runs / "both" / "plain"
+        for paths in ([one, other], [one / "last.safetensors", other / "last.safetensors"]):
+            found = validation.find_checkpoints([str(path) for path in paths])
+            assert all(name == path for name, path in found) and len({name for name, _ in found}) == len(found) >= 2
+        (name, _), *_ = validation.find_checkpoints([str(one)])
+        assert "/" not in name
+
     def test_averaged_weights_of_each(self, runs: Path, tmp_path: Path):
         validated("--checkpoint", runs, "--use-ema", "--results-file", tmp_path / "rows.json")
         rows = json.loads((tmp_path / "rows.json").read_text())
@@ -172,6 +180,9 @@ class TestLargerImages:
         capsys.readouterr()
         validated(*words, "--test-pool")
         pooled = json.loads(capsys.readouterr().out)
+        assert pooled["crop_pct"] == 1, "as timm's validate.py: of the whole image"
+        validated(*words, "--test-pool", "--crop-pct", "0.5")
+        assert json.loads(capsys.readouterr().out)["loss"] == pooled["loss"]
         validated(*words)
         assert pooled["loss"] != json.loads(capsys.readouterr().out)["loss"] and pooled["img_size"] == 64
 

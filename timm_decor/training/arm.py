@@ -6,6 +6,7 @@ random numbers that depend on seed and epoch only, so arms may take turns withou
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,6 +40,27 @@ from timm_decor.training.seeing.watch import EpochWatch
 from timm_decor.training.state import load_into, refuse_non_finite, state_of
 
 Row = dict[str, Any]  # an epoch in summary.csv
+
+
+@contextlib.contextmanager
+def batch_norm_explained(name: str, batch_size: int, size: int) -> Iterator[None]:
+    """What BatchNorm says in training of a batch that leaves it one value a channel, in one line.
+
+    Args:
+        name: of the model.
+        batch_size: of a process.
+        size: the images', in pixels.
+
+    Raises:
+        UserError: see above.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        taken = f"--batch-size {batch_size} at {size} px"
+        raise UserError(f"{name}: {taken} leaves BatchNorm one value a channel: take a larger one") from error
 
 
 class Arm:
@@ -232,7 +254,8 @@ class Arm:
             watch.trained(progress.lr or self.schedule.lr, updated)
             if updated and progress.batches < self.batches_per_epoch:
                 progress.seconds = watch.seconds
-                self.pause()
+                with watch.paused():
+                    self.pause()
         watch.close()
         self._end_training(progress)
         progress.seconds = watch.seconds
@@ -283,13 +306,8 @@ class Arm:
         """The model's output, on the way of an epoch."""
         if self.options.device.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        try:
+        with batch_norm_explained(self.name, self.options.loader.batch_size, images.shape[-1]):
             return self._wrapped(images)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            size = f"--batch-size {self.options.loader.batch_size} at {images.shape[-1]} px"
-            raise UserError(f"{self.name}: {size} leaves BatchNorm one value a channel: take a larger one") from error
 
     def _clip(self) -> None:
         clip, mode = self.options.update.clip_grad, self.options.update.clip_mode

@@ -121,7 +121,7 @@ def create_to_train(
     path = start.pretrained_path
     weights = _read_weights(path) if path else {}
     kwargs: dict[str, Any] = {
-        "drop_rate": layer.drop or None,
+        "drop_rate": layer.drop,
         "drop_path_rate": layer.drop_path,
         "drop_block_rate": layer.drop_block,
     }
@@ -137,9 +137,10 @@ def create_to_train(
         cast(Any, model).pretrained_cfg.pop("state_dict", None)
         _check_adapted(model, weights, path)
     if layer.grad_checkpointing:
-        cast(Any, model).set_grad_checkpointing(True)
+        with _creating(f"{name} with --grad-checkpointing"):
+            cast(Any, model).set_grad_checkpointing(True)
     if start.initial_checkpoint:
-        load_weights(model, start.initial_checkpoint)
+        load_weights(model, start.initial_checkpoint, use_ema=None)
     has_weights = start.pretrained or bool(path or start.initial_checkpoint)
     set_batch_norm(model, layer.bn_momentum, layer.bn_eps, has_weights)
     init_head(model, start.head_init_scale, start.head_init_bias)
@@ -434,14 +435,14 @@ def no_checkpoint(path: str) -> str:
     return f"no checkpoint file {path}; in its folder: {', '.join(named) or 'none'}{more}"
 
 
-def load_weights(model: nn.Module, path: str, use_ema: bool = False) -> None:
+def load_weights(model: nn.Module, path: str, use_ema: bool | None = False) -> None:
     """Load a checkpoint's weights: safetensors, or a torch file that loads with weights_only.
 
     Args:
         model: decorrelated or plain; both have the same keys.
         path: the file.
         use_ema: take the averaged weights: `<name>-ema.safetensors` next to `<name>.safetensors`, or `state_dict_ema`
-            inside a torch file.
+            inside a torch file. None: those of a torch file where it has them, as timm's `create_model` does.
 
     Raises:
         UserError: no such file, not a checkpoint, no averaged weights, or of another shape or architecture.

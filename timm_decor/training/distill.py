@@ -146,7 +146,7 @@ def _teacher(name: str, path: str | None, classes: int, channels: int) -> nn.Mod
     except build.CREATION_ERRORS as error:
         raise UserError(f"cannot create teacher {name}: {build.reason(error)}") from error
     if path:
-        build.load_weights(teacher, path)
+        build.load_weights(teacher, path, use_ema=None)
     else:
         _check_classes(name, build.class_count(teacher), classes)  # of hf-hub:... nothing is known before
     return teacher

@@ -116,7 +116,8 @@ def table(searches: Sequence[Search]) -> str:
         if trial.diverged:
             return f"diverged at update {len(trial.losses) + 1}"
         mark = "  <-" if of.best and trial.lr == of.best.lr else ""
-        return f"{trial.loss:.4f} +- {trial.error:.4f}{mark}"
+        error = f" +- {trial.error:.4f}" if trial.error else ""  # of a single update nobody knows it
+        return f"{trial.loss:.4f}{error}{mark}"
 
     rows = [
         [f"{trials[0].lr:.4g}", *(cell(trial, of) for trial, of in zip(trials, searches, strict=True))]

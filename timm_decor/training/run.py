@@ -22,7 +22,7 @@ from timm_decor.reporting import ConversionReport
 from timm_decor.text import wrapped
 from timm_decor.training import build, find_lr, results
 from timm_decor.training.args import decor_config, train_parser
-from timm_decor.training.arm import Arm
+from timm_decor.training.arm import Arm, batch_norm_explained
 from timm_decor.training.data.datasets import open_splits
 from timm_decor.training.data.loaders import eval_loader, train_loader, worker_count
 from timm_decor.training.data.names import check_labels
@@ -57,7 +57,7 @@ from timm_decor.training.without_effect import idle, refuse_class_map, refuse_fo
 
 
 def parse(argv: Sequence[str], is_begun: bool = False) -> argparse.Namespace:
-    """train.py's arguments, a recipe's (-c, or the args.yaml of the run to --resume) below the command line's.
+    """train.py's arguments: the command line's above a recipe's (-c), that above the args.yaml of the run to --resume.
 
     Args:
         argv: the command line.
@@ -69,16 +69,18 @@ def parse(argv: Sequence[str], is_begun: bool = False) -> argparse.Namespace:
     """
     parser = train_parser()
     args = parser.parse(argv)
-    recipe = args.config
-    if args.resume not in (None, resume.AUTO) and not recipe:
+    recipes = [args.config] if args.config else []
+    if args.resume not in (None, resume.AUTO):
         path = Path(args.resume)
-        recipe = (path if path.is_dir() else path.parent) / ARGS_FILE
-        if not recipe.is_file():
-            raise UserError(f"nothing to resume: {recipe} does not exist")
-    if recipe:
-        given, args = args.data_dir, parser.parse([*parser.recipe_words(str(recipe)), *argv])
+        own = (path if path.is_dir() else path.parent) / ARGS_FILE
+        if not own.is_file():
+            raise UserError(f"nothing to resume: {own} does not exist")
+        recipes.insert(0, str(own))
+    if recipes:
+        words = [word for recipe in recipes for word in parser.recipe_words(recipe)]
+        given, args = args.data_dir, parser.parse([*words, *argv])
         if str(args.data_dir).startswith("pipe:") and not given:
-            raise UserError(f"recipe {recipe}: --data-dir is a command to run: give it on the command line")
+            raise UserError(f"recipe {recipes[-1]}: --data-dir is a command to run: give it on the command line")
     refuse_secrets(args)
     if not (is_begun or args.resume):
         refuse_forgotten(args, parser)
@@ -176,7 +178,9 @@ def _run(
     for arm, side in zip(arms, sides or ("",), strict=True):
         arm.log, arm.distillation = partial(trackers.log, accelerator, side), made.distillation
     with StopRequest(accelerator.num_processes, accelerator.is_main_process, options.dist_timeout) as stop:
-        keepers = [Keeper(arm, at, metadata, options.keep, stop) for arm, at in zip(arms, folders, strict=True)]
+        keepers = [
+            Keeper(arm, at, metadata, options.keep, stop, folder.path) for arm, at in zip(arms, folders, strict=True)
+        ]
         try:
             _take_turns(list(zip(arms, keepers, strict=True)))
             wanted = options.watch.report_mistakes  # before results.json: with it a run is finished
@@ -379,8 +383,10 @@ def _warm_up(arms: list[Arm], input_size: tuple[int, int, int], batch_size: int)
         return  # no copy of a sharded model can be made
     model = build.plain_copy(arms[-1].model)
     images = torch.zeros(batch_size, *input_size, device=next(model.parameters()).device)
-    with arms[0].accelerator.autocast():
-        loss = model.train()(images).sum()
+    with arms[0].accelerator.autocast(), batch_norm_explained(arms[-1].name, batch_size, input_size[-1]):
+        output = model.train()(images)
+        parts = output if isinstance(output, tuple) else (output,)  # of a model with a distillation head two
+        loss = torch.stack([part.sum() for part in parts]).sum()
     loss.backward()
 
 

@@ -114,8 +114,9 @@ def _main(argv: Sequence[str], prog: str) -> None:
 def find_checkpoints(paths: Sequence[str]) -> list[tuple[str, str | None]]:
     """The files that --checkpoint stands for: (name for the results, path).
 
-    In folders and below them: everything that ends like a checkpoint, but neither the averaged weights beside their
-    own (--use-ema takes those) nor the states to resume from, and a file with two names (best, last) only once.
+    Names are those inside of a folder, or, where two would be alike, the paths. In folders and below them everything
+    that ends like a checkpoint is taken, but neither the averaged weights beside their own (--use-ema takes those) nor
+    the states to resume from, and a file with two names (best, last) only once.
 
     Raises:
         UserError: a folder without checkpoints, or a path where nothing is.
@@ -143,6 +144,8 @@ def find_checkpoints(paths: Sequence[str]) -> list[tuple[str, str | None]]:
             status = file.stat()
             once.setdefault((status.st_dev, status.st_ino) if status.st_ino else (0, len(once)), file)
         found += [(str(file.relative_to(path)), str(file)) for file in once.values()]
+    if len({name for name, _ in found}) < len(found):  # of several runs
+        return [(str(file), file) for _, file in found]
     return found
 
 
@@ -181,9 +184,10 @@ def _evaluate(
         names, whose = build.pretrained_names(model), f"the weights of {name}"
     source = _numbered_as_the_model(source, f"split {options.split}", classes, names, whose, checkpoint, say)
     parameters = sum(p.numel() for p in model.parameters())
-    loader = eval_loader(options.loader, source, data_config, classes, options.seed, accelerator)
     if options.test_pool:
         model = pooled_over_windows(model, trained_size, data_config["input_size"])
+        data_config["crop_pct"] = 1.0  # as timm's validate.py: it sees the whole image
+    loader = eval_loader(options.loader, source, data_config, classes, options.seed, accelerator)
     build.place(model, accelerator.device, device.channels_last)
     build.check_images(model, data_config["input_size"], accelerator.device, accelerator.autocast, name)
     runnable = build.compiled(model, device)

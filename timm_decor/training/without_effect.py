@@ -36,7 +36,21 @@ _IDLE = (  # recipes have them at hand for when the second is turned on
     ("lr_noise_std", "lr_noise"),
     ("layer_decay_min_scale", "layer_decay"),
     ("layer_decay_no_opt_scale", "layer_decay"),
+    ("project_name", "log_with"),
 )
+_CYCLES = ("cosine", "poly", "tanh")
+_SCHEDULES = {  # which of timm's schedules read an argument
+    "decay_rate": ("multistep", "plateau", "poly", "step"),
+    "decay_milestones": ("multistep",),
+    "decay_epochs": ("rsqrt", "step", "wsd"),
+    "patience_epochs": ("plateau",),
+    "lr_cycle_mul": _CYCLES,
+    "lr_cycle_decay": _CYCLES,
+    "lr_cycle_limit": _CYCLES,
+    "lr_k_decay": ("cosine", "poly"),
+    "min_lr": (*_CYCLES, "plateau", "rsqrt", "wsd"),
+}
+_OF_SCHEDULES = ("warmup_epochs", "warmup_lr", "warmup_prefix", "lr_noise")  # all read them
 _AUGMENTS = ("aa", "reprob", "train_crop_mode", "vflip", "grayscale_prob", "gaussian_blur_prob")  # not with --no-aug
 _WITHOUT_COOLDOWN = ("constant", "multistep", "none", "plateau", "step")  # timm adds them to those that have an end
 _MAPPED = ("folder", "wds")  # data sets that --class-map numbers
@@ -76,9 +90,25 @@ def idle(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]
         lines += [f"{_flag(name)} does nothing beside --no-aug" for name in _AUGMENTS if _is_given(args, parser, name)]
     if getattr(args, "cooldown_epochs", 0) and args.sched in _WITHOUT_COOLDOWN:
         lines.append(f"--cooldown-epochs does nothing with --sched {args.sched}")
+    if hasattr(args, "sched"):
+        lines += _idle_in_schedule(args, parser)
+    if getattr(args, "lr", None) is not None:
+        names = ("lr_base", "lr_base_size", "lr_base_scale")
+        lines += [f"{_flag(name)} does nothing beside --lr" for name in names if _is_given(args, parser, name)]
     if args.input_size and (args.img_size or args.in_chans):
         lines.append(f"{'--img-size' if args.img_size else '--in-chans'} does nothing beside --input-size")
     return lines
+
+
+def _idle_in_schedule(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
+    """Those of other schedules than --sched, with the ones that would read them."""
+    lines = [
+        f"{_flag(name)} does nothing with --sched {args.sched}: it is for {', '.join(of)}"
+        for name, of in _SCHEDULES.items()
+        if args.sched not in of and _is_given(args, parser, name)
+    ]
+    none = [name for name in _OF_SCHEDULES if getattr(args, name)] if args.sched == "none" else []
+    return lines + [f"{_flag(name)} does nothing with --sched none" for name in none if _is_given(args, parser, name)]
 
 
 def _is_given(args: argparse.Namespace, parser: argparse.ArgumentParser, name: str) -> bool:

@@ -30,6 +30,7 @@ class Trained(Protocol):
     ema: Any
     history: list[dict[str, Any]]
     epochs: int
+    progress: Any
     pause: Callable[[], None]
 
     @property
@@ -65,12 +66,13 @@ class Keeper:
         metadata: text in the files of weights.
         keep: which checkpoints.
         stop: tells of signals.
+        run: the run's folder: that of both sides of a comparison.
     """
 
     def __init__(
-        self, arm: Trained, folder: RunFolder, metadata: dict[str, str], keep: KeepOptions, stop: StopRequest
+        self, arm: Trained, folder: RunFolder, metadata: dict[str, str], keep: KeepOptions, stop: StopRequest, run: Path
     ) -> None:
-        self.arm, self.folder = arm, folder
+        self.arm, self.folder, self._run = arm, folder, run
         self._metadata = metadata
         self._keep = keep
         self._stop = stop
@@ -92,7 +94,7 @@ class Keeper:
             self._write_resume()
         if signum:
             where = f"{self.arm.name} stopped by {signal.Signals(signum).name} after update {steps}"
-            saved = f"go on with the same command and --resume {self.folder.path}" if steps else "there is nothing yet"
+            saved = f"go on with the same command and --resume {self._run}" if steps else "there is nothing yet"
             raise Stopped(signum, f"{where}; {saved}" if self.arm.accelerator.is_main_process else "")
 
     def save_trained(self) -> None:
@@ -119,7 +121,7 @@ class Keeper:
         folder.link_weights("last", f"checkpoint-{row['epoch']}")
         kept = {row["epoch"] for row in arm.ranked[: self._keep.checkpoint_hist]}
         # a run that was resumed with another metric, or with an average, cannot rank those before: they stay
-        unranked = {row["epoch"] for row in arm.history if column not in row and _was_evaluated(row)}
+        unranked = {row["epoch"] for row in arm.history if column not in row and was_evaluated(row)}
         folder.forget_epochs(row["epoch"] for row in arm.history if row["epoch"] not in kept | unranked)
         self._write_resume()
         folder.keep_epoch()
@@ -130,7 +132,7 @@ class Keeper:
         self._saved = self.arm.steps
 
 
-def _was_evaluated(row: Mapping[str, Any]) -> bool:
+def was_evaluated(row: Mapping[str, Any]) -> bool:
     return any(column.startswith(("eval_", "ema_")) for column in row)
 
 

@@ -15,7 +15,7 @@ from timm_decor.errors import UserError
 from timm_decor.redact import without_secrets
 from timm_decor.text import printable
 from timm_decor.training.foreign import read_mapping
-from timm_decor.training.keeping.checkpoints import Trained, load_states
+from timm_decor.training.keeping.checkpoints import Trained, load_states, was_evaluated
 from timm_decor.training.keeping.folder import ARGS_FILE, RESULTS_FILE, RESUME_FILE, RunFolder, holds_run
 from timm_decor.training.keeping.privacy import PRIVATE, cleaned
 from timm_decor.training.options import FolderOptions, ImageOptions
@@ -108,19 +108,39 @@ def go_on(
     paths = [Path(resume)] if resume != AUTO and len(arms) == 1 else [at.path for at in folders]
     changed, accelerator = _changed(recipe, folder), arms[0].accelerator
     if load_states(paths, arms, folders, metadata):
+        _refuse_cut(arms)
         goes_on = any(arm.epoch < arm.epochs for arm in arms)
         if goes_on:
             accelerator.print("; ".join(f"{arm.name} goes on after update {arm.steps}" for arm in arms))
         if changed:
             words = ", ".join(f"{key} {_shown(*change)}" for key, change in changed.items())
             accelerator.print(f"other arguments than before: {words}")
-        if goes_on:
+        if goes_on or not is_finished(arms, folders):  # what is yet to be written down is that of other arguments
             matter = {key: change for key, change in changed.items() if key not in NO_MATTER}
             folder.note_changes(arms[0].steps, {key: (_text(was), _text(now)) for key, (was, now) in matter.items()})
         for at in (folder, *folders) if goes_on else ():
             at.forget_results()
     elif resume != AUTO:
         raise UserError(f"nothing to resume: {paths[0] / RESUME_FILE} does not exist")
+
+
+def _refuse_cut(arms: Sequence[Trained]) -> None:
+    """Refuse to end a run where its last epoch would be one that has no figures, or that is not the last.
+
+    Raises:
+        UserError: says how many epochs it takes.
+    """
+    for arm in arms:
+        if arm.epoch < arm.epochs or not arm.history:
+            continue
+        if arm.progress is not None:
+            raise UserError(
+                f"{arm.name}: epoch {arm.epoch + 1} has begun: --epochs {arm.epoch + 1} or more, not {arm.epochs}"
+            )
+        if not was_evaluated(arm.history[-1]):
+            raise UserError(
+                f"{arm.name}: epoch {arm.epoch} was not evaluated, as the last one is: more --epochs than {arm.epochs}"
+            )
 
 
 def _changed(recipe: Mapping[str, Any], folder: RunFolder) -> dict[str, tuple[Any, Any]]:

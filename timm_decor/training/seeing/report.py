@@ -88,7 +88,7 @@ def render(arms: Sequence[Seen], title: str, command: str, context: dict[str, An
 def _words(sides: Sequence[Side]) -> str:
     if len(sides) == 2 and all(side.evaluated for side in sides):
         return verdict((sides[0], sides[1]))
-    side = sides[0]
+    side = next((side for side in sides if side.evaluated), sides[0])
     if not side.evaluated:
         return f"{side.name} was not evaluated."
     best = side.picked
@@ -101,8 +101,14 @@ def _words(sides: Sequence[Side]) -> str:
 
 
 def _figures(sides: Sequence[Side]) -> list[tuple[str, list[str]]]:
-    """The comparison's table; of a single arm those rows that do not compare."""
-    return figures(sides) if all(side.evaluated for side in sides) else []
+    """The comparison's table; of a single arm, or of the one that came so far, those rows that do not compare."""
+    evaluated = [side for side in sides if side.evaluated]
+    if len(evaluated) == len(sides):
+        return figures(sides)
+    if not evaluated:
+        return []
+    rows = [(label, cells[0]) for label, cells in figures(evaluated)]
+    return [(label, [cell if side.evaluated else "-" for side in sides]) for label, cell in rows]
 
 
 def _memory(arms: Sequence[Seen], on_gpu: bool) -> list[tuple[str, list[str]]]:
@@ -242,6 +248,7 @@ def _facts(context: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _settings(config: dict[str, Any]) -> list[tuple[str, str]]:
-    defaults = vars(train_parser().parse([]))
+    # as they are written down where neither the command line nor accelerate's configuration says anything
+    defaults = vars(train_parser().parse([])) | {"amp": False, "grad_accum_steps": 1}
     changed = {key: value for key, value in config.items() if value != defaults.get(key)}
     return [("--" + key.replace("_", "-"), str(value)) for key, value in changed.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -68,6 +69,13 @@ class EpochWatch:
             if self._updated:  # not earlier: a pause, in which a checkpoint may be written, is none of an update's time
                 self._clock.updated()
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens in here (a checkpoint may be written) is none of the epoch's time."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
     def lap(self, phase: str) -> None:
         """A phase of a batch ends here: one of `PHASES` in training/seeing/clock.py."""
         self._clock.lap(phase)
@@ -95,7 +103,7 @@ class EpochWatch:
 
     @property
     def seconds(self) -> float:
-        """The epoch's seconds so far, without those that went into looking at R."""
+        """The epoch's seconds so far, without pauses and those that went into looking at R."""
         return time.perf_counter() - self._start - (self._observer.spent - self._spent)
 
     def close(self) -> None:
