@@ -10,8 +10,10 @@ from typing import Any
 
 import chaos
 import pytest
+import timm
 import torch
 from chaos import WORDS, final, same
+from safetensors.torch import load_file, save_file
 from training_runs import DECOR, TINY, train
 
 from timm_decor.errors import Stopped, UserError
@@ -118,6 +120,25 @@ class TestAuto:
         assert "other arguments than before: epochs 1 -> 2, lr 0.05 -> 0.04\n" in out
         train(run, *WORDS, "--epochs", 2, "--lr", 0.04, "--resume", "auto")
         assert len(read_resume(run / "resume.pt")["history"]) == 2, "a finished run has nothing left to do"
+
+    @pytest.mark.parametrize("argument", ["--initial-checkpoint", "--pretrained-path"])
+    def test_it_needs_no_weights_to_begin_with_any_more(
+        self, argument: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        file = tmp_path / "w.safetensors"
+        save_file(timm.create_model("test_resnet", num_classes=10).state_dict(), file)
+        words = [*DECOR, *WORDS, argument, file, "--epochs", 2, "--resume", "auto"]
+        whole = train(tmp_path / "whole", *words)
+        stop_at(monkeypatch, 4)
+        with pytest.raises(Stopped):
+            train(tmp_path / "run", *words)
+        monkeypatch.undo()
+        file.unlink()
+        run = train(tmp_path / "run", *words)
+        ours, theirs = (load_file(folder / "last.safetensors") for folder in (run, whole))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        with pytest.raises(UserError, match=r"no checkpoint file .*w\.safetensors"):
+            train(tmp_path / "new", *words)
 
     def test_it_needs_the_name_of_a_folder_and_a_run_of_the_same_kind(self, tmp_path: Path):
         with pytest.raises(UserError, match="--resume auto goes on with the run of --experiment NAME"):
