@@ -27,7 +27,7 @@ from study.rows import Rows
 from study.script import ROOT, run_train
 from timm_decor.errors import exit_code
 
-WEIGHTS = ROOT / "hub" / "staged" / "resnet18.dbp_tin_r64" / "model.safetensors"
+WEIGHTS = ROOT / "hub" / "staged" / "resnet18.whiten_tin_r64" / "model.safetensors"
 LRS = {"nesterov": (0.025, 0.05, 0.1, 0.2, 0.4), "adamw": (5e-4, 1e-3, 2e-3, 4e-3)}
 ARMS = ("plain", "decorrelated", "with-r")
 DECAYS = {"nesterov": 5e-4, "adamw": 0.05}

@@ -27,9 +27,9 @@ SAMPLE = 1000
 def test_there_are_some_and_the_first_is_what_pretrained_takes() -> None:
     assert STAGED
     model = timm.create_model("decor_resnet18", pretrained=True)
-    config = json.loads((ROOT / "hub" / "staged" / "resnet18.dbp_tin_r64" / "config.json").read_text())
-    assert model.pretrained_cfg["tag"] == "dbp_tin_r64" and model.num_classes == 200 == len(config["label_names"])
-    weights = load_file(ROOT / "hub" / "staged" / "resnet18.dbp_tin_r64" / "model.safetensors")
+    config = json.loads((ROOT / "hub" / "staged" / "resnet18.whiten_tin_r64" / "config.json").read_text())
+    assert model.pretrained_cfg["tag"] == "whiten_tin_r64" and model.num_classes == 200 == len(config["label_names"])
+    weights = load_file(ROOT / "hub" / "staged" / "resnet18.whiten_tin_r64" / "model.safetensors")
     own = model.state_dict()
     assert all(torch.equal(own[key], value.to(own[key].dtype)) for key, value in weights.items())
 
