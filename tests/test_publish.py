@@ -468,7 +468,7 @@ def test_another_epoch_says_so_and_brings_no_r(tmp_path: Path) -> None:
     publish(folder / "checkpoint-1.safetensors", "--dry-run", str(tmp_path / "one"), "--no-eval")
     card = (tmp_path / "one" / "README.md").read_text()
     assert f"| **this model** | {float(history[1]['eval_top1']):.2f} |" in card and "after epoch 1 of 2" in card
-    assert not (tmp_path / "one" / "decor.safetensors").exists()
+    assert not (tmp_path / "one" / "decor.safetensors").exists() and "hf_hub_download" not in card
     publish(folder / "last-ema.safetensors", "--dry-run", str(tmp_path / "ema"), "--no-eval")
     card = (tmp_path / "ema" / "README.md").read_text()
     assert f"| **this model** | {float(history[2]['ema_top1']):.2f} |" in card and "averaged (EMA) weights" in card
