@@ -210,7 +210,8 @@ def _without_what_is_gone(options: TrainOptions, folder: RunFolder) -> tuple[Tra
         return options, []
     named = {name: getattr(options.start, name) for name in ("initial_checkpoint", "pretrained_path", "initial_r")}
     gone = {name: file for name, file in named.items() if file and not Path(file).is_file()}
-    start = replace(options.start, **dict.fromkeys(gone))
+    none: dict[str, Any] = dict.fromkeys(gone)
+    start = replace(options.start, **none)
     return replace(options, start=start), list(gone.values())
 
 
