@@ -8,8 +8,8 @@ quarter, the same of each class); the decorrelated model has no say in it. Then 
 that rate, and the test images are reported on. train.py trains, from the weights of --pretrained-path. Finished runs
 are in the result file, and are not made again.
 
---arms decorrelated with-r compares beginning with the R of those weights (decor.safetensors beside them) with beginning
-with the identity: what a published R is worth.
+--arms decorrelated with-r compares beginning with the R of those weights (for weights that have a decor.safetensors
+beside them) with beginning with the identity: what a published R is worth.
 """
 
 from __future__ import annotations

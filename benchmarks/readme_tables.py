@@ -429,6 +429,7 @@ HEADLINES = (  # network and data, result, optimizer, epochs
     ("small ResNet, CIFAR-10", "budget_curve/cifar10.json", "sgd", 8),
     ("small ResNet, CIFAR-10", "budget_curve/cifar10.json", "adamw", 8),
     ("small ResNet, CIFAR-10", "budget_curve/cifar10.json", "sgd", 16),
+    ("small ResNet, CIFAR-10", "budget_curve/cifar10.json", "adamw", 16),
     ("ResNet-18, CIFAR-10 at 64 px", "recipe/cifar10_64px_resnet18.json", "sgd", 20),
     ("ResNet-18, Imagenette at 128 px", "recipe/imagenette_resnet18.json", "sgd", 20),
     ("ResNet-18, Imagenette at 128 px", "recipe/imagenette_resnet18.json", "adamw", 20),

@@ -155,7 +155,10 @@ def test_train_refuses_in_one_line(words: str, expected: str, tmp_path: Path, ca
         ("--model-ema-decay 0.9", "--model-ema-decay does nothing without --model-ema"),
         ("--color-jitter-prob 0.5", "--color-jitter-prob does nothing without --color-jitter"),
         ("--no-aug --aa rand-m9", "--aa does nothing beside --no-aug"),
-        ("--sched step --cooldown-epochs 3", "--cooldown-epochs does nothing with --sched step"),
+        (
+            "--sched step --cooldown-epochs 3",
+            "--cooldown-epochs does nothing with --sched step: it is for cosine, poly, tanh, rsqrt, wsd",
+        ),
         ("--cooldown-epochs 3", ""),
         ("--decay-rate 0.5", "--decay-rate does nothing with --sched cosine: it is for multistep, plateau, poly, step"),
         ("--decay-milestones 3 6", "--decay-milestones does nothing with --sched cosine: it is for multistep"),

@@ -141,7 +141,7 @@ def test_a_model_on_two_devices_takes_its_steps(opt: str) -> None:
 
 
 def test_a_mac_decomposes_on_its_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Apple's GPUs have no eigh and no float64."""
+    """Apple's GPUs have no float64."""
     seen = []
 
     def decomposed(sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

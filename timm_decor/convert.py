@@ -227,12 +227,18 @@ def mark_attached(layer: nn.Module, handle: object | None) -> None:
         _handles[layer] = weakref.ref(handle)
 
 
+def handle_of(layer: nn.Module) -> object | None:
+    """The handle that a layer belongs to; None for none, or one whose optimizer is gone."""
+    reference = _handles.get(layer)
+    return reference() if reference is not None else None
+
+
 def any_attached(layers: Iterable[nn.Module]) -> bool:
     """Whether one of the layers belongs to a handle whose optimizer is still there."""
     layers = list(layers)
 
     def held() -> bool:
-        return any(layer in _handles and _handles[layer]() is not None for layer in layers)
+        return any(handle_of(layer) is not None for layer in layers)
 
     if held():
         gc.collect()  # an optimizer and its handle refer to each other: one that was dropped may still be around

@@ -104,7 +104,7 @@ def sample_images(x: Tensor, share: float, most: int) -> Tensor:
     """Evenly spaced images of a batch, at least one: the same ones each time, and no random state is touched.
 
     Args:
-        x: (N, ...); of a layer inside Swin's windows those are the first axis.
+        x: (N, ...); N counts windows, not images, where Swin cuts images into them.
         share: in (0, 1]; 1.0 returns x itself.
         most: images that a share below 1.0 may come to.
     """

@@ -85,8 +85,12 @@ class StepOnW:
         """Before the optimizer's step."""
         raise NotImplementedError
 
-    def leave(self) -> None:
-        """After it: the weights are A again, as they were before; what is to become of them is known."""
+    def leave(self, skipped: Tensor | None) -> None:
+        """After it: the weights are A again, as they were before; what is to become of them is known.
+
+        Args:
+            skipped: as for `land`.
+        """
         raise NotImplementedError
 
     def land(self, skipped: Tensor | None) -> None:
@@ -146,18 +150,16 @@ class StepOnW:
         for weight, own in zip(self.weights, self._own, strict=True):
             weight.parameter.grad = own
 
-    def _keep_what_became_of_gradients(self) -> None:
+    def _keep_what_became_of_gradients(self, skipped: Tensor | None) -> None:
         """After a step a gradient is as the optimizer leaves those of other parameters: it may drop or unscale them."""
-        self._own = [
-            own if w.parameter.grad is not None else None for w, own in zip(self.weights, self._own, strict=True)
-        ]
+        pairs = zip(self.weights, self._own, strict=True)
+        self._own = [None if weight.parameter.grad is None else own for weight, own in pairs]
         scale = getattr(self._optimizer, "grad_scale", None)  # a fused optimizer divides the gradients by it in place
         if scale is None:
             return
-        found = getattr(self._optimizer, "found_inf", None)  # then it does nothing
-        scale = scale if found is None else torch.where(found > 0, torch.ones_like(scale), scale)
         for gradient in self.gradients:
-            gradient.div_(scale.to(gradient.device))
+            here = scale.to(gradient.device)
+            gradient.div_(here if skipped is None else _unless(skipped, here, gradient))
 
 
 class _FromStart(StepOnW):
@@ -192,9 +194,9 @@ class _FromStart(StepOnW):
         """How much of each layer's W the step took, and W: (a, W) for a step with a W in it; (None, None) for none."""
         return [(None, None)] * len(self.weights)
 
-    def leave(self) -> None:
+    def leave(self, skipped: Tensor | None) -> None:
         self._moved = self._differences([weight.value for weight in self.weights])
-        self._keep_what_became_of_gradients()
+        self._keep_what_became_of_gradients(skipped)
         self._restore()
         self._decays = self._factors()
         # What can fail for want of memory is done before a single weight moves.
@@ -285,8 +287,8 @@ class Linear(StepOnW):
             return super().lengths(sides)
         return self._weighted(self._plain, self._at_unit_scale(self._ours, 2))
 
-    def leave(self) -> None:
-        self._keep_what_became_of_gradients()
+    def leave(self, skipped: Tensor | None) -> None:
+        self._keep_what_became_of_gradients(skipped)
         self._give_gradients_back()
 
     def abort(self) -> None:
@@ -296,7 +298,7 @@ class Linear(StepOnW):
 
 
 def _unless(skipped: Tensor, factor: Any, like: Tensor) -> Tensor:
-    """A factor of a weight, or 1 where the device says that there was no step."""
+    """A factor of a weight or a gradient, or 1 where the device says that there was no step."""
     if not isinstance(factor, Tensor):
         factor = torch.full((), factor, dtype=at_least_float32(like[:0]).dtype, device=like.device)
     return torch.where(skipped.to(like.device), torch.ones_like(factor), factor)

@@ -76,7 +76,7 @@ class StepInFlight:
     def leave(self) -> None:
         """The optimizer has stepped: the weights are kernels again, as they were before it; `land` must follow."""
         for step in self._steps.values():
-            step.leave()
+            step.leave(self.skipped)
         if self._measures:
             self.scale = self._found([step.lengths() for step in self._steps.values()])
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from timm_decor.config import DecorConfig
-from timm_decor.convert import decor_layers, mark_attached, norms_behind, replan
+from timm_decor.convert import decor_layers, handle_of, mark_attached, norms_behind, replan
 from timm_decor.eligibility import own_name
 from timm_decor.engine import checkpoint, shards
 from timm_decor.engine.coordinates import transformed, unbatched
@@ -36,7 +36,7 @@ from timm_decor.structures import Sides
 
 _logger = logging.getLogger(__name__)
 
-attached_optimizers: weakref.WeakKeyDictionary[Optimizer, weakref.ref[DecorHandle]] = weakref.WeakKeyDictionary()
+attached_optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
 class DecorHandle:
@@ -61,7 +61,6 @@ class DecorHandle:
         self._flight: StepInFlight | None = None
         self._counted = 0  # steps, of which the device may know that some were none
         self._not_made: Tensor | None = None
-        self._without_grad = False  # inside `recording`
         self._watch = Watch(model, optimizer, self._layers)
         replan(model, plans)
         self._tell_left_out(plans)
@@ -74,7 +73,7 @@ class DecorHandle:
         self._loading: tuple[Mapping[str, Mapping[str, Any]], int] = {}, 0  # layers and step of a state that is loaded
         # Looked up on the instance by copy and pickle, which keep neither hooks nor what hangs on them.
         vars(optimizer).update(zip(_ON_INSTANCE, (self._copy_optimizer, self._pickled_optimizer), strict=True))
-        attached_optimizers[optimizer] = weakref.ref(self)
+        attached_optimizers.add(optimizer)
         for _, layer in self._layers:
             mark_attached(layer, self)
         self._set_recording()
@@ -160,7 +159,7 @@ class DecorHandle:
         for _, layer in self._layers:
             layer.stop_recording()
             mark_attached(layer, None)
-        attached_optimizers.pop(self._optimizer, None)
+        attached_optimizers.discard(self._optimizer)
 
     def save_r(self, path: str | Path) -> None:
         """Write R and the second moments behind it to a safetensors file; see `load_r`."""
@@ -191,13 +190,12 @@ class DecorHandle:
         for parameter, gradient in zip(model.parameters(), estimates): parameter.grad = gradient
         optimizer.step()
         """
-        before, self._without_grad = self._without_grad, True
-        self._mark(self._layers)
+        before = self._without_grad
+        self._record_without_grad(self._layers, True)
         try:
             yield
         finally:
-            self._without_grad = before
-            self._mark(self._layers)
+            self._record_without_grad(self._layers, before)
 
     def kernel_direction(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A direction in W's coordinates as one for the kernels: L V R.
@@ -210,7 +208,7 @@ class DecorHandle:
                 together.
 
         Raises:
-            ValueError: none is of an attached layer's weight.
+            ValueError: none of the names is a parameter's of the model.
         """
         return self._in_kernels(values, Sides.apply)
 
@@ -221,7 +219,7 @@ class DecorHandle:
             values: as for `kernel_direction`.
 
         Raises:
-            ValueError: none is of an attached layer's weight.
+            ValueError: none of the names is a parameter's of the model.
         """
         return self._in_kernels(values, Sides.apply_inverse_transposed)
 
@@ -239,19 +237,14 @@ class DecorHandle:
 
     def _keys(self, values: Mapping[str, Any]) -> dict[str, str]:
         """Of each layer whose weight is among `values`, the name that it has there."""
-        known = {f"{name}.weight": name for name in self.names}
-        found = {}
-        for key in values:
-            name = own_name(key)
-            while name not in known and name.startswith(_DDP):
-                name = name.removeprefix(_DDP)
-            if name in known:
-                found[known[name]] = key
-        if not found:
-            example = f", such as '{next(iter(values))}'" if values else ""
-            raise ValueError(
-                f"no weight of an attached layer among {len(values)} names{example}; one is '{next(iter(known))}'"
-            )
+        known = {_bare(f"{name}.weight"): name for name in self.names}
+        found = {known[_bare(key)]: key for key in values if _bare(key) in known}
+        if values and not found:
+            parameters = {_bare(name) for name, _ in self._model.named_parameters()}
+            if not any(_bare(key) in parameters for key in values):
+                raise ValueError(
+                    f"'{next(iter(values))}' is no parameter of the attached model, as '{next(iter(known))}' is"
+                )
         return found
 
     def state(self) -> dict[str, Any]:
@@ -490,16 +483,20 @@ class DecorHandle:
         return [(name, layer) for name, layer in self._watch.held_back() if name in saved["layers"]]
 
     def _take_in(self, layers: Sequence[tuple[str, DecorLayer]]) -> None:
+        self._record_without_grad(layers, self._without_grad)
         self._layers += layers
         for _, layer in layers:
             mark_attached(layer, self)
-        if self._without_grad:
-            self._mark(layers)
 
-    def _mark(self, layers: Sequence[tuple[str, DecorLayer]]) -> None:
-        """Tell layers whether to record while gradients are off."""
+    @property
+    def _without_grad(self) -> bool:
+        """Whether this is inside of `recording`."""
+        return self._layers[0][1].without_grad
+
+    @staticmethod
+    def _record_without_grad(layers: Sequence[tuple[str, DecorLayer]], wanted: bool) -> None:
         for _, layer in layers:
-            layer.without_grad = self._without_grad
+            layer.without_grad = wanted
 
     def _continue(self, saved: Mapping[str, Mapping[str, Any]], step: int) -> None:
         """Go on from the state of every layer (or, where it is empty, from the identity)."""
@@ -522,9 +519,10 @@ class DecorHandle:
             new = memo[id(self)] = object.__new__(type(self))
             vars(new).update(copy.deepcopy(vars(self), memo))
             return new
-        copy.deepcopy(self._model, memo)
-        optimizer = copy.deepcopy(self._optimizer, memo)
-        if (found := _handle_of(optimizer)) is None:
+        model = copy.deepcopy(self._model, memo)
+        copy.deepcopy(self._optimizer, memo)  # attaches itself to that
+        found = handle_of(dict(decor_layers(model))[self.names[0]])
+        if not isinstance(found, DecorHandle):
             raise TypeError(
                 "a DecorHandle cannot be copied after its optimizer was copied without the model: model first"
             )
@@ -555,13 +553,14 @@ class DecorHandle:
 
 
 _ON_INSTANCE = ("__deepcopy__", "__getstate__")
-_DDP = "module."
 
 
-def _handle_of(optimizer: Optimizer) -> DecorHandle | None:
-    """The handle that an optimizer is attached by."""
-    reference = attached_optimizers.get(optimizer)
-    return reference() if reference is not None else None
+def _bare(name: str) -> str:
+    """A parameter's name without what DDP and torch.compile put before it."""
+    name = own_name(name)
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    return name
 
 
 class _TellOnce:

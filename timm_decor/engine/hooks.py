@@ -111,7 +111,7 @@ class StepHooks:
         return self._running and self._guarded_now
 
     def _nested_in(self) -> bool:
-        if not (self._running and self._guarded_now):
+        if not self.is_running:
             self._depth = 0
             return False
         self._depth += 1

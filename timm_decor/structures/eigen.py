@@ -8,7 +8,7 @@ from torch import Tensor
 _EXACT_SHARE = 4  # subspace iteration pays from about four times its number of columns
 _OVERSAMPLING = 8
 _ITERATIONS = 3
-_WITHOUT_SOLVERS = ("mps",)  # neither eigh nor float64
+_WITHOUT_SOLVERS = ("mps",)  # no float64; whether it has eigh and qr depends on torch
 _NAN = float("nan")
 
 

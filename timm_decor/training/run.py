@@ -30,7 +30,7 @@ from timm_decor.training.data.progressive import Progression
 from timm_decor.training.distill import make_distillation
 from timm_decor.training.keeping import resume
 from timm_decor.training.keeping.checkpoints import Keeper
-from timm_decor.training.keeping.folder import ARGS_FILE, RunFolder, holds_run
+from timm_decor.training.keeping.folder import ARGS_FILE, RunFolder
 from timm_decor.training.keeping.metadata import CheckpointMetadata, stored_metadata
 from timm_decor.training.keeping.privacy import refuse_secrets
 from timm_decor.training.keeping.record import Record
@@ -80,7 +80,9 @@ def parse(argv: Sequence[str], is_begun: bool = False) -> argparse.Namespace:
         words = [word for recipe in recipes for word in parser.recipe_words(recipe)]
         given, args = args.data_dir, parser.parse([*words, *argv])
         if str(args.data_dir).startswith("pipe:") and not given:
-            raise UserError(f"recipe {recipes[-1]}: --data-dir is a command to run: give it on the command line")
+            raise UserError(
+                f"recipe {' and '.join(recipes)}: --data-dir is a command to run: give it on the command line"
+            )
     refuse_secrets(args)
     if not (is_begun or args.resume):
         refuse_forgotten(args, parser)
@@ -151,7 +153,8 @@ def _run(
     gone: list[str] = []
     if options.folder.resume:
         resume.refuse_other_start(record.recipe, folder)
-        options, gone = _without_what_is_gone(options, folder)
+        start, gone = resume.without_what_is_gone(options.start, folder)
+        options = replace(options, start=start)
     made = _make(options, accelerator)
     on = machine(accelerator) | {"workers": worker_count(options.loader)}
     context: dict[str, Any] = {"config": record.config, "versions": versions(), "machine": on}
@@ -164,10 +167,10 @@ def _run(
     folders = _arm_folders(options, folder, accelerator.is_main_process)
     metadata = _metadata(options.model, options.create.arguments, made.model, made.data_config, made.class_names)
     if options.folder.resume:
-        resume.go_on(options.folder.resume, record.recipe, arms, folder, folders, metadata)
+        finished = resume.go_on(options.folder.resume, record.recipe, arms, folder, folders, metadata)
         if gone and not all(arm.steps or arm.history for arm in arms):
             raise UserError(build.no_checkpoint(gone[0]))
-        if resume.is_finished(arms, folders):
+        if finished:
             done = " and ".join(dict.fromkeys(f"{arm.epoch} of {arm.epochs}" for arm in arms))
             accelerator.print(f"{ending.here(folder.path)} is finished: {done} epochs; --epochs N trains on")
             accelerator.end_training()
@@ -199,20 +202,6 @@ def _run(
     failures = [arm.failure for arm in arms if arm.failure]
     if failures:
         raise UserError("; ".join(failures))
-
-
-def _without_what_is_gone(options: TrainOptions, folder: RunFolder) -> tuple[TrainOptions, list[str]]:
-    """The options of a run that has begun without files of its start that are not there any more, and those files.
-
-    Its state takes their place: a cluster's node that goes on with a run need not have them.
-    """
-    if not any(holds_run(at) for at in (folder.path, *(folder.path / side for side in compare.SIDES))):
-        return options, []
-    named = {name: getattr(options.start, name) for name in ("initial_checkpoint", "pretrained_path", "initial_r")}
-    gone = {name: file for name, file in named.items() if file and not Path(file).is_file()}
-    none: dict[str, Any] = dict.fromkeys(gone)
-    start = replace(options.start, **none)
-    return replace(options, start=start), list(gone.values())
 
 
 @dataclass(frozen=True)

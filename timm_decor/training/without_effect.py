@@ -49,10 +49,10 @@ _SCHEDULES = {  # which of timm's schedules read an argument
     "lr_cycle_limit": _CYCLES,
     "lr_k_decay": ("cosine", "poly"),
     "min_lr": (*_CYCLES, "plateau", "rsqrt", "wsd"),
+    "cooldown_epochs": (*_CYCLES, "rsqrt", "wsd"),  # timm adds them to those that have an end
 }
 _OF_SCHEDULES = ("warmup_epochs", "warmup_lr", "warmup_prefix", "lr_noise")  # all read them
 _AUGMENTS = ("aa", "reprob", "train_crop_mode", "vflip", "grayscale_prob", "gaussian_blur_prob")  # not with --no-aug
-_WITHOUT_COOLDOWN = ("constant", "multistep", "none", "plateau", "step")  # timm adds them to those that have an end
 _MAPPED = ("folder", "wds")  # data sets that --class-map numbers
 
 
@@ -88,8 +88,6 @@ def idle(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]
     ]
     if getattr(args, "no_aug", False):
         lines += [f"{_flag(name)} does nothing beside --no-aug" for name in _AUGMENTS if _is_given(args, parser, name)]
-    if getattr(args, "cooldown_epochs", 0) and args.sched in _WITHOUT_COOLDOWN:
-        lines.append(f"--cooldown-epochs does nothing with --sched {args.sched}")
     if hasattr(args, "sched"):
         lines += _idle_in_schedule(args, parser)
     if getattr(args, "lr", None) is not None:

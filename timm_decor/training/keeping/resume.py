@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from timm_decor.training.foreign import read_mapping
 from timm_decor.training.keeping.checkpoints import Trained, load_states, was_evaluated
 from timm_decor.training.keeping.folder import ARGS_FILE, RESULTS_FILE, RESUME_FILE, RunFolder, holds_run
 from timm_decor.training.keeping.privacy import PRIVATE, cleaned
-from timm_decor.training.options import FolderOptions, ImageOptions
+from timm_decor.training.options import FolderOptions, ImageOptions, StartOptions
 from timm_decor.training.seeing.compare import SIDES
 
 AUTO = "auto"  # --resume: the run in --experiment's folder, if there is one
 # They say how a run begins: on the way they would change nothing but the records.
-_START = ("pretrained", "pretrained_path", "initial_checkpoint", "initial_r", "head_init_scale", "head_init_bias")
+_START_FILES = ("pretrained_path", "initial_checkpoint", "initial_r")
+_START = ("pretrained", *_START_FILES, "head_init_scale", "head_init_bias")
 
 # What changes nothing of what is trained: places, and what a person sees on the way.
 NO_MATTER = (
@@ -74,7 +76,7 @@ def refuse_other_start(recipe: Mapping[str, Any], folder: RunFolder) -> None:
     Raises:
         UserError: names the argument.
     """
-    if not any(holds_run(at) for at in (folder.path, *(folder.path / side for side in SIDES))):
+    if not _has_begun(folder):
         return  # it was ended before its first checkpoint, and begins
     changed = _changed(recipe, folder)
     for key in _START:
@@ -84,6 +86,22 @@ def refuse_other_start(recipe: Mapping[str, Any], folder: RunFolder) -> None:
             raise UserError(f"{folder.path}: {flag} is for the start of a run ({words}); this one has begun")
 
 
+def without_what_is_gone(start: StartOptions, folder: RunFolder) -> tuple[StartOptions, list[str]]:
+    """The start of a run that has begun without files that are not there any more, and those files.
+
+    Its state takes their place: a cluster's node that goes on with a run need not have them.
+    """
+    if not _has_begun(folder):
+        return start, []
+    gone = {name: file for name in _START_FILES if (file := getattr(start, name)) and not Path(file).is_file()}
+    none: dict[str, Any] = dict.fromkeys(gone)
+    return replace(start, **none), list(gone.values())
+
+
+def _has_begun(folder: RunFolder) -> bool:
+    return any(holds_run(at) for at in (folder.path, *(folder.path / side for side in SIDES)))
+
+
 def go_on(
     resume: str,
     recipe: Mapping[str, Any],
@@ -91,7 +109,7 @@ def go_on(
     folder: RunFolder,
     folders: Sequence[RunFolder],
     metadata: dict[str, str],
-) -> None:
+) -> bool:
     """Let arms go on from their newest usable checkpoints, and say what is other than before. Collective.
 
     Args:
@@ -101,6 +119,9 @@ def go_on(
         folder: of the run.
         folders: of the arms.
         metadata: as the keepers have it.
+
+    Returns:
+        Whether nothing is left to do: all epochs are done, and their results were written behind them.
 
     Raises:
         UserError: there is no checkpoint, or one of something else.
@@ -115,13 +136,16 @@ def go_on(
         if changed:
             words = ", ".join(f"{key} {_shown(*change)}" for key, change in changed.items())
             accelerator.print(f"other arguments than before: {words}")
-        if goes_on or not is_finished(arms, folders):  # what is yet to be written down is that of other arguments
+        finished = _is_finished(arms, folders)
+        if not finished:  # also where only the records are left to write: they are those of other arguments
             matter = {key: change for key, change in changed.items() if key not in NO_MATTER}
             folder.note_changes(arms[0].steps, {key: (_text(was), _text(now)) for key, (was, now) in matter.items()})
         for at in (folder, *folders) if goes_on else ():
             at.forget_results()
-    elif resume != AUTO:
+        return finished
+    if resume != AUTO:
         raise UserError(f"nothing to resume: {paths[0] / RESUME_FILE} does not exist")
+    return False
 
 
 def _refuse_cut(arms: Sequence[Trained]) -> None:
@@ -163,8 +187,8 @@ def _text(value: Any) -> str:
     return printable(str(cleaned(value)))
 
 
-def is_finished(arms: Sequence[Trained], folders: Sequence[RunFolder]) -> bool:
-    """Whether nothing is left to do: all epochs are done, and their results were written behind them."""
+def _is_finished(arms: Sequence[Trained], folders: Sequence[RunFolder]) -> bool:
+    """See `go_on`."""
 
     def has_results(arm: Trained, path: Path) -> bool:
         try:
