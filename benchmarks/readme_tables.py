@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard
 from torch.utils.flop_counter import FlopCounterMode
 
 from study import budgets, curve_pages, pictures, scaling_pages, sensitivity, tables
@@ -289,12 +290,14 @@ def staged(folder: Path, draw: bool) -> str:
         name = f"{config['architecture']}.{config['pretrained_cfg']['tag']}"
         size, machine = config["pretrained_cfg"]["input_size"], results["machine"]
         where = machine["gpu"] or f"{machine['cpu']}, {counted(machine['torch_threads'], 'thread')}"
+        base = ModelCard.load(folder / name / "README.md").data.base_model
+        start = f" from {base.rpartition('.')[2]}" if base else ""
         rows.append(
             (
                 f"[decor_{name}]({(folder / name / 'README.md').relative_to(ROOT).as_posix()})",
                 f"{results['data']}, {config['num_classes']} classes, {size[-1]} px",
                 f"{scores['param_count']:.1f}, {_gmacs(config, size):.2f}",
-                f"{training['epochs']}, {training['final']['seconds'] / 3600:.1f} h on {where}",
+                f"{training['epochs']}{start}, {_time(training['final']['seconds'])} on {where}",
                 f"{scores['top1']:.2f}",
                 f"{twin['final']['eval_top1']:.2f}" if twin else "-",
                 "-" if scores.get("top5") is None else f"{scores['top5']:.2f}",
@@ -302,6 +305,10 @@ def staged(folder: Path, draw: bool) -> str:
         )
     header = ("weights", "data", "params (M), GMACs", "epochs, time", "top-1, %", "plain twin's", "top-5, %")
     return markdown_table(header, rows)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
 
 
 def _gmacs(config: dict[str, Any], input_size: Sequence[int]) -> float:

@@ -107,7 +107,7 @@ def _rows(trained: Trained, results: dict[str, Any]) -> list[dict[str, str]]:
     def row(name: str, scores: dict[str, Any], side: Side, epochs: int) -> dict[str, str]:
         shown = {key: "-" if scores.get(key) is None else f"{scores[key]:.2f}" for key in ("top1", "top5")}
         loss = "-" if scores.get("loss") is None else f"{scores['loss']:.4f}"
-        return {"name": name, **shown, "loss": loss, "epochs": str(epochs), "lr": f"{side.lr:g}"}
+        return {"name": name, **shown, "loss": loss, "epochs": str(epochs), "lr": f"{side.lr:.3g}"}
 
     rows = [row("**this model**", score(results), trained.side, trained.epoch)]
     if trained.twin is not None:
@@ -188,7 +188,7 @@ def _how_trained(trained: Trained) -> str:
     known = ", ".join(f"{name} {markdown_text(versions[name])}" for name in ("timm_decor", "timm", "torch"))
     epochs = f"{counted(results['epochs'], 'epoch')} of {markdown_text(args['opt'])}{images}"
     return (
-        f"{epochs}, batch {size}, peak learning rate {results['lr']:g}, weight decay {args['weight_decay']:g}, "
+        f"{epochs}, batch {size}, peak learning rate {results['lr']:.3g}, weight decay {args['weight_decay']:g}, "
         f"{args['sched']} schedule: {time} on {where} ({known}).{_beside(trained)}"
     )
 
