@@ -86,8 +86,11 @@ class TestAnswer:
 class TestWords:
     def test_choices_are_the_projects_own(self) -> None:
         assert demo.choices() == [
-            ("resnet18: Tiny ImageNet, 200 classes", TINY), ("resnet18: CIFAR-10, 10 classes", CIFAR)
-        ]  # fmt: skip
+            ("resnet18: Tiny ImageNet, 200 classes", TINY),
+            ("resnet18: Oxford Flowers-102, 102 classes", "decor_resnet18.whiten_flowers102_r64"),
+            ("resnet18: CIFAR-10, 10 classes", CIFAR),
+            ("resnet18: Imagenette, 10 classes", "decor_resnet18.whiten_imagenette_r128"),
+        ]
 
     def test_the_label_set_is_named(self) -> None:
         few, many = demo.about(CIFAR), demo.about(TINY)
