@@ -87,7 +87,7 @@ def test_the_same_run_gives_the_same_bytes_and_none_of_them_name_this_machine(ru
 def test_the_card_tells_what_the_model_knows_and_how_it_was_trained(run: Path, tmp_path: Path) -> None:
     card = (staged(run, tmp_path, "--samples") / "README.md").read_text()
     assert "Its 10 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 (all by number: `label_names` in config.json)." in card
-    assert "pretrained=True, num_classes=10)" in " ".join(card.split())
+    assert "pretrained=True, num_classes=10)\nmodel = timm_decor.decorrelate(model)\n" in card
     assert "2 epochs of sgd on 128 images, batch 32" in card and "1 minute on" in card and "1 minutes" not in card
     assert "](predictions.png)" in card
     image = Image.open(tmp_path / "staged" / "predictions.png")
