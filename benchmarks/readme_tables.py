@@ -33,8 +33,9 @@ from study.training import PLAIN
 from study.verdict import DEFAULT_ARM, Measured
 from timm_decor.errors import UserError, exit_code
 from timm_decor.publishing.repository import plain_model
-from timm_decor.text import counted, markdown_table
+from timm_decor.text import markdown_table
 from timm_decor.training.foreign import read_mapping
+from timm_decor.training.keeping.starts import trained_on
 from timm_decor.training.seeing.compare import Side
 from timm_decor.training.seeing.plot import save_picture
 
@@ -288,8 +289,8 @@ def staged(folder: Path, draw: bool) -> str:
     for config, results in sorted(found, key=lambda pair: -pair[0]["num_classes"]):
         scores, twin, training = results["evaluated"], results["twin"], results["training"]
         name = f"{config['architecture']}.{config['pretrained_cfg']['tag']}"
-        size, machine = config["pretrained_cfg"]["input_size"], results["machine"]
-        where = machine["gpu"] or f"{machine['cpu']}, {counted(machine['torch_threads'], 'thread')}"
+        size, final = config["pretrained_cfg"]["input_size"], training["final"]
+        where = trained_on(results["starts"], final["steps"])
         base = ModelCard.load(folder / name / "README.md").data.base_model
         start = f" from {base.rpartition('.')[2]}" if base else ""
         rows.append(
@@ -297,7 +298,7 @@ def staged(folder: Path, draw: bool) -> str:
                 f"[decor_{name}]({(folder / name / 'README.md').relative_to(ROOT).as_posix()})",
                 f"{results['data']}, {config['num_classes']} classes, {size[-1]} px",
                 f"{scores['param_count']:.1f}, {_gmacs(config, size):.2f}",
-                f"{training['epochs']}{start}, {_time(training['final']['seconds'])} on {where}",
+                f"{training['epochs']}{start}, {_time(final['seconds'])} on {where}",
                 f"{scores['top1']:.2f}",
                 f"{twin['final']['eval_top1']:.2f}" if twin else "-",
                 "-" if scores.get("top5") is None else f"{scores['top5']:.2f}",

@@ -12,6 +12,7 @@ import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,6 +39,8 @@ from timm_decor.training.seeing.losswatch import LossWatch, NonFiniteLoss
 from timm_decor.training.seeing.mistakes import Mistakes
 from timm_decor.training.seeing.observe import Series, phase_times
 from timm_decor.training.seeing.watch import EpochWatch
+
+A_START = {"versions": {}, "machine": {"gpu": None, "cpu": "a CPU", "processes": 1, "torch_threads": 2}}
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +254,7 @@ class TestReport:
             report.Seen(Side("one", "one", "sgd", 0.1, 1, rows), nothing, ()),
             report.Seen(Side("two", "two", "sgd", 0.1, 1, [], "two: <the loss> is not finite"), nothing, ()),
         ]
-        context = {"config": {}, "versions": {}, "machine": {"gpu": None, "cpu": "a CPU", "processes": 1}}
+        context: dict[str, Any] = {"config": {}, **A_START, "starts": [{"steps": 0, **A_START}]}
         text = report.render(arms, "one and two", "train.py", context)
         averaged = {**rows[0], "ema_top1": 70.0, "ema_loss": 0.5}
         for metric, words in (
@@ -449,7 +452,7 @@ def page_of(mistakes: Mistakes) -> str:
     row |= {"eval_top1": 50.0, "eval_loss": 1.5}
     nothing = {"curve": [], "correlations": [], "ms_per_update": None, "peak_memory_bytes": None}
     seen = report.Seen(Side("one", "one", "sgd", 0.1, 1, [row]), nothing, (), mistakes)
-    context = {"config": {}, "versions": {}, "machine": {"gpu": None, "cpu": "a CPU", "processes": 1}}
+    context: dict[str, Any] = {"config": {}, **A_START, "starts": [{"steps": 0, **A_START}]}
     return report.render([seen], "one", "train.py", context)
 
 

@@ -28,6 +28,7 @@ from timm_decor.publishing.publish import main
 from timm_decor.publishing.repository import FILES
 from timm_decor.publishing.trained import Trained
 from timm_decor.training import validation
+from timm_decor.version import __version__
 
 REPO = "me/digits"
 
@@ -111,6 +112,32 @@ def test_the_card_says_when_the_machine_was_shared(
     file.write_text(json.dumps(results | {"load": load and load * threads}))
     card = (staged(copy, tmp_path, "--no-eval") / "README.md").read_text()
     assert ("Other work ran on that machine" in card) == told
+
+
+def test_the_card_names_each_machine_and_a_run_of_an_earlier_version_its_one(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    file = copy / "decorrelated" / "results.json"
+    results = json.loads(file.read_text())
+    one = {"machine": {**results["machine"], "cpu": "here", "torch_threads": 1}, "versions": results["versions"]}
+    other = {"machine": {**one["machine"], "cpu": "th<b>ere"}, "versions": {**one["versions"], "torch": "9"}}
+    steps = results["final"]["steps"]
+    for starts, words in (
+        ({"starts": [{"steps": 0, **one}]}, f"on here (1 thread) (timm_decor {__version__}, "),
+        (
+            {"starts": [{"steps": 0, **one}, {"steps": steps // 2, **other}]},
+            f"here (1 thread, 50 % of the updates), then th\\<b>ere (1 thread) (timm_decor {__version__}, ",
+        ),
+        ({}, f"on here (1 thread) (timm_decor {__version__}, "),
+    ):
+        file.write_text(json.dumps({key: value for key, value in results.items() if key != "starts"} | one | starts))
+        at = tmp_path / f"of {len(words)} {len(starts)}"
+        card = (staged(copy, at, "--no-eval") / "README.md").read_text()
+        assert words in card
+        assert (f"torch {torch.__version__}, then 9)" in card) == ("then" in words)
+    for wrong in ([], [{"steps": 4, **one}, {"steps": 4, **other}], [{**one}], [{"steps": 0, "machine": {}}], 3):
+        file.write_text(json.dumps(results | {"starts": wrong}))
+        with pytest.raises(UserError, match=r"results\.json, starts|results\.json: starts"):
+            staged(copy, tmp_path / "wrong", "--no-eval")
 
 
 @pytest.mark.parametrize(("top1", "told"), [(14.0, True), (16.0, False)])

@@ -581,7 +581,8 @@ class TestPublishing:
         }
         (copy / "args.yaml").write_text(yaml.safe_dump(args))
         results = json.loads((copy / "results.json").read_text())
-        results["machine"]["cpu"] = "x|\n\n# owned\n---\n<img src=x>"
+        for start in (results, *results["starts"]):
+            start["machine"]["cpu"] = "x|\n\n# owned\n---\n<img src=x>"
         (copy / "results.json").write_text(json.dumps(results))
         publish.main([str(copy), "--repo-id", "me/x", "--no-eval", "--dry-run", str(tmp_path / "out")])
         card = ModelCard.load(tmp_path / "out" / "README.md")
@@ -612,7 +613,10 @@ class TestPublishing:
         if not folder.exists():
             shutil.copytree(run, folder)
         results = json.loads((run / "results.json").read_text())
-        inside = data.draw(st.sampled_from([results, results["final"], results["machine"], results["versions"]]))
+        start = results["starts"][0]
+        inside = data.draw(
+            st.sampled_from([results, results["final"], start, start["machine"], start["versions"], results["machine"]])
+        )
         inside[data.draw(st.sampled_from(sorted(inside)))] = value
         (folder / "results.json").write_text(json.dumps(results))
         try:

@@ -26,6 +26,7 @@ from timm_decor.digest import check_digest
 from timm_decor.errors import UserError
 from timm_decor.inference.weights import open_model
 from timm_decor.reporting import AttachReport
+from timm_decor.text import counted
 from timm_decor.training import arm as arm_module
 from timm_decor.training import run as run_module
 from timm_decor.training.adjust import weights_for_timm
@@ -286,6 +287,23 @@ class TestChangesOnTheWay:
         changed = {"epochs": ["3", "5"], "lr": ["0.05", "0.01"]}
         assert json.loads((run / "results.json").read_text())["changed"] == [{"steps": 12, "changed": changed}]
         assert json.loads((begun / "results.json").read_text())["changed"] == []
+
+    def test_each_machine_is_kept_in_results(self, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        """And not the last one alone: the time would be told as that of another machine."""
+        first = json.loads((begun / "results.json").read_text())
+        here = {"machine": first["machine"], "versions": first["versions"]}
+        assert first["starts"] == [{"steps": 0, **here}]
+        there = {**first["machine"], "cpu": "another", "torch_threads": 7}
+        monkeypatch.setattr("timm_decor.training.run.machine", lambda accelerator: {**there, "workers": None})
+        run = self.gone_on(begun, tmp_path)
+        results = json.loads((run / "results.json").read_text())
+        assert results["machine"] == there
+        assert results["starts"] == [
+            {"steps": 0, **here},
+            {"steps": 12, "machine": there, "versions": here["versions"]},
+        ]
+        words = f"{here['machine']['cpu']} ({counted(here['machine']['torch_threads'], 'thread')}, 60 % of the updates)"
+        assert f"<td>{words}, then another (7 threads)</td>" in (run / "report.html").read_text()
 
     def test_what_was_never_trained_with_is_no_change(self, begun: Path, tmp_path: Path):
         shutil.copytree(begun, tmp_path / "run")

@@ -272,4 +272,5 @@ def _results(trained: Trained, options: Options, evaluated: dict[str, Any] | Non
         "twin": other,
         "versions": results["versions"],
         "machine": results["machine"],
+        "starts": results["starts"],
     }

@@ -18,6 +18,7 @@ from timm_decor.training.foreign import Fields, read_json, read_mapping, read_te
 from timm_decor.training.keeping.folder import ARGS_FILE, EMA_SUFFIX, RESULTS_FILE, SUMMARY_FILE
 from timm_decor.training.keeping.metadata import CheckpointMetadata
 from timm_decor.training.keeping.resume import NO_MATTER
+from timm_decor.training.keeping.starts import longest
 from timm_decor.training.run import parse
 from timm_decor.training.seeing.compare import SIDES, Side
 
@@ -104,9 +105,9 @@ class Trained:
     @property
     def beside_others(self) -> bool:
         """Whether the machine had much more to do than this run while it trained."""
-        machine = self.results["machine"]
+        machine = longest(self.results["starts"], self.results["final"]["steps"])["machine"]
         workers = machine.get("workers", self.args["workers"])
-        if self.results["load"] is None or machine["gpu"] or workers is None:
+        if self.results["load"] is None or machine.get("gpu") or workers is None:
             return False
         own = machine["processes"] * (machine["torch_threads"] + workers)
         return float(self.results["load"]) > _OWN_LOAD * own
@@ -290,25 +291,26 @@ def _results(path: Path) -> dict[str, Any]:
     found.flag("decorrelated")
     found.number("lr", 0)
     found.whole("epochs")
-    final, machine, versions = found.fields("final"), found.fields("machine"), found.fields("versions")
+    final = found.fields("final")
     final.whole("epoch")
     final.whole("steps")
     final.number("seconds", 0)
-    for key in ("processes", "torch_threads"):
-        machine.whole(key)
-    for fields, key in ((found, "base_model"), (machine, "gpu")):
-        if key in fields:
-            fields.text(key)
-    for fields, key in ((machine, "cpu"), *((versions, name) for name in ("timm_decor", "timm", "torch"))):
-        fields.text(key)
+    _check_start(found)
+    starts = found.objects("starts") if "starts" in found else []
+    for start in starts:
+        start.whole("steps", 0)
+        _check_start(start)
+    steps = [start.values["steps"] for start in starts]
+    if steps != sorted(set(steps)) or ("starts" in found and not steps):
+        raise found.wrong("starts", "a list of one entry or more by rising steps")
+    if "base_model" in found:
+        found.text("base_model")
     if "ms_per_update" in found:
         found.fields("ms_per_update")
     if "images" in found:
         found.fields("images").whole("training")
     if "load" in found:
         found.number("load", 0)
-    if "workers" in machine:
-        machine.whole("workers", 0)
     for change in found.objects("changed") if "changed" in found else ():
         change.whole("steps")
         pairs = change.fields("changed")
@@ -316,7 +318,21 @@ def _results(path: Path) -> dict[str, Any]:
             if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
                 raise pairs.wrong(name, "two texts")
     extra: dict[str, Any] = {"base_model": None, "ms_per_update": None, "images": None, "load": None, "changed": []}
-    return {**extra, **found.values, "machine": {"gpu": None, **machine.values}}
+    begun = {"steps": 0, **{key: found.values[key] for key in ("machine", "versions")}}  # all that old runs tell
+    return {"starts": [begun], **extra, **found.values}
+
+
+def _check_start(found: Fields) -> None:
+    """A machine and its versions, of a start or of the whole run."""
+    machine, versions = found.fields("machine"), found.fields("versions")
+    for key in ("processes", "torch_threads"):
+        machine.whole(key)
+    if "gpu" in machine:
+        machine.text("gpu")
+    for fields, key in ((machine, "cpu"), *((versions, name) for name in ("timm_decor", "timm", "torch"))):
+        fields.text(key)
+    if "workers" in machine:
+        machine.whole("workers", 0)
 
 
 def _args(path: Path) -> dict[str, Any]:

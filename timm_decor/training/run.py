@@ -176,6 +176,7 @@ def _run(
             accelerator.end_training()
             return
     context["changed"] = folder.changes()
+    context["starts"] = folder.note_start(arms[0].steps, on, context["versions"])
     _announce(options, made, arms)
     if options.compare.compare:
         _warm_up(arms, made.data_config["input_size"], options.loader.batch_size)

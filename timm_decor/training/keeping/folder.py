@@ -31,6 +31,7 @@ from torch import Tensor
 from timm_decor.digest import RESULTS_FILE, sha256
 from timm_decor.errors import UserError, first_line, load_failure
 from timm_decor.training.keeping.lock import LOCK_FILE, locked
+from timm_decor.training.keeping.starts import Start, with_start
 
 RESUME_FILE = "resume.pt"
 PREVIOUS_FILE = "resume-previous.pt"
@@ -39,6 +40,7 @@ DAMAGED_FILE = "resume-damaged.pt"
 RESUME_FILES = (RESUME_FILE, PREVIOUS_FILE, EPOCH_FILE, DAMAGED_FILE)
 ARGS_FILE = "args.yaml"
 CHANGES_FILE = "changes.json"  # what was changed on the way, by resuming with other arguments
+STARTS_FILE = "starts.json"  # on which machines the run was trained
 SUMMARY_FILE = "summary.csv"
 REPORT_FILE = "report.html"
 COMPARISON_FILES = ("compare.json", "compare.md", "compare.png")
@@ -120,11 +122,7 @@ class RunFolder:
 
     def changes(self) -> list[dict[str, Any]]:
         """What `note_changes` wrote: `steps`, and `changed`, which has [before, now] by argument."""
-        try:
-            found = json.loads((self.path / CHANGES_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return []
-        return found if isinstance(found, list) else []
+        return self._noted(CHANGES_FILE)
 
     def note_changes(self, steps: int, changed: Mapping[str, tuple[str, str]]) -> None:
         """Keep that the run goes on with other arguments after so many updates.
@@ -142,6 +140,22 @@ class RunFolder:
         found = [*done, {"steps": steps, "changed": ways}] if ways else done
         if found != known:
             self.write_json(CHANGES_FILE, found)
+
+    def note_start(self, steps: int, machine: Mapping[str, Any], versions: Mapping[str, str]) -> list[Start]:
+        """Keep where the run goes on after so many updates, or begins; returns all of its starts, see `with_start`."""
+        known = self._noted(STARTS_FILE)
+        found = with_start(known, steps, machine, versions)
+        if found != known:
+            self.write_json(STARTS_FILE, found)
+        return found
+
+    def _noted(self, name: str) -> list[dict[str, Any]]:
+        """A file with a list of what came about on the way; a run need not have it."""
+        try:
+            found = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return []
+        return found if isinstance(found, list) else []
 
     def write_json(self, name: str, value: Any) -> None:
         """A JSON file."""

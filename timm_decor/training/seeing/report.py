@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from timm_decor.training.args import train_parser
+from timm_decor.training.keeping.starts import trained_on, versions_used
 from timm_decor.training.seeing import charts
 from timm_decor.training.seeing.clock import PHASES
 from timm_decor.training.seeing.compare import Side, figures, verdict
@@ -55,7 +56,7 @@ def render(arms: Sequence[Seen], title: str, command: str, context: dict[str, An
         arms: one, or the two of a comparison.
         title: the page's.
         command: the command line, fit to be published.
-        context: `config`, `versions` and `machine`, as in results.json.
+        context: `config`, `versions`, `machine` and `starts`, as in results.json.
         unfinished: of a run that ended early, how far it came, in place of who won.
     """
     from jinja2 import Environment, PackageLoader
@@ -63,7 +64,7 @@ def render(arms: Sequence[Seen], title: str, command: str, context: dict[str, An
     loader = PackageLoader("timm_decor.training.seeing", ".")
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     sides = [arm.side for arm in arms]
-    machine = context["machine"]
+    machine, steps = context["machine"], max((side.history[-1]["steps"] for side in sides if side.history), default=0)
     device = machine["gpu"] or machine["cpu"]
     return environment.get_template("report.html.jinja").render(
         title=title,
@@ -80,7 +81,7 @@ def render(arms: Sequence[Seen], title: str, command: str, context: dict[str, An
         **_time(arms),
         epochs=[_epochs(side) for side in sides],
         command=command,
-        facts=_facts(context),
+        facts=_facts(context, steps),
         settings=_settings(context["config"]),
     )
 
@@ -241,10 +242,15 @@ def _epochs(side: Side) -> tuple[str, list[str], list[list[str]]]:
     return side.name, columns, [[cell(row.get(column)) for column in columns] for row in side.history]
 
 
-def _facts(context: dict[str, Any]) -> list[tuple[str, str]]:
+def _facts(context: dict[str, Any], steps: int) -> list[tuple[str, str]]:
     machine = {key: value for key, value in context["machine"].items() if value}
     versions = ", ".join(f"{name} {version}" for name, version in context["versions"].items())
-    return [("versions", versions), *((key.replace("_", " "), str(value)) for key, value in machine.items())]
+    rows = [("versions", versions), *((key.replace("_", " "), str(value)) for key, value in machine.items())]
+    starts = context["starts"]
+    if len(starts) > 1 or starts[0]["steps"]:  # the rows above are of the last one
+        rows.append(("trained on", trained_on(starts, steps)))
+        rows += [(name, used) for name in context["versions"] if ", then" in (used := versions_used(starts, name))]
+    return rows
 
 
 def _settings(config: dict[str, Any]) -> list[tuple[str, str]]:
