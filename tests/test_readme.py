@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 from pathlib import Path
 
@@ -56,6 +57,27 @@ def test_every_command_has_its_test():
     for target in ELSEWHERE.values():
         file, _, name = target.partition("::")
         assert f"def {name}" in (ROOT / "tests" / file).read_text(encoding="utf-8")
+
+
+def test_the_memory_that_is_told_is_the_zoos():
+    """In times the weights' own, which are float32 too."""
+    rows = re.findall(r"^\| `decor_(\S+)` \| ([\d.]+) \| \d+ \| ([\d.]+)", (ROOT / "docs/zoo.md").read_text(), re.M)
+    times = {name: float(mebibytes) * 2**20 / (4e6 * float(parameters)) for name, parameters, mebibytes in rows}
+    assert len(times) == len(timm.list_models("decor_*"))
+    told = {
+        "ResNet-18": "resnet18",
+        "ResNet-50": "resnet50",
+        "ViT-B": "vit_base_patch16_224",
+        "ConvNeXt-B": "convnext_base",
+        "DenseNet-121": "densenet121",
+        "DenseNet-264d": "densenet264d",
+    }
+    pages, found = README + (ROOT / "docs/decorrelation.md").read_text(), set()
+    for said, name in re.findall(r"([\d.]+)(?:\stimes\sthe\sweights)?\sfor\s+([A-Z]\w+-\w+)", pages):
+        assert float(said) == pytest.approx(times[told[name]], abs=0.5 if float(said) >= 10 else 0.05), name
+        found.add(name)
+    assert found == {*told}
+    assert f"{statistics.median(times.values()):.1f} for the median member of the zoo" in README
 
 
 def test_the_ten_lines_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
