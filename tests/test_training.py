@@ -350,6 +350,15 @@ class TestRunFolders:
             train(tmp_path / "run", "--epochs", 1, "--opt-kwargs", "nonsense=1")
         assert (tmp_path / "run").is_dir()  # somebody made it
 
+    def test_of_a_refused_resume_no_new_folder_stays(self, tmp_path: Path):
+        """Of a comparison's one side, with the recipe of both."""
+        run = train(tmp_path / "run", "--epochs", 1, "--compare", *DECOR)
+        shutil.copy(run / "args.yaml", run / "decorrelated")
+        names = {path.name for path in (run / "decorrelated").iterdir()}
+        with pytest.raises(UserError, match="nothing to resume"):
+            train(run / "decorrelated", "--resume", run / "decorrelated", "--epochs", 2, base=[])
+        assert {path.name for path in (run / "decorrelated").iterdir()} == names
+
     def test_sizes_go_on_where_they_were(self, tmp_path: Path, capsys: pytest.CaptureFixture):
         words = [*DECOR, "--progressive-size", "16:0.67,32:0.33", "--epochs", 3]
         whole = train(tmp_path / "whole", *words)

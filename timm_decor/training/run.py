@@ -167,7 +167,12 @@ def _run(
     folders = _arm_folders(options, folder, accelerator.is_main_process)
     metadata = _metadata(options.model, options.create.arguments, made.model, made.data_config, made.class_names)
     if options.folder.resume:
-        finished = resume.go_on(options.folder.resume, record.recipe, arms, folder, folders, metadata)
+        try:
+            finished = resume.go_on(options.folder.resume, record.recipe, arms, folder, folders, metadata)
+        except UserError:
+            for at in folders:  # a comparison's are made for it where there were none
+                at.remove_if_empty()
+            raise
         if gone and not all(arm.steps or arm.history for arm in arms):
             raise UserError(build.no_checkpoint(gone[0]))
         if finished:
@@ -176,11 +181,11 @@ def _run(
             accelerator.end_training()
             return
     context["changed"] = folder.changes()
-    context["starts"] = folder.note_start(arms[0].steps, on, context["versions"])
     _announce(options, made, arms)
     if options.compare.compare:
         _warm_up(arms, made.data_config["input_size"], options.loader.batch_size)
     folder.write_args(record.recipe)  # not earlier: a resume that is refused leaves the run's own arguments alone
+    context["starts"] = folder.note_start(arms[0].steps, on, context["versions"])
     sides = compare.SIDES if options.compare.compare else ()
     trackers.start(accelerator, options.watch, record.config, folder.path, sides)
     for arm, side in zip(arms, sides or ("",), strict=True):
