@@ -19,18 +19,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import timm.optim
 import torch
 from huggingface_hub import ModelCard
 from torch.utils.flop_counter import FlopCounterMode
 
-from study import budgets, curve_pages, pictures, scaling_pages, sensitivity, tables
+from study import budgets, curve_pages, memory, networks, pictures, scaling_pages, sensitivity, tables
 from study.curve import Curve
 from study.families import FAMILIES
+from study.presets import OPTIMIZERS
 from study.protocol import Row
 from study.results import Results
-from study.stages import read_table
+from study.stages import AT_PLAIN_RATE, read_table
 from study.training import PLAIN
 from study.verdict import DEFAULT_ARM, Measured
+from timm_decor import DecorConfig, attach, decorrelate
 from timm_decor.errors import UserError, exit_code
 from timm_decor.publishing.repository import plain_model
 from timm_decor.text import markdown_table
@@ -59,7 +62,36 @@ def time_to_accuracy(path: Path, draw: bool) -> str:
     if draw:
         pictures.time_to_accuracy_picture(rows, picture, title)
     table = markdown_table(tables.HEADER, [tables.cells(row, bold=True) for row in rows])
-    return "\n\n".join([_conditions(results, rows), table, *_sentences(rows, results), _image(picture, title)])
+    parts = (
+        _conditions(results, rows),
+        table,
+        *_sentences(rows, results),
+        _memory(rows, results),
+        _image(picture, title),
+    )
+    return "\n\n".join(filter(None, parts))
+
+
+def _memory(rows: Sequence[Row], results: Results) -> str:
+    """What each decorrelated arm holds beside what plain training does."""
+    configs = {record.spec.arm: record.spec.config for record in results.records}
+    settings, told = results.settings, []
+    for opt in dict.fromkeys(row.opt for row in rows):
+        arms = [row.arm for row in rows if row.opt == row.against == opt and row.arm != AT_PLAIN_RATE]
+        held = {arm: _held(opt, configs[arm], settings) for arm in arms}
+        told += [f"{opt}, {arm} {held[arm] - held[PLAIN]:.1f}" for arm in arms if arm != PLAIN]
+    return f"R, L and their statistics take, in times the weights' memory: {'; '.join(told)}." if told else ""
+
+
+def _held(opt: str, config: str | None, settings: dict[str, Any]) -> float:
+    model = networks.create(settings["model"], 10, settings["generated"] or 32, settings["stem"])
+    if config is not None:
+        decorrelate(model, DecorConfig.from_json(config))
+    kind = OPTIMIZERS[opt]
+    optimizer = timm.optim.create_optimizer_v2(model, opt=kind.name, lr=1e-3, **kind.kwargs)
+    if config is not None:
+        attach(model, optimizer)
+    return memory.held(model, optimizer, settings["generated"] or 32)
 
 
 def _model(settings: dict[str, Any]) -> str:

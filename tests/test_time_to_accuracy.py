@@ -6,7 +6,12 @@ import dataclasses
 import io
 import json
 import math
+import os
+import signal
 import statistics
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +123,32 @@ def test_on_a_gpu_what_is_timed_has_it_alone(monkeypatch: pytest.MonkeyPatch, tm
         stages.Bench(preset, None, False, torch.device("cpu"), results, {}, 1).run(groups, timed=True)
     with pytest.raises(pytest.fail.Exception, match="several"):
         stages.Bench(preset, None, False, torch.device("cuda"), results, {}, 1).run(groups)
+
+
+def test_workers_end_with_a_benchmark_that_is_killed(tmp_path: Path) -> None:
+    """Left alone they would train on for hours, and whatever is timed next would share the machine with them."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing, os, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from study.stages import end_with_parent\n"
+        "if __name__ == '__main__':\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    with ProcessPoolExecutor(1, context, end_with_parent) as pool:\n"
+        "        print(pool.submit(os.getpid).result(), flush=True)\n"
+        "        pool.submit(time.sleep, 600).result()\n"
+    )
+    benchmarks = str(Path(time_to_accuracy.__file__).parent)
+    env = {**os.environ, "PYTHONPATH": benchmarks}
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=env) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        parent.kill()
+    with pytest.raises(ProcessLookupError):  # there is no such process any more
+        for _ in range(300):
+            os.kill(worker, 0)
+            time.sleep(0.1)
+        os.kill(worker, signal.SIGKILL)
 
 
 def test_table_without_proof() -> None:

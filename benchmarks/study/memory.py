@@ -18,6 +18,21 @@ def storage_bytes(tree: Any) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
+def held(model: torch.nn.Module, optimizer: torch.optim.Optimizer, img_size: int) -> float:
+    """What an optimizer keeps after two steps on noise, R, L and statistics included, in times the weights' bytes.
+
+    Args:
+        model: of 32-bit weights; its weights change.
+        optimizer: of the model, attached or not.
+        img_size: height and width in pixels.
+    """
+    for _ in range(2):
+        model(torch.randn(32, 3, img_size, img_size)).square().mean().backward()
+        optimizer.step()
+    weights = sum(parameter.untyped_storage().nbytes() for parameter in model.parameters())
+    return storage_bytes(optimizer.state_dict()) / weights
+
+
 class PeakMemory(TorchDispatchMode):
     """Follows the memory of tensors that are made and dropped while it is on.
 

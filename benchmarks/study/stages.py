@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -65,11 +67,24 @@ class Bench:
                 _train_group(self, *job)
         else:
             context = multiprocessing.get_context("spawn")  # a fork of a process that has torch's threads may hang
-            with ProcessPoolExecutor(min(self.preset.workers, len(jobs)), context) as pool:
+            with ProcessPoolExecutor(min(self.preset.workers, len(jobs)), context, end_with_parent) as pool:
                 for future in [pool.submit(_train_group, self, *job) for job in jobs]:
                     future.result()
         if groups:
             self.results = Results.open(self.results.path, self.results.settings)
+
+
+def end_with_parent() -> None:
+    """Let this worker end when its parent does, however that ends: left alone it would train on, job after job."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def arms_of(opt: str, arms: Arms, preset: Preset) -> Arms:
