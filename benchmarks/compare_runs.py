@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     images = (trained.results["images"] or {}).get("evaluation")
     mine, other = (replace(side, images=images) for side in trained.sides)
     config = {name: cleaned(value) for name, value in trained.args.items() if name not in PRIVATE}
-    context = {"config": config, **{key: trained.results[key] for key in ("versions", "machine", "load")}}
+    context = {"config": config, **{key: trained.results[key] for key in ("versions", "machine", "starts", "load")}}
     replace_text(args.out / "compare.json", json.dumps(as_json((mine, other), context), indent=1) + "\n")
     print(verdict((mine, other)))
 

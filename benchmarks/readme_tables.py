@@ -375,6 +375,18 @@ def _rate_curves(results: Results) -> sensitivity.Curves:
     return sensitivity.curves(results.records, results.settings["steps"])
 
 
+def paper_rules(path: Path, draw: bool) -> str:
+    """What the rules of the papers were tuned on: held-out accuracy by rule, `decor_lr` and learning rate."""
+    results = Results.read(path)
+    records = [record for record in results.records if record.spec.seed == 0]
+    rates = sorted({record.spec.lr for record in records})
+    first = (PLAIN, DEFAULT_ARM)
+    arms = sorted({record.spec.arm for record in records}, key=lambda arm: (arm not in first, arm != PLAIN, arm))
+    found = {(record.spec.arm, record.spec.lr): f"{record.final:.1f}" for record in records}
+    header = ("arm", *(f"lr {rate:g}" for rate in rates))
+    return markdown_table(header, [(arm, *(found.get((arm, rate), "-") for rate in rates)) for arm in arms])
+
+
 def graft(folder: Path, draw: bool) -> str:
     """graft_study.py: what the scale does at plain training's own learning rate."""
     runs = [
@@ -482,7 +494,7 @@ GRAFT_VARIANTS = {
     "refresh": "measured on R's own batch",
 }
 MAKERS = {
-    **{"lr_sensitivity": lr_sensitivity, "graft": graft, "knobs": knobs},
+    **{"lr_sensitivity": lr_sensitivity, "graft": graft, "knobs": knobs, "paper_rules": paper_rules},
     **{"headline": headline, "budget_curve": budget_curve, "recipe": budget_curve},
     **{"time_to_accuracy": time_to_accuracy, "step_cost": step_cost, "cifar10_resnet18": compare},
     "cifar10_64px_resnet18": compare,
