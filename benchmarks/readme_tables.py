@@ -66,18 +66,18 @@ def time_to_accuracy(path: Path, draw: bool) -> str:
         _conditions(results, rows),
         table,
         *_sentences(rows, results),
-        _memory(rows, results),
+        _memory([(row.opt, row.arm) for row in rows if row.opt == row.against], results),
         _image(picture, title),
     )
     return "\n\n".join(filter(None, parts))
 
 
-def _memory(rows: Sequence[Row], results: Results) -> str:
-    """What each decorrelated arm holds beside what plain training does."""
+def _memory(measured: Sequence[tuple[str, str]], results: Results) -> str:
+    """What each decorrelated arm holds beside what plain training does: of (optimizer, arm)."""
     configs = {record.spec.arm: record.spec.config for record in results.records}
     settings, told = results.settings, []
-    for opt in dict.fromkeys(row.opt for row in rows):
-        arms = [row.arm for row in rows if row.opt == row.against == opt and row.arm != AT_PLAIN_RATE]
+    for opt in dict.fromkeys(opt for opt, _ in measured):
+        arms = [arm for of, arm in measured if of == opt and arm != AT_PLAIN_RATE]
         held = {arm: _held(opt, configs[arm], settings) for arm in arms}
         told += [f"{opt}, {arm} {held[arm] - held[PLAIN]:.1f}" for arm in arms if arm != PLAIN]
     return f"R, L and their statistics take, in times the weights' memory: {'; '.join(told)}." if told else ""
@@ -384,7 +384,9 @@ def paper_rules(path: Path, draw: bool) -> str:
     arms = sorted({record.spec.arm for record in records}, key=lambda arm: (arm not in first, arm != PLAIN, arm))
     found = {(record.spec.arm, record.spec.lr): f"{record.final:.1f}" for record in records}
     header = ("arm", *(f"lr {rate:g}" for rate in rates))
-    return markdown_table(header, [(arm, *(found.get((arm, rate), "-") for rate in rates)) for arm in arms])
+    table = markdown_table(header, [(arm, *(found.get((arm, rate), "-") for rate in rates)) for arm in arms])
+    tuned = [("sgd", arm) for arm in arms if all((arm, rate) in found for rate in rates)]
+    return f"{table}\n\n{_memory(tuned, results)}"
 
 
 def graft(folder: Path, draw: bool) -> str:
