@@ -160,6 +160,8 @@ def test_table_without_proof() -> None:
     assert at_once.cost == ()
     assert decor.cost == () and decor.seconds_speedup is None and "not in turns" in tables.cells(decor)[5]
     assert decor.unfinished and "unfinished" in tables.budget_text(decor)
+    searched = dataclasses.replace(at_once, cost=(1.5,))
+    assert searched.unfinished and searched.seconds_speedup and tables.cells(searched)[-2:] == ["-", "-"]
     assert protocol.rows(runs, 100, BUDGETS, 2) == []
     never = protocol.rows([record(70.0), *budgets_run({1.0: 69.9})], 100, BUDGETS, 1)[1]
     assert never.budget is None and not never.unfinished and tables.budget_text(never) == "not with 1"

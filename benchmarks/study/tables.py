@@ -35,6 +35,8 @@ def cells(row: Row, bold: bool = False) -> list[str]:
         return [*first, milliseconds, "1", "-", "-", "-"]
     cost = f"{milliseconds} ({statistics.median(row.cost):.2f}x)" if row.cost else f"{milliseconds} (not in turns)"
     missed = f"{row.missed:g}: {row.tried[row.missed]:.1f}" if row.missed else "-"
+    if row.unfinished:  # the smallest budget so far says nothing of how fast the arm is
+        return [*first, cost, budget_text(row), missed, "-", "-"]
     speedup = strong(times(row.seconds_speedup), (row.seconds_speedup or 0) > 1)
     return [*first, cost, budget_text(row), missed, times(row.steps_speedup), speedup]
 
