@@ -32,11 +32,12 @@ def trained_on(starts: Sequence[Start], steps: int) -> str:
 
     Args:
         starts: of the run, by rising `steps`.
-        steps: updates of the whole run.
+        steps: updates of the whole run; of one that was stopped within an epoch, at least those of its last start.
 
     Returns:
         `AMD EPYC (2 threads)`, or of several `AMD EPYC (1 thread, 63 % of the updates), then AMD EPYC (2 threads)`.
     """
+    steps = max([steps, *(start["steps"] for start in starts)])
     parts: list[list[Any]] = []  # name, what is in brackets, updates
     for start, end in zip(starts, _ends(starts, steps), strict=True):
         name, within = _named(start["machine"])
