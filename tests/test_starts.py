@@ -59,7 +59,8 @@ class TestHowItIsTold:
 
     def test_of_a_run_that_was_stopped_before_the_epoch_it_went_on_in_had_ended(self):
         """Its last epoch on record ended at update 4, it went on after 6."""
-        assert trained_on(starts((0, machine()), (6, machine(2))), 4) == "a CPU (1 thread)"
+        found = starts((0, machine()), (2, machine(2)), (6, machine(3)))
+        assert trained_on(found, 4) == "a CPU (1 thread, 33 % of the updates), then a CPU (2 threads)"
 
     def test_of_a_run_that_began_under_an_earlier_version(self):
         words = "a machine that is not on record (40 % of the updates), then a CPU (1 thread)"
