@@ -3,6 +3,7 @@
 import os
 import shlex
 import signal
+import sys
 import time
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from chaos import final, same
-from processes import context, start_group
+from processes import context, free_port, join_group, start_group
 from safetensors.torch import load_file
 from test_attach import batch, net
 from torch.nn.parallel import DistributedDataParallel
@@ -20,6 +21,7 @@ from training_runs import DECOR, TINY, history, reset_accelerate
 import timm_decor
 from timm_decor import DecorConfig
 from timm_decor.errors import UserError
+from timm_decor.training import runtime
 from timm_decor.training.build import freeze, synchronized
 from timm_decor.training.runtime import make_accelerator
 
@@ -172,6 +174,14 @@ class TestTrainingLoop:
         assert same(ends[0], torch.load(tmp_path / "ends-whole" / "0.pt"))
 
 
+def as_one_of(rank, world_size, port):
+    """Exits with the number of processes that train together, told no device."""
+    join_group(rank, world_size, port)
+    runtime._has_accelerator = lambda: False
+    torch.cuda.is_available = lambda: False
+    sys.exit(make_accelerator(None, False, "float16").num_processes)
+
+
 class TestSetUp:
     @pytest.mark.parametrize("name", ["FSDP", "DeepSpeed", "Megatron_LM"])
     def test_what_cuts_weights_into_pieces_is_refused(self, name, monkeypatch):
@@ -186,6 +196,23 @@ class TestSetUp:
         monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.5.1"))
         with pytest.raises(UserError, match="^FSDP2 needs torch 2.6 and accelerate 1.6 or newer; here are torch 2.5.1"):
             make_accelerator("cpu", False, "float16")
+
+    def test_processes_that_torchrun_starts_train_together_without_a_gpu_too(self):
+        port = free_port()
+        group = [context().Process(target=as_one_of, args=(rank, 2, port)) for rank in range(2)]
+        for process in group:
+            process.start()
+        for process in group:
+            process.join()
+        assert [process.exitcode for process in group] == [2, 2]
+
+    def test_processes_that_cannot_train_together_are_refused(self, monkeypatch):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setattr(runtime, "_has_accelerator", lambda: True)
+        reset_accelerate()
+        with pytest.raises(UserError, match=r"^2 processes were started .*, but on cpu Accelerate trains with 1: use "):
+            make_accelerator(None, False, "float16")
+        reset_accelerate()
 
     def test_accumulation_is_what_the_arguments_say(self, monkeypatch):
         monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "7")

@@ -50,18 +50,20 @@ def make_accelerator(
         timeout: seconds that a process waits for another one; None for torch's own.
 
     Raises:
-        UserError: the device is not there, or cannot do that precision, or Accelerate is set up to cut a model up in
-            another way than FSDP2's.
+        UserError: the device is not there, or cannot do that precision, or cannot train with the other processes that
+            were started, or Accelerate is set up to cut a model up in another way than FSDP2's.
     """
     _refuse_pieces()
     _check_device(device)
     precision = {"float16": "fp16", "bfloat16": "bf16"}[amp_dtype] if amp else "no"
     on_cpu = device == "cpu" or (device is None and not _has_accelerator())
+    started = int(os.environ.get("WORLD_SIZE", "1"))
     if amp and amp_dtype == "float16" and on_cpu:
         raise UserError("--amp in float16 needs a GPU; on the CPU use --amp-dtype bfloat16")
     try:
         accelerator = Accelerator(
-            cpu=device == "cpu",
+            # On a machine without GPUs Accelerate joins what torchrun started only where it is told that it is a CPU's.
+            cpu=device == "cpu" or (on_cpu and started > 1),
             mixed_precision=precision,
             # as a plugin, because a plain number gives way to a variable of the environment
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=grad_accum_steps),
@@ -70,6 +72,11 @@ def make_accelerator(
         )
     except ValueError as error:
         raise UserError(f"--device {device or 'default'}: {first_line(error)}") from error
+    if accelerator.num_processes != started:
+        raise UserError(
+            f"{started} processes were started (WORLD_SIZE), but on {accelerator.device} Accelerate trains with "
+            f"{accelerator.num_processes}: use --device cpu, or start one process"
+        )
     if is_sharded(accelerator):
         # Every process has made the same model already; and Accelerate's way of sending it knows no buffers.
         accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
