@@ -23,8 +23,9 @@ from training_runs import DECOR, ROOT, TINY, history, reset_accelerate, train
 from timm_decor import DecorConfig, knobs
 from timm_decor.config import REMOVED_KNOBS
 from timm_decor.errors import UserError, exit_code
+from timm_decor.training import args as args_module
 from timm_decor.training import run as train_module
-from timm_decor.training import validation
+from timm_decor.training import validation, without_effect
 from timm_decor.training.args import as_recipe, decor_config, train_parser
 from timm_decor.training.run import parse
 from timm_decor.training.without_effect import idle
@@ -157,7 +158,7 @@ def test_train_refuses_in_one_line(words: str, expected: str, tmp_path: Path, ca
         ("--no-aug --aa rand-m9", "--aa does nothing beside --no-aug"),
         (
             "--sched step --cooldown-epochs 3",
-            "--cooldown-epochs does nothing with --sched step: it is for cosine, poly, tanh, rsqrt, wsd",
+            "--cooldown-epochs does nothing with --sched step: it is for cosine, poly, tanh",
         ),
         ("--cooldown-epochs 3", ""),
         ("--decay-rate 0.5", "--decay-rate does nothing with --sched cosine: it is for multistep, plateau, poly, step"),
@@ -165,7 +166,7 @@ def test_train_refuses_in_one_line(words: str, expected: str, tmp_path: Path, ca
         ("--sched step --decay-rate 0.5 --decay-epochs 2", ""),
         (
             "--sched step --min-lr 0.1",
-            "--min-lr does nothing with --sched step: it is for cosine, poly, tanh, plateau, rsqrt, wsd",
+            "--min-lr does nothing with --sched step: it is for cosine, poly, tanh, plateau",
         ),
         ("--sched none --warmup-epochs 3", "--warmup-epochs does nothing with --sched none"),
         ("--sched none", ""),
@@ -192,6 +193,22 @@ def test_a_recipe_beside_a_run_to_resume_leaves_the_runs_other_arguments(tmp_pat
     (tmp_path / "r.yaml").write_text("epochs: 5\nmomentum: 0.5")
     args = parse(["-c", str(tmp_path / "r.yaml"), "--resume", str(tmp_path), "--weight-decay", "0.02"])
     assert (args.lr, args.epochs, args.momentum, args.weight_decay) == (0.3, 5, 0.5, 0.02)
+
+
+def test_a_recipe_beside_a_run_to_resume_takes_its_arguments_back(tmp_path: Path):
+    """Null, nothing and false are values, too; and of lists the recipe's counts, without the run's."""
+    (tmp_path / "args.yaml").write_text(
+        "clip_grad: 1.0\nfreeze: [conv1]\nmodel_kwargs: {depth: 2}\nno_aug: true\nlog_with: [tensorboard]\nlr: 0.3"
+    )
+    (tmp_path / "r.yaml").write_text("clip-grad: null\nfreeze: []\nmodel_kwargs: {}\nno_aug: false\nlog-with: [wandb]")
+    args, default = parse(["-c", str(tmp_path / "r.yaml"), "--resume", str(tmp_path)]), parse([])
+    for name in ("clip_grad", "freeze", "model_kwargs", "no_aug"):
+        assert getattr(args, name) == getattr(default, name), name
+    assert (args.log_with, args.lr) == (["wandb"], 0.3)
+
+
+def test_a_hint_names_schedules_that_there_are():
+    assert {name for names in without_effect._SCHEDULES.values() for name in names} <= set(args_module._SCHEDULES)
 
 
 def test_a_recipe_without_augmentation_can_be_undone(tmp_path: Path):

@@ -182,6 +182,17 @@ def as_one_of(rank, world_size, port):
     sys.exit(make_accelerator(None, False, "float16").num_processes)
 
 
+def as_one_of_mpi(port):
+    """Exits with the number of processes that Accelerate would join, for whom it does not wait."""
+    os.environ |= {
+        "PMI_SIZE": "3", "PMI_RANK": "0", "MPI_LOCALNRANKS": "3", "MPI_LOCALRANKID": "0",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    dist.init_process_group = lambda *args, **kwargs: None
+    dist.get_world_size, dist.get_rank = (lambda *args: 3), (lambda *args: 0)
+    sys.exit(make_accelerator("cpu", False, "float16").num_processes)
+
+
 class TestSetUp:
     @pytest.mark.parametrize("name", ["FSDP", "DeepSpeed", "Megatron_LM"])
     def test_what_cuts_weights_into_pieces_is_refused(self, name, monkeypatch):
@@ -206,11 +217,18 @@ class TestSetUp:
             process.join()
         assert [process.exitcode for process in group] == [2, 2]
 
+    def test_processes_that_mpi_starts_are_not_refused(self):
+        """It sets other variables, of which Accelerate makes torch's."""
+        process = context().Process(target=as_one_of_mpi, args=(free_port(),))
+        process.start()
+        process.join()
+        assert process.exitcode == 3
+
     def test_processes_that_cannot_train_together_are_refused(self, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setattr(runtime, "_has_accelerator", lambda: True)
         reset_accelerate()
-        with pytest.raises(UserError, match=r"^2 processes were started .*, but on cpu Accelerate trains with 1: use "):
+        with pytest.raises(UserError, match=r"^2 processes were started .*, but on \w+ Accelerate trains with 1: use "):
             make_accelerator(None, False, "float16")
         reset_accelerate()
 

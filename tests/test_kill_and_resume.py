@@ -98,10 +98,10 @@ class TestStoppedWithinAnEpoch:
     def test_a_state_that_is_not_finite_is_not_saved(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         pause = checkpoints_module.Keeper.pause
 
-        def poisoned(self: checkpoints_module.Keeper) -> None:
+        def poisoned(self: checkpoints_module.Keeper, signum: int) -> None:
             if self.arm.steps == 2:
                 self.arm.model.get_parameter("conv1.0.weight").data[0] = float("nan")
-            pause(self)
+            pause(self, signum)
 
         monkeypatch.setattr(checkpoints_module.Keeper, "pause", poisoned)
         with pytest.raises(UserError, match="the weight conv1.0.weight is not finite in epoch 1, step 2"):
@@ -121,13 +121,15 @@ class TestAuto:
         train(run, *WORDS, "--epochs", 2, "--lr", 0.04, "--resume", "auto")
         assert len(read_resume(run / "resume.pt")["history"]) == 2, "a finished run has nothing left to do"
 
-    @pytest.mark.parametrize("argument", ["--initial-checkpoint", "--pretrained-path"])
+    @pytest.mark.parametrize(
+        "argument", ["--initial-checkpoint", "--pretrained-path", "--pretrained --pretrained-path"]
+    )
     def test_it_needs_no_weights_to_begin_with_any_more(
         self, argument: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ):
         file = tmp_path / "w.safetensors"
         save_file(timm.create_model("test_resnet", num_classes=10).state_dict(), file)
-        words = [*DECOR, *WORDS, argument, file, "--epochs", 2, "--resume", "auto"]
+        words = [*DECOR, *WORDS, *argument.split(), file, "--epochs", 2, "--resume", "auto"]
         whole = train(tmp_path / "whole", *words)
         stop_at(monkeypatch, 4)
         with pytest.raises(Stopped):

@@ -481,8 +481,17 @@ def test_the_side_that_came_so_far_is_shown(tmp_path: Path) -> None:
 def test_a_pause_is_none_of_an_epochs_time(monkeypatch: pytest.MonkeyPatch) -> None:
     watch = EpochWatch.__new__(EpochWatch)
     watch._start, watch._spent, watch._observer = 0.0, 0.0, SimpleNamespace(spent=1.0)
-    times = iter([10.0, 15.0, 20.0])
-    monkeypatch.setattr(watch_module, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    watch._progress, watch._device = SimpleNamespace(seconds=0.0), torch.device("cuda")
+    now = 3.0
+
+    def synchronize(device: torch.device) -> None:
+        nonlocal now
+        now += 7 if device.type == "cuda" else 0  # what the device had still to do is of the epoch's time
+
+    monkeypatch.setattr(watch_module, "synchronize", synchronize)
+    monkeypatch.setattr(watch_module, "time", SimpleNamespace(perf_counter=lambda: now))
     with watch.paused():
-        pass
+        assert watch._progress.seconds == 10 - 1
+        now += 5
+    now += 5
     assert watch.seconds == 20 - 5 - 1

@@ -69,8 +69,10 @@ class TestHowItIsTold:
     def test_versions(self):
         later = {"steps": 5, "machine": machine(), "versions": {**VERSIONS, "torch": "2.15.0"}}
         found = [*starts((0, machine())), later]
-        assert versions_used(found, "torch") == "2.14.0, then 2.15.0"
-        assert versions_used(found, "timm") == "1.0.31"
+        assert versions_used(found, 10, "torch") == "2.14.0, then 2.15.0"
+        assert versions_used(found, 10, "timm") == "1.0.31"
+        assert versions_used(found, 5, "torch") == "2.14.0", "the second start trained nothing"
+        assert versions_used(found[:1], 0, "torch") == "2.14.0"
 
     def test_the_longest(self):
         found = starts((0, machine()), (3, machine(2)), (8, machine(3)))

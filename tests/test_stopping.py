@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import random
@@ -10,6 +11,7 @@ import signal
 import time
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,11 @@ import torch
 from chaos import command, final, same, untimed
 from processes import context, start
 from test_kill_and_resume import stop_at
-from training_runs import DECOR, TINY, train
+from training_runs import DECOR, TINY, history, train
 
 from timm_decor.errors import Stopped, UserError
+from timm_decor.training import run as run_module
+from timm_decor.training.keeping.checkpoints import Keeper
 from timm_decor.training.keeping.folder import RunFolder, find_resume, read_resume
 
 WORDS = [*DECOR, "--recovery-interval", "1"]
@@ -96,6 +100,36 @@ def test_what_a_comparison_prints_to_go_on_with_does(tmp_path: Path, monkeypatch
     assert place == str(tmp_path / "run")
     train(tmp_path / "run", *DECOR, "--compare", "--epochs", 1, "--resume", place)
     assert (tmp_path / "run" / "compare.json").is_file()
+
+
+def stop_where(monkeypatch: pytest.MonkeyPatch, wanted: Callable[[Any], bool]) -> None:
+    """Let a SIGTERM be seen at the places at which an arm is as wanted."""
+    pause_due = Keeper.pause_due
+    monkeypatch.setattr(
+        Keeper, "pause_due", lambda self: partial(self.pause, 15) if wanted(self.arm) else pause_due(self)
+    )
+
+
+def test_of_a_comparison_one_side_may_have_come_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop where one has an epoch and the other nothing; then one where the first has ended, on another machine."""
+    words = [*DECOR, "--compare", "--epochs", 1, "--compare-epochs", 2, "--resume", "auto"]
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_where(patch, lambda arm: arm.name == "test_resnet" and arm.steps == 0)
+        with pytest.raises(Stopped, match=r"^test_resnet stopped by SIGTERM after update 0; go on with .* --resume "):
+            train(run, *words)
+    with monkeypatch.context() as patch:
+        stop_where(patch, lambda arm: bool(arm.history) and arm.steps == arm.history[-1]["steps"] + 1)
+        with pytest.raises(Stopped):
+            train(run, *words)
+    with pytest.raises(UserError, match=r"^test_resnet: epoch 2 has begun, and .* after 1: more --compare-epochs$"):
+        train(run, *words, "--compare-epochs", 1)
+    machine = run_module.machine
+    monkeypatch.setattr(run_module, "machine", lambda accelerator: machine(accelerator) | {"cpu": "another"})
+    train(run, *words)
+    first, second = json.loads((run / "starts.json").read_text())
+    assert first["steps"] == 0 and second["machine"]["cpu"] == "another"
+    assert second["steps"] == int(history(run / "plain")[0]["steps"]) + 1
 
 
 def cut(content: bytes) -> bytes:

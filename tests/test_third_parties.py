@@ -24,6 +24,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 import timm_decor
 from timm_decor import DecorConfig
 from timm_decor.engine import coordinates
+from timm_decor.engine import handle as handle_module
+from timm_decor.engine.flight import StepInFlight
 from timm_decor.engine.optimizers import DECAYING
 from timm_decor.engine.probe import refuse
 from timm_decor.structures import SCALE
@@ -956,7 +958,8 @@ class TestCoordinates:
     def test_a_step_that_is_running_is_not_saved(self, kind, monkeypatch):
         """A signal's handler, or a thread: what the optimizer works on is not the model's weights."""
         model, optimizer, handle = bound(kind)
-        step(model, optimizer, 0)
+        for seed in range(2):
+            step(model, optimizer, seed)
         before = weights(model)
         said = []
 
@@ -970,11 +973,13 @@ class TestCoordinates:
 
             return asked
 
-        for name in ("sgd", "adam", "adamw"):
-            module = sys.modules[f"torch.optim.{name}"]
-            monkeypatch.setattr(module, name, asking(getattr(module, name)))
-        step(model, optimizer, 1)
-        assert said and handle.step == 2 and not same(weights(model), before)
+        places = [(coordinates.step_type(optimizer), "enter"), (StepInFlight, "land"), (handle_module, "look_at")]
+        places += [(sys.modules[f"torch.optim.{name}"], name) for name in ("sgd", "adam", "adamw")]
+        for owner, name in places:
+            monkeypatch.setattr(owner, name, asking(getattr(owner, name)))
+        step(model, optimizer, 2)  # one with a refresh
+        assert len(said) >= 2 * len(places[:3]) + 2 and handle.step == 3 and not same(weights(model), before)
+        optimizer.state_dict()
 
     def test_an_unfinished_step_is_said_and_undone(self, caplog):
         """Who kept `step` from before `attach` calls past the guard: the next touch puts the weights back."""

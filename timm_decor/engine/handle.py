@@ -292,6 +292,7 @@ class DecorHandle:
         counts = not all(map(is_zero, rates(optimizer, weights.values())))
         look = counts and self._counted % self.config.output_every == 0
         measures = counts and self._measure_due
+        self._step_hooks.begin()
         self._flight = StepInFlight(self._groups, optimizer, counts, look, self._power, measures)
         return changed
 

@@ -46,7 +46,7 @@ class StepHooks:
 
     Args:
         optimizer: whose step it is.
-        before: runs as the last of the pre-hooks.
+        before: runs as the last of the pre-hooks; calls `begin`.
         after: runs as the first of the post-hooks.
         abort: runs when `step` raised, before the exception leaves it.
     """
@@ -54,7 +54,7 @@ class StepHooks:
     def __init__(self, optimizer: Optimizer, before: PreHook, after: PostHook, abort: Callable[[], None]) -> None:
         self._optimizer = optimizer
         self._depth = 0  # of torch's wrapper round `step` in itself: 1 in an ordinary step
-        self._running = False  # between the pre-hook and the post-hook
+        self._running = False  # from `begin` to the end of the post-hook
         self._before, self._after, self._abort = before, after, abort
         for name, first, own in (
             ("_optimizer_step_pre_hooks", False, self._enter),
@@ -105,9 +105,13 @@ class StepHooks:
 
     _guarded_now = False
 
+    def begin(self) -> None:
+        """The weights move from here on: the closure, if there is one, has been evaluated."""
+        self._running = True
+
     @property
     def is_running(self) -> bool:
-        """Whether somebody asks from within a step, between the optimizer's hooks."""
+        """Whether somebody asks from within a step, from where its weights begin to move to where R is refreshed."""
         return self._running and self._guarded_now
 
     def _nested_in(self) -> bool:
@@ -129,14 +133,14 @@ class StepHooks:
     def _enter(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        changed = self._before(optimizer, args, kwargs)
-        self._running = True
-        return changed
+        return self._before(optimizer, args, kwargs)
 
     @torch.compiler.disable
     def _leave(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._running = False
-        self._after(optimizer, args, kwargs)
+        try:
+            self._after(optimizer, args, kwargs)
+        finally:
+            self._running = False
 
 
 def _nothing(*args: Any) -> None:

@@ -14,7 +14,7 @@ from timm_decor.publishing.repository import R_FILE, SAMPLES, Options
 from timm_decor.publishing.trained import Trained
 from timm_decor.text import counted, markdown_cell, markdown_text, printable
 from timm_decor.training.args import decor_config
-from timm_decor.training.keeping.starts import trained_on, versions_used
+from timm_decor.training.keeping.starts import longest, trained_on, versions_used
 from timm_decor.training.seeing.compare import Side
 
 _TEMPLATE = Path(__file__).with_name("card.md.j2")
@@ -179,14 +179,14 @@ def _how_measured(trained: Trained, results: dict[str, Any]) -> str:
 
 def _how_trained(trained: Trained) -> str:
     args, results = trained.args, trained.results
-    starts = results["starts"]
-    where = markdown_text(trained_on(starts, results["final"]["steps"]))
+    starts, steps = results["starts"], results["final"]["steps"]
+    where = markdown_text(trained_on(starts, steps))
     minutes = round(results["final"]["seconds"] / 60)
     time = counted(round(minutes / 60), "hour") if minutes >= 180 else counted(max(1, minutes), "minute")
     images = f" on {counted(results['images']['training'], 'image')}" if results["images"] else ""
-    size = args["batch_size"] * args.get("grad_accum_steps", 1) * results["machine"]["processes"]
+    size = args["batch_size"] * args.get("grad_accum_steps", 1) * longest(starts, steps)["machine"]["processes"]
     packages = ("timm_decor", "timm", "torch")
-    known = ", ".join(f"{name} {versions_used(starts, name, markdown_text)}" for name in packages)
+    known = ", ".join(f"{name} {versions_used(starts, steps, name, markdown_text)}" for name in packages)
     epochs = f"{counted(results['epochs'], 'epoch')} of {markdown_text(args['opt'])}{images}"
     return (
         f"{epochs}, batch {size}, peak learning rate {results['lr']:.3g}, weight decay {args['weight_decay']:g}, "

@@ -57,18 +57,25 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(f"--{key.replace('_', '-')} has a character that cannot be printed: '{shown}'")
         return args
 
-    def recipe_words(self, path: str) -> list[str]:
-        """Read a YAML recipe as command-line words.
+    def recipe_words(self, *paths: str) -> list[str]:
+        """Read YAML recipes as command-line words.
 
         Args:
-            path: a mapping of argument names, written with - or _, to values; null means the default.
+            paths: each a mapping of argument names, written with - or _, to values; null, and an empty list, mean the
+                default. Of an argument that several have the last one's value counts, and nothing of the others'.
 
         Raises:
-            UserError: the file cannot be read, is no mapping, or has a key that is no argument.
+            UserError: a file cannot be read, is no mapping, or has a key that is no argument.
         """
+        words: dict[str, list[str]] = {}  # by argument
+        for path in paths:
+            words |= self._recipe_words(path)
+        return [word for each in words.values() for word in each]
+
+    def _recipe_words(self, path: str) -> dict[str, list[str]]:
         recipe = read_mapping(path, "recipe")
         by_dest = {action.dest: action for action in self._actions if action.option_strings}
-        words: list[str] = []
+        words: dict[str, list[str]] = {}
         given: dict[str, Any] = {}  # the recipe's own spelling by argument
         for key, value in recipe.items():
             action = by_dest.get(str(key).replace("-", "_"))
@@ -81,7 +88,7 @@ class Parser(argparse.ArgumentParser):
             if action.dest in given:
                 raise UserError(f"recipe {path} has {key} twice: written as {given[action.dest]}, too")
             given[action.dest] = key
-            words += _words(action, value, f"recipe {path}: {key}")
+            words[action.dest] = _words(action, value, f"recipe {path}: {key}")
         return words
 
 

@@ -77,8 +77,7 @@ def parse(argv: Sequence[str], is_begun: bool = False) -> argparse.Namespace:
             raise UserError(f"nothing to resume: {own} does not exist")
         recipes.insert(0, str(own))
     if recipes:
-        words = [word for recipe in recipes for word in parser.recipe_words(recipe)]
-        given, args = args.data_dir, parser.parse([*words, *argv])
+        given, args = args.data_dir, parser.parse([*parser.recipe_words(*recipes), *argv])
         if str(args.data_dir).startswith("pipe:") and not given:
             raise UserError(
                 f"recipe {' and '.join(recipes)}: --data-dir is a command to run: give it on the command line"
@@ -185,7 +184,7 @@ def _run(
     if options.compare.compare:
         _warm_up(arms, made.data_config["input_size"], options.loader.batch_size)
     folder.write_args(record.recipe)  # not earlier: a resume that is refused leaves the run's own arguments alone
-    context["starts"] = folder.note_start(arms[0].steps, on, context["versions"])
+    context["starts"] = folder.note_start(max(arm.steps for arm in arms), on, context["versions"])
     sides = compare.SIDES if options.compare.compare else ()
     trackers.start(accelerator, options.watch, record.config, folder.path, sides)
     for arm, side in zip(arms, sides or ("",), strict=True):
@@ -246,7 +245,7 @@ def _make(options: TrainOptions, accelerator: Accelerator) -> _Made:
     model = build.create_to_train(options.model, options.create, start, layer, options.decor, wanted, channels)
     if layer.sync_bn:
         model = build.synchronized(model, start.freeze, accelerator.device, accelerator.num_processes)
-    base = build.hub_name(model) if start.pretrained else None
+    base = build.hub_name(model) if start.pretrained and not start.pretrained_path else None
     classes = build.class_count(model)
     for name in ("initial_checkpoint", "pretrained_path"):
         if note := _of_other_classes(name, getattr(start, name), train_source.class_names, classes):
@@ -417,7 +416,8 @@ def _take_turns(kept: list[tuple[Arm, Keeper]]) -> None:
         for arm, keeper in kept if epoch % 2 == 0 else reversed(kept):
             if arm.epoch != epoch or epoch >= arm.epochs:  # resumed further on, with fewer epochs, or failed
                 continue
-            keeper.pause()
+            if (pause := keeper.pause_due()) is not None:
+                pause()
             arm.time_left, start = time_left, time.perf_counter()
             try:
                 arm.train_epoch()

@@ -72,7 +72,7 @@ def make_accelerator(
         )
     except ValueError as error:
         raise UserError(f"--device {device or 'default'}: {first_line(error)}") from error
-    if accelerator.num_processes != started:
+    if accelerator.num_processes < started:  # MPI's processes are more: it does not set the variable
         raise UserError(
             f"{started} processes were started (WORLD_SIZE), but on {accelerator.device} Accelerate trains with "
             f"{accelerator.num_processes}: use --device cpu, or start one process"
@@ -220,7 +220,8 @@ def _refuse_pieces() -> None:
 
 
 def _has_accelerator() -> bool:
-    return torch.cuda.is_available() or torch.backends.mps.is_available()
+    others = hasattr(torch, "accelerator") and torch.accelerator.is_available()  # since torch 2.6
+    return torch.cuda.is_available() or torch.backends.mps.is_available() or others
 
 
 def _check_device(name: str | None) -> None:

@@ -39,19 +39,19 @@ _IDLE = (  # recipes have them at hand for when the second is turned on
     ("project_name", "log_with"),
 )
 _CYCLES = ("cosine", "poly", "tanh")
-_SCHEDULES = {  # which of timm's schedules read an argument
+_SCHEDULES = {  # which of the schedules of --sched read an argument
     "decay_rate": ("multistep", "plateau", "poly", "step"),
     "decay_milestones": ("multistep",),
-    "decay_epochs": ("rsqrt", "step", "wsd"),
+    "decay_epochs": ("step",),
     "patience_epochs": ("plateau",),
     "lr_cycle_mul": _CYCLES,
     "lr_cycle_decay": _CYCLES,
     "lr_cycle_limit": _CYCLES,
     "lr_k_decay": ("cosine", "poly"),
-    "min_lr": (*_CYCLES, "plateau", "rsqrt", "wsd"),
-    "cooldown_epochs": (*_CYCLES, "rsqrt", "wsd"),  # timm adds them to those that have an end
+    "min_lr": (*_CYCLES, "plateau"),
+    "cooldown_epochs": _CYCLES,  # timm adds them to those that have an end
 }
-_OF_SCHEDULES = ("warmup_epochs", "warmup_lr", "warmup_prefix", "lr_noise")  # all read them
+_OF_SCHEDULES = ("warmup_epochs", "warmup_lr", "warmup_prefix", "lr_noise")  # all but none do something with them
 _AUGMENTS = ("aa", "reprob", "train_crop_mode", "vflip", "grayscale_prob", "gaussian_blur_prob")  # not with --no-aug
 _MAPPED = ("folder", "wds")  # data sets that --class-map numbers
 

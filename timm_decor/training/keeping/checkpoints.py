@@ -14,11 +14,20 @@ from torch import Tensor, nn
 
 from timm_decor.errors import Stopped, UserError
 from timm_decor.text import counted, listed, wrapped
-from timm_decor.training.keeping.folder import EMA_SUFFIX, EPOCH_FILE, RESUME_FILE, RunFolder, find_resume, read_resume
+from timm_decor.training.keeping.folder import (
+    EMA_SUFFIX,
+    EPOCH_FILE,
+    RESUME_FILE,
+    RunFolder,
+    find_resume,
+    holds_run,
+    read_resume,
+)
 from timm_decor.training.keeping.progress import is_whole
 from timm_decor.training.keeping.stopping import StopRequest
 from timm_decor.training.options import KeepOptions
 from timm_decor.training.runtime import decided_by_one
+from timm_decor.training.seeing.compare import SIDES
 
 
 class Trained(Protocol):
@@ -31,7 +40,7 @@ class Trained(Protocol):
     history: list[dict[str, Any]]
     epochs: int
     progress: Any
-    pause: Callable[[], None]
+    pause_due: Callable[[], Callable[[], None] | None]
 
     @property
     def epoch(self) -> int: ...
@@ -61,7 +70,7 @@ class Keeper:
     """Writes one arm's checkpoints: at the end of an epoch, every so many updates, and when it is asked to stop.
 
     Args:
-        arm: whose `pause` is set.
+        arm: whose `pause_due` is set.
         folder: where they go.
         metadata: text in the files of weights.
         keep: which checkpoints.
@@ -77,24 +86,33 @@ class Keeper:
         self._keep = keep
         self._stop = stop
         self._saved = arm.steps  # updates that are in resume.pt, or none were done
-        arm.pause = self.pause
+        arm.pause_due = self.pause_due
 
-    def pause(self) -> None:
-        """Save where a recovery checkpoint is due; save and leave where a signal asks for it. Collective.
+    def pause_due(self) -> Callable[[], None] | None:
+        """What is to be done now, if anything: `pause`. Collective."""
+        signum, steps, interval = self._stop.asked(), self.arm.steps, self._keep.recovery_interval
+        saves = (signum or (interval > 0 and steps % interval == 0)) and steps != self._saved
+        return partial(self.pause, signum) if signum or saves else None
+
+    def pause(self, signum: int) -> None:
+        """Save what is not saved yet, and leave where a signal asks for it. Collective.
+
+        Args:
+            signum: the signal's number, or 0.
 
         Raises:
             Stopped: the state is saved.
             NonFiniteLoss: there is nothing that is worth saving.
         """
-        signum, steps = self._stop.asked(), self.arm.steps
-        interval = self._keep.recovery_interval
-        due = interval > 0 and steps % interval == 0
-        if (signum or due) and steps != self._saved:
+        steps = self.arm.steps
+        if steps != self._saved:
             self.arm.check_finite()
             self._write_resume()
         if signum:
             where = f"{self.arm.name} stopped by {signal.Signals(signum).name} after update {steps}"
-            saved = f"go on with the same command and --resume {self._run}" if steps else "there is nothing yet"
+            # of a comparison the other side may have come further
+            some = steps or has_begun(self._run)
+            saved = f"go on with the same command and --resume {self._run}" if some else "there is nothing yet"
             raise Stopped(signum, f"{where}; {saved}" if self.arm.accelerator.is_main_process else "")
 
     def save_trained(self) -> None:
@@ -130,6 +148,11 @@ class Keeper:
     def _write_resume(self) -> None:
         self.folder.write_resume(self.arm.state() | {"label_names": json.loads(self._metadata["label_names"])})
         self._saved = self.arm.steps
+
+
+def has_begun(run: Path) -> bool:
+    """Whether a run, or a side of a comparison, has left its files in the folder of a run."""
+    return any(holds_run(at) for at in (run, *(run / side for side in SIDES)))
 
 
 def was_evaluated(row: Mapping[str, Any]) -> bool:

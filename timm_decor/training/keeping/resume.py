@@ -16,7 +16,7 @@ from timm_decor.errors import UserError
 from timm_decor.redact import without_secrets
 from timm_decor.text import printable
 from timm_decor.training.foreign import read_mapping
-from timm_decor.training.keeping.checkpoints import Trained, load_states, was_evaluated
+from timm_decor.training.keeping.checkpoints import Trained, has_begun, load_states, was_evaluated
 from timm_decor.training.keeping.folder import ARGS_FILE, RESULTS_FILE, RESUME_FILE, RunFolder, holds_run
 from timm_decor.training.keeping.privacy import PRIVATE, cleaned
 from timm_decor.training.options import FolderOptions, ImageOptions, StartOptions
@@ -76,7 +76,7 @@ def refuse_other_start(recipe: Mapping[str, Any], folder: RunFolder) -> None:
     Raises:
         UserError: names the argument.
     """
-    if not _has_begun(folder):
+    if not has_begun(folder.path):
         return  # it was ended before its first checkpoint, and begins
     changed = _changed(recipe, folder)
     for key in _START:
@@ -91,15 +91,13 @@ def without_what_is_gone(start: StartOptions, folder: RunFolder) -> tuple[StartO
 
     Its state takes their place: a cluster's node that goes on with a run need not have them.
     """
-    if not _has_begun(folder):
+    if not has_begun(folder.path):
         return start, []
     gone = {name: file for name in _START_FILES if (file := getattr(start, name)) and not Path(file).is_file()}
     none: dict[str, Any] = dict.fromkeys(gone)
+    if "pretrained_path" in gone:
+        none["pretrained"] = False  # --pretrained beside it, timm's habit, would now mean other weights
     return replace(start, **none), list(gone.values())
-
-
-def _has_begun(folder: RunFolder) -> bool:
-    return any(holds_run(at) for at in (folder.path, *(folder.path / side for side in SIDES)))
 
 
 def go_on(
@@ -129,7 +127,7 @@ def go_on(
     paths = [Path(resume)] if resume != AUTO and len(arms) == 1 else [at.path for at in folders]
     changed, accelerator = _changed(recipe, folder), arms[0].accelerator
     if load_states(paths, arms, folders, metadata):
-        _refuse_cut(arms)
+        _refuse_cut(arms, "--compare-epochs" if recipe.get("compare_epochs") else "--epochs")
         goes_on = any(arm.epoch < arm.epochs for arm in arms)
         if goes_on:
             accelerator.print("; ".join(f"{arm.name} goes on after update {arm.steps}" for arm in arms))
@@ -139,7 +137,9 @@ def go_on(
         finished = _is_finished(arms, folders)
         if not finished:  # also where only the records are left to write: they are those of other arguments
             matter = {key: change for key, change in changed.items() if key not in NO_MATTER}
-            folder.note_changes(arms[0].steps, {key: (_text(was), _text(now)) for key, (was, now) in matter.items()})
+            folder.note_changes(
+                max(arm.steps for arm in arms), {key: (_text(was), _text(now)) for key, (was, now) in matter.items()}
+            )
         for at in (folder, *folders) if goes_on else ():
             at.forget_results()
         return finished
@@ -148,22 +148,22 @@ def go_on(
     return False
 
 
-def _refuse_cut(arms: Sequence[Trained]) -> None:
+def _refuse_cut(arms: Sequence[Trained], flag_of_twin: str) -> None:
     """Refuse to end a run where its last epoch would be one that has no figures, or that is not the last.
 
     Raises:
-        UserError: says how many epochs it takes.
+        UserError: says where it would end: after --epochs, and with those that the schedule adds.
     """
-    for arm in arms:
+    for arm, flag in zip(arms, ("--epochs", flag_of_twin), strict=False):
         if arm.epoch < arm.epochs or not arm.history:
             continue
         if arm.progress is not None:
             raise UserError(
-                f"{arm.name}: epoch {arm.epoch + 1} has begun: --epochs {arm.epoch + 1} or more, not {arm.epochs}"
+                f"{arm.name}: epoch {arm.epoch + 1} has begun, and it would end after {arm.epochs}: more {flag}"
             )
         if not was_evaluated(arm.history[-1]):
             raise UserError(
-                f"{arm.name}: epoch {arm.epoch} was not evaluated, as the last one is: more --epochs than {arm.epochs}"
+                f"{arm.name}: epoch {arm.epoch} was not evaluated, as the last one is: more {flag} than that"
             )
 
 

@@ -61,9 +61,10 @@ def longest(starts: Sequence[Start], steps: int) -> Start:
     return starts[max(updates, key=lambda index: updates[index])]
 
 
-def versions_used(starts: Sequence[Start], name: str, shown: Callable[[str], str] = str) -> str:
-    """A package's versions, one after the other: `2.14.0`, or `2.14.0, then 2.15.0`."""
-    return ", then ".join(dict.fromkeys(shown(start["versions"][name]) for start in starts))
+def versions_used(starts: Sequence[Start], steps: int, name: str, shown: Callable[[str], str] = str) -> str:
+    """A package's versions that trained, one after the other: `2.14.0`, or `2.14.0, then 2.15.0`."""
+    trained = [start for start, end in zip(starts, _ends(starts, steps), strict=True) if end > start["steps"]]
+    return ", then ".join(dict.fromkeys(shown(start["versions"][name]) for start in trained or starts))
 
 
 def _ends(starts: Sequence[Start], steps: int) -> list[int]:

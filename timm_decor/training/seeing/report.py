@@ -249,7 +249,8 @@ def _facts(context: dict[str, Any], steps: int) -> list[tuple[str, str]]:
     starts = context["starts"]
     if len(starts) > 1 or starts[0]["steps"]:  # the rows above are of the last one
         rows.append(("trained on", trained_on(starts, steps)))
-        rows += [(name, used) for name in context["versions"] if ", then" in (used := versions_used(starts, name))]
+        of_packages = [(name, versions_used(starts, steps, name)) for name in context["versions"]]
+        rows += [(name, used) for name, used in of_packages if ", then" in used]
     return rows
 
 

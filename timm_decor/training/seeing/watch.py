@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from timm_decor.engine.handle import DecorHandle
 from timm_decor.training.keeping.progress import Progress
-from timm_decor.training.seeing.clock import StepClock
+from timm_decor.training.seeing.clock import StepClock, synchronize
 from timm_decor.training.seeing.display import Display
 from timm_decor.training.seeing.observe import Observer
 from timm_decor.training.seeing.timeleft import Going, TimeLeft
@@ -43,7 +43,7 @@ class EpochWatch:
     def __init__(
         self, arm: Watched, progress: Progress, batches: int, updates: int, images: int, interval: int
     ) -> None:
-        self._progress, self._observer = progress, arm.observer
+        self._progress, self._observer, self._device = progress, arm.observer, arm.accelerator.device
         self._name, self._epoch = arm.name, arm.epoch + 1
         self._updates_of_run = updates * arm.epochs
         self._before = arm.history[-1]["seconds"] if arm.history else 0.0
@@ -71,7 +71,9 @@ class EpochWatch:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens in here (a checkpoint may be written) is none of the epoch's time."""
+        """What happens in here (a checkpoint may be written) is none of the epoch's time; what was queued before is."""
+        synchronize(self._device)
+        self._progress.seconds = self.seconds  # for the checkpoint
         start = time.perf_counter()
         yield
         self._start += time.perf_counter() - start
