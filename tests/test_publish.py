@@ -134,6 +134,12 @@ def test_the_card_names_each_machine_and_a_run_of_an_earlier_version_its_one(run
         card = (staged(copy, at, "--no-eval") / "README.md").read_text()
         assert words in card
         assert (f"torch {torch.__version__}, then 9)" in card) == ("then" in words)
+        assert "FOLDER` repeats it" in card or "yaml` repeats it" in card
+    several = {"steps": 0, **one, "machine": {**one["machine"], "processes": 3}}
+    file.write_text(json.dumps(results | {"starts": [several, {"steps": steps, **one}]}))
+    card = (staged(copy, tmp_path / "several", "--no-eval") / "README.md").read_text()
+    size = 3 * yaml.safe_load((copy / "args.yaml").read_text())["batch_size"]
+    assert f"batch {size}," in card and "` on 3 processes repeats it" in card
     for wrong in ([], [{"steps": 4, **one}, {"steps": 4, **other}], [{**one}], [{"steps": 0, "machine": {}}], 3):
         file.write_text(json.dumps(results | {"starts": wrong}))
         with pytest.raises(UserError, match=r"results\.json, starts|results\.json: starts"):
