@@ -298,11 +298,7 @@ class TestParser:
         "path", sorted((ROOT / "hub" / "staged").glob("*/recipe.yaml")), ids=lambda p: p.parent.name
     )
     def test_recipes_of_staged_weights_are_read(self, path):
-        """Those of before name knobs that are gone, at the values with which those did nothing; and their method."""
-        is_old = "decor_warmup: 0" in path.read_text()
-        assert is_old == path.parent.name.startswith("resnet18.dbp_")
-        then = DecorConfig(damping=1.0, sides="input", center=False, graft=False)
-        assert decor_config(parse(["-c", str(path)])) == (then if is_old else DecorConfig())
+        assert decor_config(parse(["-c", str(path)])) == DecorConfig()
 
     def test_every_knob_of_decorrelation_has_an_argument(self):
         args = parse(["--decor-damping", "0.125", "--no-decor-preserve-function", "--decor-structure", "space"])

@@ -344,7 +344,7 @@ class TestTimmsWeights:
 
     def test_another_number_of_classes_is_refused(self, tmp_path: Path) -> None:
         """By the weights' own configuration, so for published tags and names on the Hub as well."""
-        name = "decor_resnet18.dbp_cifar10_r32"
+        name = "decor_resnet18.whiten_cifar10_r64"
         with pytest.raises(UserError, match=f"weights of {name} know 10 classes, not --num-classes 7"):
             words = ["--model", name, "--pretrained", "--num-classes", "7", "--device", "cpu"]
             validate([*words, "--data-dir", str(folder(tmp_path)), "--split", "validation"])

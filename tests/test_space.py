@@ -26,7 +26,7 @@ from timm_decor.publishing.publish import main
 
 REPO = "me/demo"
 SPACE = ROOT / "hub" / "space"
-CIFAR, TINY = "decor_resnet18.dbp_cifar10_r32", "decor_resnet18.whiten_tin_r64"
+CIFAR, TINY = "decor_resnet18.whiten_cifar10_r64", "decor_resnet18.whiten_tin_r64"
 
 
 @pytest.fixture(autouse=True)

@@ -98,7 +98,7 @@ def test_list_of_models(capsys: pytest.CaptureFixture[str]) -> None:
     zoo.main(["--markdown", "decor_resnet18", "resnet10t"])
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
     assert [row[0] for row in rows] == ["model", "---", "decor_resnet10t", "decor_resnet18"]
-    zoo.main(["--markdown", "decor_resnet18.dbp_cifar10_r32", "resnet10t.c3_in1k"])
+    zoo.main(["--markdown", "decor_resnet18.whiten_cifar10_r64", "resnet10t.c3_in1k"])
     assert [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()] == rows
     report = timm.create_model("decor_resnet18").decor_report
     assert rows[3][1:3] == ["11.7", "21"]
