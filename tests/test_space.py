@@ -96,7 +96,7 @@ class TestWords:
         few, many = demo.about(CIFAR), demo.about(TINY)
         names = "airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck"
         assert few.startswith(f"**CIFAR-10's 10 classes**: {names}. A picture of anything else gets one of these")
-        assert "32 x 32 pixels" in few and "80.2 % of the 10 000 test images" in few and "<details>" not in few
+        assert "64 x 64 pixels" in few and "89.7 % of the 10 000 test images" in few and "<details>" not in few
         assert many.startswith("**Tiny ImageNet's 200 classes**: goldfish, European fire salamander, ")
         assert many.count("goldfish") == 2 and "All 200 classes" in many and ", acorn</details>" in many
 
