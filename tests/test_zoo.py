@@ -38,23 +38,23 @@ def small_member(family: Family) -> nn.Module:
 
 @pytest.mark.parametrize("family", FAMILIES, ids=IDS)
 def test_a_member_of_each_family_learns_and_comes_back_plain(family: Family) -> None:
-    """50 decorrelated steps: the loss falls, every R moved, and `to_plain` keeps the function."""
+    """30 decorrelated steps: the loss falls, every R moved, and `to_plain` keeps the function."""
     torch.manual_seed(1)
     model = small_member(family)
     size = SIZE.get(family.module, 64)
     images, labels = torch.randn(8, 3, size, size), torch.arange(8) % 4
     images += labels.view(-1, 1, 1, 1) / 2  # something that can be learned
     optimizer = timm.optim.create_optimizer_v2(model, "adamw", lr=1e-3)
-    config = timm_decor.DecorConfig(every=10)
+    config = timm_decor.DecorConfig(every=6)
     handle = timm_decor.attach(model, optimizer, config)
     losses = []
-    for _ in range(50):
+    for _ in range(30):
         loss = F.cross_entropy(model(images), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert sum(losses[-5:]) / 5 < 0.7 * losses[0], losses
+    assert sum(losses[-5:]) / 5 < 0.8 * losses[0], losses
     report = handle.report()
     assert len(report.rows) == len(model.decor_report.decorrelated)
     assert all((row.refreshes, row.skips) == (5, 0) for row in report.rows), str(report)
