@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from training_runs import DECOR, ROOT, TINY, history, reset_accelerate, train
 
 from timm_decor import DecorConfig, knobs
-from timm_decor.config import REMOVED_KNOBS
+from timm_decor.config import REMOVED_DEFAULTS, REMOVED_KNOBS
 from timm_decor.errors import UserError, exit_code
 from timm_decor.training import args as args_module
 from timm_decor.training import run as train_module
@@ -299,6 +299,12 @@ class TestParser:
     )
     def test_recipes_of_staged_weights_are_read(self, path):
         assert decor_config(parse(["-c", str(path)])) == DecorConfig()
+
+    def test_recipes_of_before_are_read(self, tmp_path):
+        """They name knobs that are gone, at the values with which those did nothing."""
+        words = {knobs.dest(name): value for name, value in REMOVED_DEFAULTS.items()}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(words | {"decor_every": 5}))
+        assert decor_config(parse(["-c", str(tmp_path / "recipe.yaml")])) == DecorConfig(every=5)
 
     def test_every_knob_of_decorrelation_has_an_argument(self):
         args = parse(["--decor-damping", "0.125", "--no-decor-preserve-function", "--decor-structure", "space"])

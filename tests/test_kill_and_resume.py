@@ -98,10 +98,10 @@ class TestStoppedWithinAnEpoch:
     def test_a_state_that_is_not_finite_is_not_saved(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         pause = checkpoints_module.Keeper.pause
 
-        def poisoned(self: checkpoints_module.Keeper, signum: int) -> None:
+        def poisoned(self: checkpoints_module.Keeper, *within: Any) -> None:
             if self.arm.steps == 2:
                 self.arm.model.get_parameter("conv1.0.weight").data[0] = float("nan")
-            pause(self, signum)
+            pause(self, *within)
 
         monkeypatch.setattr(checkpoints_module.Keeper, "pause", poisoned)
         with pytest.raises(UserError, match="the weight conv1.0.weight is not finite in epoch 1, step 2"):

@@ -11,7 +11,6 @@ import signal
 import time
 import zipfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +103,14 @@ def test_what_a_comparison_prints_to_go_on_with_does(tmp_path: Path, monkeypatch
 
 def stop_where(monkeypatch: pytest.MonkeyPatch, wanted: Callable[[Any], bool]) -> None:
     """Let a SIGTERM be seen at the places at which an arm is as wanted."""
-    pause_due = Keeper.pause_due
-    monkeypatch.setattr(
-        Keeper, "pause_due", lambda self: partial(self.pause, 15) if wanted(self.arm) else pause_due(self)
-    )
+    pause = Keeper.pause
+
+    def paused(self: Keeper, *within: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(type(self._stop), "asked", lambda stop: signal.SIGTERM if wanted(self.arm) else 0)
+            pause(self, *within)
+
+    monkeypatch.setattr(Keeper, "pause", paused)
 
 
 def test_of_a_comparison_one_side_may_have_come_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from timm_decor.publishing.repository import R_FILE, SAMPLES, Options
 from timm_decor.publishing.trained import Trained
 from timm_decor.text import counted, markdown_cell, markdown_text, printable
 from timm_decor.training.args import decor_config
-from timm_decor.training.keeping.starts import longest, trained_on, versions_used
+from timm_decor.training.keeping.starts import trained_on, versions_used
 from timm_decor.training.seeing.compare import Side
 
 _TEMPLATE = Path(__file__).with_name("card.md.j2")
@@ -60,7 +60,7 @@ def render(trained: Trained, results: dict[str, Any], options: Options, repo_id:
         with_r=(folder / R_FILE).is_file(),
         how_trained=_how_trained(trained),
         command=_command(trained),
-        processes=_processes(trained),
+        processes=trained.machine["processes"],
         changed=_changed_on_the_way(trained),
         left_out=", ".join(trained.left_out),
         limits=_limits(trained),
@@ -185,7 +185,7 @@ def _how_trained(trained: Trained) -> str:
     minutes = round(results["final"]["seconds"] / 60)
     time = counted(round(minutes / 60), "hour") if minutes >= 180 else counted(max(1, minutes), "minute")
     images = f" on {counted(results['images']['training'], 'image')}" if results["images"] else ""
-    size = args["batch_size"] * args.get("grad_accum_steps", 1) * _processes(trained)
+    size = args["batch_size"] * args.get("grad_accum_steps", 1) * trained.machine["processes"]
     packages = ("timm_decor", "timm", "torch")
     known = ", ".join(f"{name} {versions_used(starts, steps, name, markdown_text)}" for name in packages)
     epochs = f"{counted(results['epochs'], 'epoch')} of {markdown_text(args['opt'])}{images}"
@@ -199,11 +199,6 @@ def _beside(trained: Trained) -> str:
     return (
         " Other work ran on that machine beside it: take the time as an upper bound." if trained.beside_others else ""
     )
-
-
-def _processes(trained: Trained) -> int:
-    """How many trained it: each had the recipe's batch size."""
-    return int(longest(trained.results["starts"], trained.results["final"]["steps"])["machine"]["processes"])
 
 
 def _command(trained: Trained) -> str:

@@ -103,9 +103,14 @@ class Trained:
         return self.metadata.data_config
 
     @property
+    def machine(self) -> dict[str, Any]:
+        """The one that most of the updates were trained on, as `runtime.machine` tells."""
+        return dict(longest(self.results["starts"], self.results["final"]["steps"])["machine"])
+
+    @property
     def beside_others(self) -> bool:
         """Whether the machine had much more to do than this run while it trained."""
-        machine = longest(self.results["starts"], self.results["final"]["steps"])["machine"]
+        machine = self.machine
         workers = machine.get("workers", self.args["workers"])
         if self.results["load"] is None or machine.get("gpu") or workers is None:
             return False

@@ -90,8 +90,8 @@ class Arm:
         observer: what its report will need.
         log: takes figures by name and the number of updates so far, for trackers.
         time_left: of its run; of both arms where they take turns.
-        pause_due: asked where an epoch can be left and gone on with, after an update and before a batch of evaluation;
-            gives what is then to be done, or None.
+        pause: called where an epoch can be left and gone on with, after an update and before a batch of evaluation;
+            takes the context in which to save.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Arm:
         self.failure: str | None = None
         self.distillation: nn.Module | None = None
         self.log: Callable[[Row, int], None] = lambda values, step: None
-        self.pause_due: Callable[[], Callable[[], None] | None] = lambda: None
+        self.pause: Callable[..., None] = lambda within=None: None
         self.time_left = TimeLeft([self])
         self._train_loader, self._eval_loader = train_loader, eval_loader
         device, update, sharded = options.device, options.update, is_sharded(accelerator)
@@ -253,9 +253,8 @@ class Arm:
             if updated:
                 self._count_update(progress)
             watch.trained(progress.lr or self.schedule.lr, updated)
-            if updated and progress.batches < self.batches_per_epoch and (pause := self.pause_due()) is not None:
-                with watch.paused():
-                    pause()
+            if updated and progress.batches < self.batches_per_epoch:
+                self.pause(watch.paused)
         watch.close()
         self._end_training(progress)
         progress.seconds = watch.seconds
@@ -347,8 +346,7 @@ class Arm:
 
     def _pausing(self, loader: DataLoader[Any]) -> Iterator[Any]:
         for batch in told(loader):
-            if (pause := self.pause_due()) is not None:
-                pause()
+            self.pause()
             yield batch
 
     def batches(self, epoch: int, progress: Progress) -> Iterator[Any]:

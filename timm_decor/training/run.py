@@ -416,8 +416,7 @@ def _take_turns(kept: list[tuple[Arm, Keeper]]) -> None:
         for arm, keeper in kept if epoch % 2 == 0 else reversed(kept):
             if arm.epoch != epoch or epoch >= arm.epochs:  # resumed further on, with fewer epochs, or failed
                 continue
-            if (pause := keeper.pause_due()) is not None:
-                pause()
+            keeper.pause()
             arm.time_left, start = time_left, time.perf_counter()
             try:
                 arm.train_epoch()

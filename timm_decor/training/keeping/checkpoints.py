@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,7 +41,7 @@ class Trained(Protocol):
     history: list[dict[str, Any]]
     epochs: int
     progress: Any
-    pause_due: Callable[[], Callable[[], None] | None]
+    pause: Callable[..., None]
 
     @property
     def epoch(self) -> int: ...
@@ -70,7 +71,7 @@ class Keeper:
     """Writes one arm's checkpoints: at the end of an epoch, every so many updates, and when it is asked to stop.
 
     Args:
-        arm: whose `pause_due` is set.
+        arm: whose `pause` is set.
         folder: where they go.
         metadata: text in the files of weights.
         keep: which checkpoints.
@@ -86,28 +87,25 @@ class Keeper:
         self._keep = keep
         self._stop = stop
         self._saved = arm.steps  # updates that are in resume.pt, or none were done
-        arm.pause_due = self.pause_due
+        arm.pause = self.pause
 
-    def pause_due(self) -> Callable[[], None] | None:
-        """What is to be done now, if anything: `pause`. Collective."""
-        signum, steps, interval = self._stop.asked(), self.arm.steps, self._keep.recovery_interval
-        saves = (signum or (interval > 0 and steps % interval == 0)) and steps != self._saved
-        return partial(self.pause, signum) if signum or saves else None
-
-    def pause(self, signum: int) -> None:
-        """Save what is not saved yet, and leave where a signal asks for it. Collective.
+    def pause(self, within: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        """Save where a recovery checkpoint is due; save and leave where a signal asks for it. Collective.
 
         Args:
-            signum: the signal's number, or 0.
+            within: entered for saving, where there is something to save.
 
         Raises:
             Stopped: the state is saved.
             NonFiniteLoss: there is nothing that is worth saving.
         """
-        steps = self.arm.steps
-        if steps != self._saved:
-            self.arm.check_finite()
-            self._write_resume()
+        signum, steps = self._stop.asked(), self.arm.steps
+        interval = self._keep.recovery_interval
+        due = interval > 0 and steps % interval == 0
+        if (signum or due) and steps != self._saved:
+            with within():
+                self.arm.check_finite()
+                self._write_resume()
         if signum:
             where = f"{self.arm.name} stopped by {signal.Signals(signum).name} after update {steps}"
             # of a comparison the other side may have come further
