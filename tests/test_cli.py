@@ -158,7 +158,7 @@ def test_train_refuses_in_one_line(words: str, expected: str, tmp_path: Path, ca
         ("--no-aug --aa rand-m9", "--aa does nothing beside --no-aug"),
         (
             "--sched step --cooldown-epochs 3",
-            "--cooldown-epochs does nothing with --sched step: it is for cosine, poly, tanh",
+            "--cooldown-epochs does nothing with --sched step: it is for cosine, poly, tanh, rsqrt, wsd",
         ),
         ("--cooldown-epochs 3", ""),
         ("--decay-rate 0.5", "--decay-rate does nothing with --sched cosine: it is for multistep, plateau, poly, step"),
@@ -166,7 +166,7 @@ def test_train_refuses_in_one_line(words: str, expected: str, tmp_path: Path, ca
         ("--sched step --decay-rate 0.5 --decay-epochs 2", ""),
         (
             "--sched step --min-lr 0.1",
-            "--min-lr does nothing with --sched step: it is for cosine, poly, tanh, plateau",
+            "--min-lr does nothing with --sched step: it is for cosine, poly, tanh, rsqrt, wsd, plateau",
         ),
         ("--sched none --warmup-epochs 3", "--warmup-epochs does nothing with --sched none"),
         ("--sched none", ""),
@@ -321,8 +321,9 @@ class TestParser:
         timms = shlex.split(
             "opt_eps opt_betas layer_decay interpolation momentum weight_decay decay_milestones decay_epochs "
             "decay_rate warmup_lr warmup_epochs warmup_prefix cooldown_epochs min_lr patience_epochs lr_noise "
-            "lr_noise_pct lr_noise_std lr_cycle_mul lr_cycle_decay lr_cycle_limit lr_k_decay "
-            "sched_on_updates crop_pct crop_mode mean std layer_decay_min_scale layer_decay_no_opt_scale"
+            "lr_noise_pct lr_noise_std lr_cycle_mul lr_cycle_decay lr_cycle_limit lr_k_decay lr_decay_fn "
+            "lr_stable_timescale sched_on_updates crop_pct crop_mode mean std layer_decay_min_scale "
+            "layer_decay_no_opt_scale"
         )
         for action in train_parser()._actions:
             read = re.search(rf"(\w|\))\.{action.dest}\b", code)

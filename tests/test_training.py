@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -29,6 +30,7 @@ from timm_decor.reporting import AttachReport
 from timm_decor.text import counted
 from timm_decor.training import arm as arm_module
 from timm_decor.training import run as run_module
+from timm_decor.training import schedule
 from timm_decor.training.adjust import weights_for_timm
 from timm_decor.training.data.batches import Batches
 from timm_decor.training.keeping import folder as folder_module
@@ -552,6 +554,21 @@ class TestArguments:
         rates = [row["lr"] for row in history(run)]
         # 16 updates, the last of an epoch being number 4 k - 1: 2 of warm-up, then linear decay to 0
         assert rates == pytest.approx([0.05 * (1 - n / 16) for n in (3, 7, 11, 15)])
+
+    def test_warm_up_stable_decay(self, tmp_path: Path):
+        words = ("--epochs", 4, "--sched", "wsd", "--decay-epochs", 0.5, "--lr-decay-fn", "linear")
+        rates = [row["lr"] for row in history(train(tmp_path / "run", *words, "--warmup-epochs", 1))]
+        # 16 updates: 4 of warm-up, 6 at the rate, 6 of linear decay to 0; the last of an epoch is number 4 k - 1
+        assert rates == pytest.approx([1e-5 + 3 / 4 * (0.05 - 1e-5), 0.05, 0.05 * 5 / 6, 0.05 * 1 / 6])
+
+    def test_a_schedule_that_timm_does_not_know_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        def of_before(optimizer: torch.optim.Optimizer, num_epochs: int, **_: Any) -> tuple[None, int]:
+            return None, num_epochs  # as timm 1.0.30 does
+
+        monkeypatch.setattr(schedule, "create_scheduler_v2", of_before)
+        with pytest.raises(UserError, match=r"^timm [\d.]+ has no --sched constant"):
+            train(tmp_path / "run", "--epochs", 1, "--sched", "constant")
+        train(tmp_path / "none", "--epochs", 1, "--sched", "none")
 
     def test_learning_rate_from_the_batch_size(self, tmp_path: Path):
         words = ("--epochs", 1, "--sched", "none", "--lr-base", 0.1)

@@ -31,7 +31,8 @@ from timm_decor.training.parser import (
 )
 
 _SWITCH = argparse.BooleanOptionalAction
-_SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "constant", "none")
+_SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "wsd", "rsqrt", "constant", "none")
+_DECAYS = ("1-sqrt", "linear", "cosine", "power", "exp")
 
 
 def train_parser(prog: str = "train.py") -> Parser:
@@ -283,6 +284,10 @@ def _add_schedule_arguments(parser: Parser) -> None:
     group.add_argument("--lr-cycle-decay", type=amount, default=0.5, help="factor of the learning rate, per cycle")
     group.add_argument("--lr-cycle-limit", type=count, default=1, help="number of cycles")
     group.add_argument("--lr-k-decay", type=amount, default=1.0, help="k-decay of cosine and poly")
+    group.add_argument("--lr-decay-fn", choices=_DECAYS, help="wsd's and rsqrt's decay; default: 1-sqrt and linear")
+    group.add_argument(
+        "--lr-stable-timescale", type=positive, metavar="N", help="rsqrt's, in epochs; default: --warmup-epochs"
+    )
     group.add_argument("--warmup-lr", type=amount, default=1e-5, help="learning rate at the first update")
     group.add_argument("--warmup-epochs", type=amount, default=5, metavar="N", help="may be a fraction of an epoch")
     group.add_argument("--warmup-prefix", action=_SWITCH, default=False, help="schedule starts after the warm-up")
@@ -290,7 +295,12 @@ def _add_schedule_arguments(parser: Parser) -> None:
     group.add_argument("--min-lr", type=amount, default=0.0, help="lower bound")
     group.add_argument("--epochs", type=count, default=300, metavar="N", help="epochs to train")
     group.add_argument("--decay-milestones", type=count, nargs="+", default=[90, 180, 270], help="multistep's epochs")
-    group.add_argument("--decay-epochs", type=positive, default=90, metavar="N", help="step's interval")
+    group.add_argument(
+        "--decay-epochs",
+        type=positive,
+        metavar="N",
+        help="step's interval, default: 90; wsd's and rsqrt's last part, below 1 a share, default: 0.2",
+    )
     group.add_argument("--decay-rate", "--dr", type=amount, default=0.1, help="step's factor; poly's power")
     group.add_argument("--patience-epochs", type=index, default=10, metavar="N", help="plateau's patience")
 

@@ -222,6 +222,8 @@ class ScheduleOptions(Options):
     lr_cycle_decay: float
     lr_cycle_limit: int
     lr_k_decay: float
+    lr_decay_fn: str | None
+    lr_stable_timescale: float | None
     warmup_lr: float
     warmup_epochs: float
     warmup_prefix: bool
@@ -229,7 +231,7 @@ class ScheduleOptions(Options):
     min_lr: float
     epochs: int
     decay_milestones: list[int]
-    decay_epochs: float
+    decay_epochs: float | None
     decay_rate: float
     patience_epochs: int
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import timm
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch.optim import Optimizer
 
@@ -103,8 +104,12 @@ def _timm_scheduler(
         )
     kwargs = scheduler_kwargs(options, decreasing_metric=eval_metric == "loss") | {"noise_seed": seed}
     kwargs["step_on_epochs"] |= options.sched == "plateau"  # it follows the metric of whole epochs
+    if options.decay_epochs is None:  # timm's default is the schedule's own; before 1.0.31 it takes no None
+        del kwargs["decay_epochs"]
     try:
         scheduler, epochs = create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=updates_per_epoch)
     except (ValueError, AssertionError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"schedule {options.sched}: {first_line(error)}") from error
+    if scheduler is None and options.sched != "none":  # timm before 1.0.31 takes any name, and schedules nothing
+        raise UserError(f"timm {timm.__version__} has no --sched {options.sched}; a newer timm may have it")
     return scheduler, int(epochs)

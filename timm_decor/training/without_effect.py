@@ -39,17 +39,20 @@ _IDLE = (  # recipes have them at hand for when the second is turned on
     ("project_name", "log_with"),
 )
 _CYCLES = ("cosine", "poly", "tanh")
+_STABLE = ("rsqrt", "wsd")
 _SCHEDULES = {  # which of the schedules of --sched read an argument
     "decay_rate": ("multistep", "plateau", "poly", "step"),
     "decay_milestones": ("multistep",),
-    "decay_epochs": ("step",),
+    "decay_epochs": (*_STABLE, "step"),
     "patience_epochs": ("plateau",),
     "lr_cycle_mul": _CYCLES,
     "lr_cycle_decay": _CYCLES,
     "lr_cycle_limit": _CYCLES,
     "lr_k_decay": ("cosine", "poly"),
-    "min_lr": (*_CYCLES, "plateau"),
-    "cooldown_epochs": _CYCLES,  # timm adds them to those that have an end
+    "lr_decay_fn": _STABLE,
+    "lr_stable_timescale": ("rsqrt",),
+    "min_lr": (*_CYCLES, *_STABLE, "plateau"),
+    "cooldown_epochs": (*_CYCLES, *_STABLE),  # timm adds them to those that have an end
 }
 _OF_SCHEDULES = ("warmup_epochs", "warmup_lr", "warmup_prefix", "lr_noise")  # all but none do something with them
 _AUGMENTS = ("aa", "reprob", "train_crop_mode", "vflip", "grayscale_prob", "gaussian_blur_prob")  # not with --no-aug
