@@ -8,12 +8,14 @@ import random
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from training_runs import options, reset_accelerate, training_batches
 
@@ -21,7 +23,7 @@ from timm_decor.errors import UserError, message
 from timm_decor.training.args import validate_parser
 from timm_decor.training.data.datasets import open_source
 from timm_decor.training.data.digits import Digits
-from timm_decor.training.data.loaders import eval_loader
+from timm_decor.training.data.loaders import eval_loader, of_epoch
 from timm_decor.training.data.parquet import Parquet, ParquetColumns
 from timm_decor.training.data.progressive import Progression
 from timm_decor.training.data.sources import Cached, read, rows_of, split_of, whole_label
@@ -451,6 +453,31 @@ class TestBatches:
         for values in ("0.5 0.5", "0 0", "0.5 0.51"):
             with pytest.raises(UserError, match="--cutmix-minmax .* leaves no pixel to choose from in images of 32 px"):
                 batches(*f"--cutmix-minmax {values}".split())
+
+    def test_a_gpu_does_not_wait_for_its_batches(self, monkeypatch: pytest.MonkeyPatch):
+        reset_accelerate()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        accelerator = make_accelerator("cpu", False, "float16")
+        monkeypatch.undo()
+        given = options("--epochs", 1)
+        source = open_source(given.data, "train[:128]", "RGB")
+        loader = eval_loader(given.loader, source, CONFIG, 10, given.seed, accelerator)
+        assert loader._non_blocking and of_epoch(loader, 0, 1)._non_blocking
+        for device, words, pinned in (("cuda", [], True), ("cpu", [], False), ("cuda", ["--no-pin-mem"], False)):
+            here = SimpleNamespace(device=torch.device(device), non_blocking=True, prepare_data_loader=lambda of: of)
+            given = options(*words)
+            assert eval_loader(given.loader, source, CONFIG, 10, given.seed, here).pin_memory is pinned
+
+    def test_a_gpu_multiplies_as_with_timms_own_script(self, monkeypatch: pytest.MonkeyPatch):
+        set_to: list[str] = []
+        monkeypatch.setattr(torch, "set_float32_matmul_precision", set_to.append)
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+        reset_accelerate()
+        make_accelerator("cpu", False, "float16")
+        assert not set_to and not torch.backends.cudnn.benchmark
+        monkeypatch.setattr(Accelerator, "device", torch.device("cuda"))
+        make_accelerator("cpu", False, "float16")
+        assert set_to == ["high"] and torch.backends.cudnn.benchmark
 
     def test_a_label_beyond_the_classes_is_named(self):
         reset_accelerate()

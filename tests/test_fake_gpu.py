@@ -5,23 +5,31 @@ Gradients are set by hand, because a backward pass needs a device.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 import timm.optim
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_decor
-from timm_decor import DecorConfig
+from timm_decor import DecorConfig, moments
 from timm_decor.config import RULE_STRUCTURES
 from timm_decor.engine import handle as handle_module
+from timm_decor.moments import ConvShape
+from timm_decor.shape import LayerShape
 from timm_decor.structures import eigen
+from timm_decor.structures.base import LowRank
+from timm_decor.structures.kronecker import KroneckerR
+from timm_decor.training.evaluate import evaluate
+from timm_decor.training.seeing.losswatch import LossWatch
 
-STEPS, EVERY = 25, 6
+STEPS, EVERY = 10, 4
 PAIRS = [(rule, structure) for rule, structures in RULE_STRUCTURES.items() for structure in structures]
 OPTIMIZERS = {  # one of each kind of step (engine/coordinates.py), and their variants
     "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
@@ -47,9 +55,25 @@ class Waits(TorchDispatchMode):
         on_gpu = any(isinstance(arg, torch.Tensor) and arg.device.type == "cuda" for arg in args)
         if on_gpu and (name in WAITS or name in SOLVERS):
             self.seen[name] += 1
-        if on_gpu and name in ("_to_copy", "copy_") and isinstance(out, torch.Tensor) and out.device.type == "cpu":
-            self.seen["look"] += 1
+        if name in ("_to_copy", "copy_") and isinstance(out, torch.Tensor):
+            from_gpu = [arg for arg in args if isinstance(arg, torch.Tensor)][-1].device.type == "cuda"
+            if from_gpu and out.device.type == "cpu":
+                self.seen["look"] += 1
+            if not from_gpu and out.device.type == "cuda" and not (kwargs or {}).get("non_blocking"):
+                self.seen["sent"] += 1
         return out
+
+
+class Operations(TorchDispatchMode):
+    """Counts all of them, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen[func.name()] += 1
+        return func(*args, **(kwargs or {}))
 
 
 class Net(nn.Module):
@@ -138,6 +162,54 @@ def test_a_model_on_two_devices_takes_its_steps(opt: str) -> None:
             optimizer.step()
         for group, device in zip(handle._groups, ("cuda:0", "cuda:1"), strict=True):
             assert {str(tensor.device) for tensor in group.sides.tensors().values()} == {device}
+
+
+def test_the_loss_is_watched_without_a_wait() -> None:
+    with FakeTensorMode(), torch.device("cuda"):
+        watch = LossWatch(SimpleNamespace(device=torch.device("cuda"), num_processes=1), 50)
+        output = torch.randn(4, 5)
+        with Waits() as waits:
+            for step in (1, 2):
+                watch.see(output.square().mean(), output, torch.zeros(4, dtype=torch.int64), step)
+    assert not waits.seen
+
+
+def test_evaluation_waits_at_its_end_alone() -> None:
+    accelerator = SimpleNamespace(
+        device=torch.device("cuda"), autocast=contextlib.nullcontext, gather_for_metrics=lambda of: of
+    )
+    with FakeTensorMode(), torch.device("cuda"):
+        model, batch = Net(), (torch.randn(4, 3, 9, 9), torch.zeros(4, dtype=torch.int64))
+        before_the_end = []
+
+        def loader():
+            yield batch
+            yield batch
+            before_the_end.append(Counter(waits.seen))
+
+        with Waits() as waits, pytest.raises(DataDependentOutputException):  # the sums, which have no values here
+            evaluate(model, loader(), accelerator)
+    assert before_the_end == [Counter()]
+
+
+def test_statistics_start_no_kernel_for_each_image() -> None:
+    shape = ConvShape((3, 2), (1, 2), (2, 1), 2)
+    with FakeTensorMode(), Operations() as operations:
+        x = torch.randn(4, 6, 9, 9, device="cuda")
+        for of in (moments.patch_moment, moments.patch_sum, moments.space_moment):
+            of(x, shape)
+    assert operations.seen["aten::bmm"] and not operations.seen["aten::im2col"]
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_step_starts_as_many_products_for_many_groups(groups: int) -> None:
+    shape = LayerShape(groups, 8, 9, 8)
+    like = torch.empty(0)
+    r = KroneckerR.identity(shape, 4, like, inverse=False)
+    more = LowRank(torch.randn(groups, 8, 2), torch.randn(groups, 2, 8, 9))
+    with Operations() as operations:
+        r.apply_gram(torch.randn(groups, 8, 8, 9), plus=more)
+    assert operations.seen["aten::baddbmm_"] == 2
 
 
 def test_a_mac_decomposes_on_its_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

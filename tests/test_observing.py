@@ -25,8 +25,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_kill_and_resume import stop_at
+from torch import nn
 from training_runs import DECOR, TINY, history, options, train
 
+import timm_decor
 from timm_decor.errors import Stopped, UserError
 from timm_decor.training import find_lr, results
 from timm_decor.training.run import parse
@@ -84,6 +86,18 @@ class TestClock:
         for row in clock.watched:
             seconds = dict(zip(PHASES, row[1:], strict=True))
             assert row[0] == 0 and seconds["forward"] > 0.015 and sum(seconds.values()) - seconds["forward"] < 0.015
+
+    def test_it_does_not_ask_a_fused_optimizer_what_it_skipped(self):
+        model = timm_decor.decorrelate(nn.Linear(4, 4))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=True)
+        handle, scaler = timm_decor.attach(model, optimizer), torch.amp.GradScaler("cpu", init_scale=2.0)
+        clock = StepClock(torch.device("cpu"), 5, handle)
+        for _ in range(3):
+            scaler.scale(model(torch.ones(2, 4)).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            clock.updated()
+        assert handle._not_made is not None and handle.begun == handle.step == 3
 
     def test_a_refresh_is_what_it_adds_spread_over_the_updates(self):
         plain, refreshing = [0.0, 0.001, 0.010, 0.020, 0.005], [1.0, 0.001, 0.014, 0.020, 0.021]

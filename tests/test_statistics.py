@@ -68,6 +68,16 @@ def test_moments_of_same_padding(size, kernel, stride, dilation):
     torch.testing.assert_close(conv.moments["patch"], torch.einsum("nil,njl->ij", patches, patches)[None])
 
 
+@pytest.mark.parametrize(
+    "kernel,stride,dilation", [((3, 2), (1, 2), (2, 1)), ((1, 1), (2, 2), (1, 1)), ((7, 7), (2, 2), (1, 1))]
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_patches_at_once_are_those_of_unfold(kernel, stride, dilation, layout):
+    x = torch.randn(3, 4, 12, 11).contiguous(memory_format=layout)
+    ours = moments_module._unfold_at_once(x, ConvShape(kernel, stride, dilation, 1))
+    assert torch.equal(ours, nn.functional.unfold(x, kernel, dilation, 0, stride))
+
+
 def test_chunks_change_nothing(monkeypatch):
     x = torch.randn(7, 4, 8, 8, dtype=torch.float64)
     shape = ConvShape((3, 3), (1, 1), (1, 1), 2)
@@ -88,6 +98,29 @@ def test_micro_batches_add_up():
     layer(x[2:])
     assert layer.rows == rows == 30
     torch.testing.assert_close(layer.moments["patch"], whole)
+
+
+def test_sums_stay_where_they_were_made():
+    """CUDA graphs write over what a compiled forward has made itself."""
+    layer = nn.Conv2d(3, 4, 3)
+    layer.__class__ = DecorConv2d
+    layer.start_recording(("channel", "space"), 1.0)
+    sums = [*layer.moments.values(), layer.rows]
+    places = [each.data_ptr() for each in sums]
+    layer(torch.randn(2, 3, 8, 8))
+    layer(torch.randn(2, 3, 8, 8))
+    now = [*layer.moments.values(), layer.rows]
+    assert [each.data_ptr() for each in now] == places and all(bool(each.any()) for each in sums)
+
+
+def test_what_was_recorded_is_a_copy():
+    layer = nn.Linear(4, 4)
+    layer.__class__ = DecorLinear
+    layer.start_recording(("patch",), 1.0)
+    layer(torch.ones(3, 4))
+    kept = layer.recorded()
+    layer(torch.ones(3, 4))
+    assert float(kept["rows"]) == 3 and float(kept["patch"][0, 0, 0]) == 3
 
 
 def test_recording_is_for_training_inputs_only():

@@ -66,12 +66,14 @@ BOTH = pytest.mark.parametrize("words", ["tars", "parquets"], indirect=True)
 
 def loader(
     words: list[str], processes: int = 1, process: int = 0, workers: int = 0, training: bool = True, batch: int = 4,
-    augmented: bool = False,
+    augmented: bool = False, non_blocking: bool = False,
 ) -> Any:  # fmt: skip
     """train.py's loader on one of several processes."""
     given = options(*([] if augmented else ["--no-aug"]), "-j", workers, "-b", batch, *words)
     source = open_source(given.data, "train", "RGB")
-    here: Any = SimpleNamespace(num_processes=processes, process_index=process, device=torch.device("cpu"))
+    here: Any = SimpleNamespace(
+        num_processes=processes, process_index=process, device=torch.device("cpu"), non_blocking=non_blocking
+    )
     if not training:
         return eval_loader(given.loader, source, CONFIG, CLASSES, given.seed, here)
     sizes = Progression.of(None, (3, 8, 8), 1)
@@ -163,6 +165,10 @@ class TestAnEpoch:
             assert waits == (patience * WORKER_TIMEOUT if workers else 0)
             for _ in batches:
                 pass
+
+    @BOTH
+    def test_is_sent_without_a_wait_where_that_was_asked_for(self, words: list[str]):
+        assert [loader(words, non_blocking=asked)._non_blocking for asked in (False, True)] == [False, True]
 
     def test_is_augmented_by_seed_and_epoch(self, tars: Path):
         made = loader(["--dataset", "wds/", "--data-dir", str(tars), "--reprob", "1"], augmented=True)

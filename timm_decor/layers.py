@@ -93,7 +93,11 @@ class DecorMixin:
             stored: what the optimizer steps on, if that is not the weight: a share, of which fully_shard makes the
                 weight for each forward anew.
         """
-        self.moments, self.rows = {}, torch.zeros(1, dtype=torch.float32, device=self.weight.device)
+        # Made here and added to in place: what a compiled forward makes itself lies, with CUDA graphs, in memory that
+        # the next one writes over.
+        like = moments.at_least_float32(self.weight.detach()[:0])
+        self.moments = {name: like.new_zeros(moments.moment_shape(name, self.decor_shape)) for name in wanted}
+        self.rows = torch.zeros(1, dtype=torch.float32, device=self.weight.device)
         self.stored = () if stored is None else (stored,)
         self.unrecorded, self.passes, self.moves, self.on_outside = 0, 0, 0, on_outside
         self.wanted, self.sample, self.max_rows, self.recording = wanted, sample, max_rows, True
@@ -105,7 +109,9 @@ class DecorMixin:
 
     def recorded(self) -> dict[str, Tensor]:
         """The sums and "rows" so far; empty where there are none. `restore_recorded` takes them back."""
-        return {**self.moments, "rows": self.rows} if self.recording and bool(self.rows) else {}
+        if not (self.recording and bool(self.rows)):
+            return {}
+        return {name: value.clone() for name, value in (*self.moments.items(), ("rows", self.rows))}
 
     def restore_recorded(self, sums: dict[str, Tensor]) -> None:
         """Go on from what `recorded` returned."""
@@ -147,8 +153,12 @@ class DecorMixin:
             for name, total in totals.items():
                 total = torch.where(finite, total, torch.zeros_like(total))
                 # an offloaded weight is on another device than its inputs, and what is restored is on the weight's
-                self.moments[name] = self.moments[name].to(total.device) + total if name in self.moments else total
-            self.rows = self.rows.to(x.device) + finite * count
+                if self.moments[name].device != total.device:
+                    self.moments[name] = self.moments[name].to(total.device)
+                self.moments[name] += total
+            if self.rows.device != x.device:
+                self.rows = self.rows.to(x.device)
+            self.rows += finite * count
 
     def _notice_writes(self) -> None:
         """Tell when the weight moves a second time: a step of the optimizer would have ended this recording.

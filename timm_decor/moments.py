@@ -234,7 +234,19 @@ def mean_correlation(sigma: Tensor) -> float:
 
 
 def _unfold(x: Tensor, shape: ConvShape) -> Tensor:
-    return F.unfold(x, shape.kernel_size, shape.dilation, 0, shape.stride)
+    """As `F.unfold`, which starts a kernel for each image on a GPU: (N, C, H, W) to (N, C * S, L)."""
+    if x.device.type == "cpu":
+        return F.unfold(x, shape.kernel_size, shape.dilation, 0, shape.stride)
+    return _unfold_at_once(x, shape)
+
+
+def _unfold_at_once(x: Tensor, shape: ConvShape) -> Tensor:
+    """The same in one copy."""
+    for axis, (kernel, stride, dilation) in enumerate(
+        zip(shape.kernel_size, shape.stride, shape.dilation, strict=True), 2
+    ):
+        x = x.unfold(axis, dilation * (kernel - 1) + 1, stride)[..., ::dilation]  # (N, C, h, w, kh, kw) in the end
+    return x.permute(0, 1, 4, 5, 2, 3).flatten(4).flatten(1, 3)
 
 
 def _chunks(x: Tensor, positions: int) -> Iterator[Tensor]:

@@ -121,9 +121,9 @@ class StepOnW:
         return self._weighted(squared(self.gradients), squared_parts(own, len(self.weights)))
 
     def _weighted(self, plain: Tensor, own: Tensor) -> Lengths:
-        rates = [group.get("lr") or 0.0 for group in self._options]
-        weights = torch.stack([torch.as_tensor(rate, dtype=own.dtype, device=own.device) for rate in rates]).square()
-        return plain * weights, own * weights
+        weights = [_scalar(group.get("lr") or 0.0, own).to(own) for group in self._options]
+        squares = torch.stack(weights).square()
+        return plain * squares, own * squares
 
     def _at_unit_scale(self, lengths: Tensor, power: int) -> Tensor:
         """Squared lengths of what has the scale to a power in it without that."""
@@ -297,10 +297,16 @@ class Linear(StepOnW):
             kernel.copy_(before)
 
 
+def _scalar(value: Any, like: Tensor) -> Tensor:
+    """A number beside a tensor, in float32 or better: filled in, because a copy from the host waits for a GPU."""
+    if isinstance(value, Tensor):
+        return value.to(like.device)
+    return torch.full((), value, dtype=at_least_float32(like[:0]).dtype, device=like.device)
+
+
 def _unless(skipped: Tensor, factor: Any, like: Tensor) -> Tensor:
     """A factor of a weight or a gradient, or 1 where the device says that there was no step."""
-    if not isinstance(factor, Tensor):
-        factor = torch.full((), factor, dtype=at_least_float32(like[:0]).dtype, device=like.device)
+    factor = _scalar(factor, like)
     return torch.where(skipped.to(like.device), torch.ones_like(factor), factor)
 
 

@@ -187,7 +187,7 @@ class LayerGroup:
         dtype, device = self.plan.dtype, self._device
 
         def of(layer: DecorLayer, name: str) -> Tensor:
-            if layer.recording and name in layer.moments:
+            if layer.recording:
                 return layer.moments[name].to(device, dtype)
             return torch.zeros(moment_shape(name, self.plan.shape), dtype=dtype, device=device)
 
@@ -200,9 +200,9 @@ class LayerGroup:
         """A refresh's moments from what `recorded` gave, summed over processes; NaN for a layer that saw no row."""
         averages = {name: totals[name] / of_layers(totals["rows"], totals[name]) for name in self._recorded}
         # A frozen norm's statistics are not the batch's, so that the gradient does see the mean.
-        blind = [float(norm is not None and norm.training) for norm in self._norms]
-        like = totals["rows"]
-        return self._rule.averaged(averages, torch.tensor(blind, dtype=like.dtype, device=like.device), self.plan.shape)
+        blind = [norm is not None and norm.training for norm in self._norms]
+        rows = totals["rows"]
+        return self._rule.averaged(averages, _flags(blind, rows.device).to(rows.dtype), self.plan.shape)
 
     def running(self, fresh: dict[str, Tensor], moments: dict[str, Tensor]) -> dict[str, Tensor]:
         """The statistics to refresh L and R from.
@@ -211,7 +211,7 @@ class LayerGroup:
             fresh: of the inputs, from `averaged`.
             moments: the present ones, with this step's look at the outputs.
         """
-        started = torch.tensor([count > 0 for count in self.refreshes], device=self._device)
+        started = _flags([count > 0 for count in self.refreshes], self._device)
         return {**moments, **self._rule.running(moments, fresh, started)}
 
     def refreshed(self, moments: dict[str, Tensor], index: Sequence[int] | None = None) -> dict[str, Tensor]:
@@ -289,7 +289,7 @@ class LayerGroup:
         old = self.sides.scale
         assert old is not None
         scale = scale.to(old)  # of a model on several devices it was found on the first layer's
-        started = torch.tensor([count > 0 for count in self.refreshes], device=old.device)
+        started = _flags([count > 0 for count in self.refreshes], old.device)
         new = torch.where(of_layers(started, old) & torch.isfinite(scale), scale, old)
         for weight, factor in zip(self.weights, parts(new / old, len(self.layers)).flatten(1)[:, 0], strict=True):
             state = self._optimizer.state.get(weight.parameter, {})
@@ -340,6 +340,13 @@ class LayerGroup:
         """(n,): whether all of a layer's entries are finite."""
         count = len(self.layers)
         return torch.stack([torch.isfinite(parts(t, count)).flatten(1).all(1) for t in tensors.values()]).all(0)
+
+
+def _flags(values: Sequence[bool], device: torch.device) -> Tensor:
+    """Bools on a device; filled in where all agree, because a copy from the host waits for a GPU."""
+    if len(set(values)) == 1:
+        return torch.full((len(values),), values[0], device=device)
+    return torch.tensor(values, device=device)
 
 
 def _repeated(tensor: Tensor, count: int) -> Tensor:

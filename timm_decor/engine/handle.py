@@ -85,6 +85,11 @@ class DecorHandle:
         return self._counted
 
     @property
+    def begun(self) -> int:
+        """`step`, and those steps that a fused optimizer may have skipped since that was asked: no wait for a GPU."""
+        return self._counted
+
+    @property
     def names(self) -> list[str]:
         """Names of the attached layers in the model."""
         return [name for name, _ in self._layers]

@@ -131,7 +131,7 @@ def _look_for_inputs(binding: _Binding, optimizer: Optimizer) -> None:
     model = binding.model()
     layers = [layer for _, layer in decor_layers(model)] if model is not None else []
     asked = [layer for layer in layers if layer.recording and layer.training and layer.weight.grad is not None]
-    if any(layer.moments for layer in asked):
+    if any(layer.rows for layer in asked):
         _settled.add(optimizer)
     elif asked:
         _settled.add(optimizer)

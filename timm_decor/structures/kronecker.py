@@ -191,13 +191,9 @@ class _Spiked:
         basis = self.channel_basis[:, channels]
         rows = rows[..., channels].contiguous().unflatten(1, (outputs, positions))
         out = self._tail_part(rows, scale, out, beta)
-        if plus is None:
-            out.flatten(1, 2).baddbmm_(thin.flatten(1, 2), basis.mT)
-        else:  # both terms of low rank in one product for each position
-            left = torch.cat([thin, plus.left[:, :, None].expand(-1, -1, positions, -1)], -1)
-            right = torch.cat([basis.mT[:, None].expand(-1, positions, -1, -1), plus.right.permute(0, 3, 1, 2)], 2)
-            for a, b, c in zip(left, right, out, strict=True):  # a group; its positions are no batch in memory
-                c.transpose(0, 1).baddbmm_(a.transpose(0, 1), b)
+        out.view(groups, outputs * positions, -1).baddbmm_(thin.flatten(1, 2), basis.mT)
+        if plus is not None:
+            out.view(groups, outputs, -1).baddbmm_(plus.left, plus.right.transpose(2, 3).flatten(2))
         return out.transpose(2, 3)
 
     def _tail_part(self, rows: Tensor, scale: Tensor | None, out: Tensor | None, beta: float) -> Tensor:

@@ -194,7 +194,7 @@ def _add_loader_arguments(group: argparse._ArgumentGroup, batch_size: int) -> No
     """How images become batches."""
     group.add_argument("-b", "--batch-size", type=count, default=batch_size, metavar="N", help="per process")
     group.add_argument("-j", "--workers", type=index, metavar="N", help="data processes; default: CPUs - 2, at most 8")
-    group.add_argument("--pin-mem", action=_SWITCH, default=False, help="pin CPU memory for the transfer to a GPU")
+    group.add_argument("--pin-mem", action=_SWITCH, help="pin CPU memory for the transfer to a GPU; default: with CUDA")
 
 
 def _add_image_arguments(group: argparse._ArgumentGroup) -> None:

@@ -67,12 +67,11 @@ def evaluate(
         rows = torch.stack([row.float() for row in (labels, top[:, 0], losses, output.softmax(1).amax(1))], dim=1)
         # on several processes the last batch is padded; gather_for_metrics drops the padding
         rows, ranked = accelerator.gather_for_metrics((rows, ranked))
-        is_image = rows[:, 0] != NO_IMAGE  # a stream's padding
-        rows, ranked = rows[is_image], ranked[is_image]
+        is_image = rows[:, 0] != NO_IMAGE
         if seen is not None:
-            seen.append(rows.cpu())
-        losses = rows[:, 2]
-        batch = torch.stack((losses.sum(), ranked[:, 0].sum(), ranked.any(1).sum(), losses.new_tensor(len(losses))))
+            seen.append(rows[is_image].cpu())
+        # A stream's padding has neither loss nor right answers. To leave it out by an index would wait for the device.
+        batch = torch.stack((rows[:, 2].sum(), ranked[:, 0].sum(), ranked.any(1).sum(), is_image.sum()))
         sums += batch.to(sums)
     loss, top1, top5, images_seen = sums.tolist()
     return Metrics(

@@ -81,7 +81,7 @@ class LoaderOptions(Options):
 
     batch_size: int
     workers: int | None
-    pin_mem: bool
+    pin_mem: bool | None
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,9 @@ def make_accelerator(
             mixed_precision=precision,
             # as a plugin, because a plain number gives way to a variable of the environment
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=grad_accum_steps),
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+            dataloader_config=DataLoaderConfiguration(
+                use_seedable_sampler=True, non_blocking=torch.cuda.is_available()
+            ),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))] if timeout else None,
         )
     except ValueError as error:
@@ -77,6 +79,9 @@ def make_accelerator(
             f"{started} processes were started (WORLD_SIZE), but on {accelerator.device} Accelerate trains with "
             f"{accelerator.num_processes}: use --device cpu, or start one process"
         )
+    if accelerator.device.type == "cuda":  # as timm's train.py has them
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
     if is_sharded(accelerator):
         # Every process has made the same model already; and Accelerate's way of sending it knows no buffers.
         accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
@@ -263,10 +268,10 @@ def random_state(device: torch.device) -> dict[str, Any]:
         "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
         "cpu": torch.get_rng_state(),
     }
-    if device.type == "cuda":
-        state["device"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
+    if device.type == "mps":
         state["device"] = torch.mps.get_rng_state()
+    elif device.type != "cpu":
+        state["device"] = getattr(torch, device.type).get_rng_state(device)
     return state
 
 
@@ -276,10 +281,12 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["cpu"])
-    if "device" in state and device.type == "cuda":
-        torch.cuda.set_rng_state(state["device"], device)
-    elif "device" in state and device.type == "mps":
+    if "device" not in state or device.type == "cpu":
+        return
+    if device.type == "mps":
         torch.mps.set_rng_state(state["device"])
+    else:
+        getattr(torch, device.type).set_rng_state(state["device"], device)
 
 
 def versions() -> dict[str, str]:

@@ -164,14 +164,20 @@ def _loader(
 ) -> DataLoader[Any]:
     shards, size = shards_of(dataset.source), options.batch_size
     if shards is None:
-        loader = _torch_loader(dataset, options, batch_size=size, shuffle=shuffle, drop_last=shuffle)
+        loader = _torch_loader(dataset, options, accelerator, batch_size=size, shuffle=shuffle, drop_last=shuffle)
         return accelerator.prepare_data_loader(loader)
     processes, process = accelerator.num_processes, accelerator.process_index
     stream = Stream(dataset, shards, size, worker_count(options), processes, process, shuffle, seed)
-    loader = _torch_loader(stream, options, batch_size=None)
+    loader = _torch_loader(stream, options, accelerator, batch_size=None)
     # As of one process: the stream has shared its batches out, which Accelerate would do by reading all on each
     return prepare_data_loader(
-        loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+        loader,
+        accelerator.device,
+        num_processes=1,
+        process_index=0,
+        put_on_device=True,
+        dispatch_batches=False,
+        non_blocking=accelerator.non_blocking,
     )
 
 
@@ -180,13 +186,15 @@ def worker_count(options: LoaderOptions) -> int:
     return default_workers() if options.workers is None else options.workers
 
 
-def _torch_loader(dataset: Dataset[Any], options: LoaderOptions, **more: Any) -> DataLoader[Any]:
+def _torch_loader(
+    dataset: Dataset[Any], options: LoaderOptions, accelerator: Accelerator, **more: Any
+) -> DataLoader[Any]:
     workers = worker_count(options)
     return DataLoader(
         dataset,
         num_workers=workers,
         persistent_workers=workers > 0,
-        pin_memory=options.pin_mem,
+        pin_memory=accelerator.device.type == "cuda" if options.pin_mem is None else options.pin_mem,
         collate_fn=_as_is,
         worker_init_fn=spare_worker,
         timeout=WORKER_TIMEOUT if workers else 0,
@@ -203,7 +211,9 @@ def of_epoch(loader: DataLoader[Any], epoch: int, done: int) -> DataLoader[Any]:
         loader.dataset.skip(done)
         _wait(loader, WORKER_TIMEOUT * (1 + done))  # what is left out is read all the same, before the first batch
     elif done:
+        is_non_blocking = loader._non_blocking  # type: ignore[attr-defined]
         loader = skip_first_batches(loader, done)
+        loader._non_blocking = is_non_blocking  # type: ignore[attr-defined]  # Accelerate does not pass it on
         loader.set_epoch(epoch)  # type: ignore[attr-defined]  # it counts epochs on its own
     return loader
 

@@ -15,10 +15,10 @@ PHASES = ("data", "forward", "backward", "optimizer")  # of an update, in order;
 
 def synchronize(device: torch.device) -> None:
     """Wait for what the device still has to do; the CPU never has."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
+    if device.type == "mps":
         torch.mps.synchronize()
+    elif device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)
 
 
 class StepClock:
@@ -66,7 +66,7 @@ class StepClock:
         if self._on:
             self.watched.append((float(self.refreshes), *self._seconds.values()))
         self._updates += 1
-        step = self._handle.step if self._handle else self._updates
+        step = self._handle.begun if self._handle else self._updates
         self.refreshes = self._refresh_is_due()
         self._on = step % self._period in (0, 1)  # of these two one refreshes R: neighbours meet the same conditions
         if self._on:

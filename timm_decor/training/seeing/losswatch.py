@@ -42,7 +42,8 @@ class LossWatch:
         """Count a batch: its mean loss, and the images of which the likeliest label is right (or the largest part)."""
         images = len(output)
         right = (output.argmax(1) == (labels.argmax(1) if labels.ndim == 2 else labels)).sum()
-        self._sums += torch.stack((loss.float() * images, right.float(), loss.new_tensor(images, dtype=torch.float32)))
+        # not as new_tensor, which copies from the host and waits for the device
+        self._sums += torch.stack((loss.float() * images, right.float(), self._sums.new_full((), images)))
         self._bad = torch.where((self._bad == 0) & ~torch.isfinite(loss), step, self._bad)
         self._last = loss
         self._seen += 1
