@@ -6,8 +6,9 @@
         --compile no yes --channels-last --json step_cost_gpu.json
 
 Arguments with several values give every combination of them. A combination's arms live in one process and train in
-alternating blocks, so that a slow minute of the machine meets all of them. Steps that refresh R are timed apart from
-the others, one a block; the amortised step is what a run pays on average with a refresh every `--decor-every` steps.
+alternating blocks, so that a slow minute of the machine meets all of them. Steps that refresh R, and those behind them,
+are timed apart from the others, one a block; the amortised step is what a run pays on average with a refresh every
+`--decor-every` steps.
 A ratio is the median over blocks of (arm / plain). --peer-path adds the authors' public code, a checkout of
 github.com/artcogsys/decorbp (CC BY-NC, not part of this project): it updates every R in every step. --baseline-path
 adds the engine of another checkout of this project, in a process of its own that takes its turns with the others; its
@@ -33,7 +34,7 @@ from typing import Any
 
 import torch
 
-from study.arm import Arm, Case, Options, Worker
+from study.arm import PERIOD_MORE, Arm, Case, Options, Worker, decorrelated_block
 from study.peer import SETTINGS, Peer, describe
 from study.pictures import case_text, step_cost_picture
 from study.results import commit_of, replace_text, session
@@ -48,14 +49,14 @@ SMOKE = {"img_size": [32], "batch_size": [16], "blocks": 2, "steps_per_block": 2
 def measure(case: Case, args: argparse.Namespace, config: DecorConfig, peer: Peer | None) -> dict[str, Any]:
     """Time a combination's arms in alternating blocks.
 
-    A block is one step that is not timed (the caches hold another arm's data then), `steps_per_block` ordinary steps
-    timed together, and for the decorrelated arm one step with a refresh. The peer, whose steps are all alike and many
-    times as long, gets one timed step.
+    A block is one step that is not timed (the caches hold another arm's data then) and `steps_per_block` steps timed
+    together; the decorrelated arm's is `decorrelated_block`. The peer, whose steps are all alike and many times as
+    long, gets one timed step.
 
     Returns:
         The result: seconds of every block, and the medians made of them.
     """
-    length = args.steps_per_block + 2
+    length = args.steps_per_block + PERIOD_MORE
     torch._dynamo.reset()  # one case's compiled graphs do not weigh on the next
     options = Options(args.device, args.num_classes, args.lr, args.threads)
     # The worker first: what it refuses is said at once. While it is not asked for steps it waits.
@@ -77,34 +78,36 @@ def _measure(
     peer: Peer | None,
 ) -> dict[str, Any]:
     plain = Arm(case, options, None)
-    # has just done a step with a refresh
-    decor = Arm(case, options, {**config.to_dict(), "every": args.steps_per_block + 2})
+    decor = Arm(case, options, {**config.to_dict(), "every": args.steps_per_block + PERIOD_MORE})
     theirs, note = _peer_arm(case, options, peer)
     every: dict[str, Any] = {"plain": plain, "decorrelated": decor, "baseline": baseline, "peer": theirs}
     named = {name: arm for name, arm in every.items() if arm}
     arms = list(named.values())
+    for each in filter(None, (decor, baseline)):  # has just done a step with a refresh; a block begins behind the next
+        each.steps(1)
     blocks = []
     for index in range(args.blocks):
         block: dict[str, float] = {}
         for arm in arms if index % 2 == 0 else reversed(arms):
+            if arm is decor or arm is baseline:
+                prefix = "baseline " if arm is baseline else ""
+                times = decorrelated_block(arm.steps, args.steps_per_block, config.every)
+                block |= {f"{prefix}{kind}": seconds for kind, seconds in times.items()}
+                continue
             arm.steps(1)
             if theirs is not None and arm is theirs:
                 block["peer"] = theirs.steps(1)
-                continue
-            seconds = arm.steps(args.steps_per_block) / args.steps_per_block
-            if arm is plain:
-                block["plain"] = seconds
-                continue
-            refresh, prefix = arm.steps(1), "baseline " if arm is baseline else ""
-            block[f"{prefix}ordinary"], block[f"{prefix}refresh"] = seconds, refresh
-            block[f"{prefix}amortised"] = seconds + (refresh - seconds) / config.every
+            else:
+                block["plain"] = arm.steps(args.steps_per_block) / args.steps_per_block
         if baseline:
             block["baseline"] = block["baseline amortised"]
         blocks.append(block)
     for checked in (decor, baseline):
         if checked:
             checked.check_refreshes(2 + args.blocks)
-    kinds = [kind for kind in ("ordinary", "refresh", "amortised", "baseline", "peer") if kind in blocks[0]]
+    kinds = [
+        kind for kind in ("ordinary", "refresh", "measuring", "amortised", "baseline", "peer") if kind in blocks[0]
+    ]
     return {
         "case": dataclasses.asdict(case),
         "ratio": {kind: statistics.median(b[kind] / b["plain"] for b in blocks) for kind in kinds},

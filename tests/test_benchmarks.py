@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,13 +24,15 @@ from torch import nn
 
 import timm_decor
 from study import pictures, sensitivity
-from study.arm import Arm, Case, Options
+from study.arm import PERIOD_MORE, Arm, Case, Options, decorrelated_block
 from study.memory import PeakMemory, alive, storage_bytes
 from study.results import Results
 from study.rows import Rows
 from study.stages import read_table
 from study.verdict import Measured
 from timm_decor import DecorConfig
+from timm_decor.engine import handle
+from timm_decor.engine.flight import StepInFlight
 from timm_decor.errors import UserError
 from timm_decor.models import FAMILIES
 
@@ -81,7 +84,7 @@ def test_step_cost(tmp_path: Path) -> None:
     assert record["results"][0] == first[0]
     for result in record["results"]:
         assert len(result["blocks"]) == 2
-        kinds = ("plain", "ordinary", "refresh", "amortised", "peer")
+        kinds = ("plain", "ordinary", "refresh", "measuring", "amortised", "peer")
         assert all(block[kind] > 0 for block in result["blocks"] for kind in kinds)
         assert result["held_bytes"]["decorrelated"] > result["held_bytes"]["plain"] > 0
         assert result["peer"].startswith("decorrelates 14 Conv2d")
@@ -99,6 +102,35 @@ def test_step_cost(tmp_path: Path) -> None:
             step_cost.main(["--smoke", *words])
     with pytest.raises(UserError, match="no checkout of artcogsys/decorbp"):
         step_cost.main(["--smoke", "--peer-path", str(tmp_path)])
+
+
+def test_a_block_times_each_kind_of_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training one step in twenty measures how long steps are: it costs more, and is not left out."""
+    kinds: list[str] = []
+
+    class Spy(StepInFlight):
+        def __init__(self, *args: Any, **more: Any) -> None:
+            super().__init__(*args, **more)
+            kinds.append("measuring" if self._measures else "ordinary")
+
+        def refresh(self, *args: Any, **more: Any) -> Any:
+            kinds[-1] = "refresh"
+            return super().refresh(*args, **more)
+
+    monkeypatch.setattr(handle, "StepInFlight", Spy)
+    case = Case("test_resnet", 32, 4, "sgd", "float32", compile=False, channels_last=False)
+    arm = Arm(case, Options("cpu", num_classes=10, lr=1e-3, threads=None), {"every": 2 + PERIOD_MORE})
+    arm.steps(1)
+    timed = []
+
+    def steps(count: int) -> float:
+        arm.steps(count)
+        timed.append(kinds[-count:])
+        return {"ordinary": 1.0, "refresh": 5.0, "measuring": 3.0}[kinds[-1]] * count
+
+    blocks = [decorrelated_block(steps, 2, every=10) for _ in range(2)]
+    assert timed == [["ordinary"], ["ordinary"] * 2, ["refresh"], ["measuring"]] * 2
+    assert blocks == [{"ordinary": 1.0, "refresh": 5.0, "measuring": 3.0, "amortised": 1.6}] * 2
 
 
 def test_pages_are_what_the_results_say(tmp_path: Path) -> None:

@@ -166,6 +166,32 @@ class Arm:
         return time.perf_counter()
 
 
+PERIOD_MORE = 3  # steps between two refreshes that a block has beside those that are timed together
+
+
+def decorrelated_block(steps: Callable[[int], float], count: int, every: int) -> dict[str, float]:
+    """Time a decorrelated arm whose R is refreshed every `count + PERIOD_MORE` steps.
+
+    A block begins two steps behind a refresh: one step that is not timed (the caches hold another arm's data then),
+    `count` ordinary steps, the one with a refresh, and the one behind it, in which the engine finds out how long its
+    steps are.
+
+    Args:
+        steps: of the arm; takes so many and returns their seconds.
+        count: ordinary steps that are timed together.
+        every: steps between two refreshes in training.
+
+    Returns:
+        Seconds of an "ordinary" step, of one with a "refresh", of the "measuring" one, and "amortised": what a run pays
+        on average.
+    """
+    steps(1)
+    ordinary = steps(count) / count
+    refresh, measuring = steps(1), steps(1)
+    amortised = ordinary + (refresh + measuring - 2 * ordinary) / every
+    return {"ordinary": ordinary, "refresh": refresh, "measuring": measuring, "amortised": amortised}
+
+
 class Worker:
     """An arm with another checkout's timm_decor, in a process of its own. The same verbs as `Arm`.
 

@@ -13,6 +13,7 @@ import statistics
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from study.arm import Arm, Case, Options
+from study.arm import PERIOD_MORE, Arm, Case, Options, decorrelated_block
 from timm_decor import DecorConfig
 from timm_decor.training.runtime import available_cpus
 
@@ -31,8 +32,8 @@ CLASSES, RATE = 1000, 1e-3  # small, the labels are random
 def measure(case: Case, sizes: Sequence[int], blocks: int, steps: int) -> dict[str, Any]:
     """Time a combination on each number of processes.
 
-    A block is, for each of them and for each arm, one step that is not timed, `steps` ordinary steps timed together,
-    and for the decorrelated arm one step with a refresh.
+    A block is, for each of them, one step of the plain arm that is not timed and `steps` timed together, and the
+    decorrelated arm's `decorrelated_block`.
 
     Returns:
         The result: seconds of every block, and medians made of them.
@@ -40,14 +41,14 @@ def measure(case: Case, sizes: Sequence[int], blocks: int, steps: int) -> dict[s
     config = DecorConfig()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        groups = {size: stack.enter_context(Ranks(size, case, steps + 2, folder)) for size in sizes}
+        groups = {size: stack.enter_context(Ranks(size, case, steps + PERIOD_MORE, folder)) for size in sizes}
         rounds = [_block(groups, index % 2 == 1, steps, config.every) for index in range(blocks)]
         for group in groups.values():
             group.ask("check", 2 + blocks)
     found = {}
     for size in sizes:
         mine = [each[size] for each in rounds]
-        kinds = ("ordinary", "refresh", "amortised")
+        kinds = ("ordinary", "refresh", "measuring", "amortised")
         ratio = {kind: statistics.median(block[kind] / block["plain"] for block in mine) for kind in kinds}
         ratio["refresh alone"] = statistics.median((b["refresh"] - b["ordinary"]) / b["plain"] for b in mine)
         seconds = {kind: statistics.median(block[kind] for block in mine) for kind in ("plain", *kinds)}
@@ -68,13 +69,11 @@ def _block(groups: dict[int, Ranks], backwards: bool, steps: int, every: int) ->
         block: dict[str, float] = {}
         for arm in ("decorrelated", "plain") if backwards else ("plain", "decorrelated"):
             group = groups[size]
-            group.ask(arm, 1)
-            seconds = group.ask(arm, steps) / steps
-            if arm == "plain":
-                block["plain"] = seconds
+            if arm == "decorrelated":
+                block |= decorrelated_block(partial(group.ask, arm), steps, every)
                 continue
-            refresh = group.ask(arm, 1)
-            block |= {"ordinary": seconds, "refresh": refresh, "amortised": seconds + (refresh - seconds) / every}
+            group.ask(arm, 1)
+            block["plain"] = group.ask(arm, steps) / steps
         found[size] = block
     return found
 
@@ -101,7 +100,7 @@ class Ranks:
             self._processes.append(process)
 
     def __enter__(self) -> Ranks:
-        self.ask("plain", 0)  # they are there
+        self.ask("decorrelated", 1)  # they are there, behind a step with a refresh; a block begins behind the next one
         return self
 
     def __exit__(self, *error: object) -> None:
