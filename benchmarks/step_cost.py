@@ -83,13 +83,14 @@ def _measure(
     every: dict[str, Any] = {"plain": plain, "decorrelated": decor, "baseline": baseline, "peer": theirs}
     named = {name: arm for name, arm in every.items() if arm}
     arms = list(named.values())
-    for each in filter(None, (decor, baseline)):  # has just done a step with a refresh; a block begins behind the next
+    decorrelated = [arm for arm in (decor, baseline) if arm]
+    for each in decorrelated:  # has just done a step with a refresh; a block begins behind the next
         each.steps(1)
     blocks = []
     for index in range(args.blocks):
         block: dict[str, float] = {}
         for arm in arms if index % 2 == 0 else reversed(arms):
-            if arm is decor or arm is baseline:
+            if arm in decorrelated:
                 prefix = "baseline " if arm is baseline else ""
                 times = decorrelated_block(arm.steps, args.steps_per_block, config.every)
                 block |= {f"{prefix}{kind}": seconds for kind, seconds in times.items()}
@@ -102,9 +103,8 @@ def _measure(
         if baseline:
             block["baseline"] = block["baseline amortised"]
         blocks.append(block)
-    for checked in (decor, baseline):
-        if checked:
-            checked.check_refreshes(2 + args.blocks)
+    for checked in decorrelated:
+        checked.check_refreshes(2 + args.blocks)
     kinds = [
         kind for kind in ("ordinary", "refresh", "measuring", "amortised", "baseline", "peer") if kind in blocks[0]
     ]
