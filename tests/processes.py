@@ -19,7 +19,8 @@ def context() -> Any:
     forkserver = multiprocessing.get_context("forkserver")
     # Python before 3.12 does not hand sys.path on to what is preloaded
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    forkserver.set_forkserver_preload(["processes", "timm_decor.training.run", "sklearn.datasets"])
+    preload = ["processes", "timm_decor.training.run", "sklearn.datasets", "jinja2", "matplotlib.pyplot"]
+    forkserver.set_forkserver_preload([*preload, "matplotlib.backends.backend_svg", "matplotlib.backends.backend_agg"])
     return forkserver
 
 

@@ -18,6 +18,7 @@ import pytest
 import readme_tables
 import step_cost
 import torch
+import zoo_study
 from legends import legends
 from PIL import Image
 from torch import nn
@@ -191,14 +192,14 @@ def test_legends_of_pictures_cover_no_line(tmp_path: Path, monkeypatch: pytest.M
         assert legends(monkeypatch, draw) == len(panels) > 0
 
 
-def test_zoo_study(tmp_path: Path) -> None:
+def test_zoo_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_images(tmp_path / "train.parquet", np.random.default_rng(0), 320)
     out = tmp_path / "out"
     words = "--family mobilenetv3 --epochs 2 --train-images 256 --held-out 60 --seeds 0 --every-layer"
     words += f" --data-dir {tmp_path} --out {out} --leave-plain blocks.*,conv_* --arm"
-    command = [sys.executable, "benchmarks/zoo_study.py", *words.split(), 'damping 8={"damping": 8}']
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command = [*words.split(), 'damping 8={"damping": 8}']
+    zoo_study.main(command)
+    said = capsys.readouterr().out
     text = (out / "mobilenetv3.json").read_text(encoding="utf-8")
     assert str(tmp_path) not in text
     runs = json.loads(text)["runs"]
@@ -207,9 +208,9 @@ def test_zoo_study(tmp_path: Path) -> None:
     names = ["plain", "decorrelated", "damping 8", "blocks.*,conv_* plain", "every layer"]
     assert sorted(run["arm"] for run in arms) == sorted(names)
     assert len({run["loss"] for run in arms}) == 5  # each arm trains other layers decorrelated, or otherwise
-    assert all(name in done.stdout for name in names)
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert again.stdout == done.stdout and not again.stderr  # what is there is not trained again
+    assert all(name in said for name in names)
+    zoo_study.main(command)
+    assert capsys.readouterr() == (said, "")  # what is there is not trained again
 
 
 STUDIES = {

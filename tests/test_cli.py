@@ -436,15 +436,15 @@ class TestAsCommands:
     def call(self, *words: str) -> subprocess.CompletedProcess:
         return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=240)
 
-    def test_train_then_validate(self, tmp_path: Path):
+    def test_train_then_validate(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         words = [*TINY, *DECOR, "--epochs", "1", "--compare", "--output", str(tmp_path), "--experiment", "run"]
         done = self.call("train.py", *words)
         assert done.returncode == 0, done.stderr
         assert f"compare  {tmp_path / 'run' / 'compare.png'}" in done.stdout and "| learning rate |" in done.stdout
         assert "\r" not in done.stderr, "no progress bar where nobody looks"
-        done = self.call("validate.py", *DIGITS, "--checkpoint", str(tmp_path / "run" / "plain" / "best.safetensors"))
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["model"] == "test_resnet"
+        reset_accelerate()
+        validation.main([*DIGITS, "--checkpoint", str(tmp_path / "run" / "plain" / "best.safetensors")])
+        assert json.loads(capsys.readouterr().out)["model"] == "test_resnet"
 
     def test_an_error_is_one_line_and_exit_code_2(self):
         done = self.call("train.py", "--model", "decor_resnet81")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from training_runs import ROOT
 
-from timm_decor import cli
+from timm_decor import cli, completion
 from timm_decor.errors import exit_code
 
 COMMAND = "import sys, timm_decor_door; sys.argv[0] = 'timm-decor'; sys.exit(timm_decor_door.main())"
@@ -128,9 +129,8 @@ class TestUnreadOutput:
 def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("shtab")
     file = tmp_path_factory.mktemp("completion") / "script"
-    done = call("completion", "bash")
-    assert done.returncode == 0, done.stderr
-    file.write_text(done.stdout)
+    with file.open("w") as out, contextlib.redirect_stdout(out):
+        completion.main(["bash"], "timm-decor completion")
     return file
 
 
@@ -158,13 +158,13 @@ class TestCompletion:
         done = subprocess.run(words_, cwd=ROOT, capture_output=True, text=True, check=True)
         assert set(done.stdout.split()) == completed, done.stderr
 
-    def test_zsh(self):
+    def test_zsh(self, capsys: pytest.CaptureFixture[str]):
         pytest.importorskip("shtab")
-        text = call("completion", "zsh").stdout
+        completion.main(["zsh"], "timm-decor completion")
+        text = capsys.readouterr().out
         assert text.startswith("#compdef timm-decor") and "decor_resnet18" in text
 
     def test_without_shtab(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        from timm_decor import completion
         from timm_decor.errors import UserError
 
         monkeypatch.setattr(completion, "find_spec", lambda name: None)

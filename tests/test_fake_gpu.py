@@ -29,7 +29,7 @@ from timm_decor.structures.kronecker import KroneckerR
 from timm_decor.training.evaluate import evaluate
 from timm_decor.training.seeing.losswatch import LossWatch
 
-STEPS, EVERY = 10, 4
+STEPS, EVERY = 10, 3
 PAIRS = [(rule, structure) for rule, structures in RULE_STRUCTURES.items() for structure in structures]
 OPTIMIZERS = {  # one of each kind of step (engine/coordinates.py), and their variants
     "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_kill_and_resume import stop_at
 from torch import nn
-from training_runs import DECOR, TINY, history, options, train
+from training_runs import DECOR, TINY, drawn_reports, history, options, train
 
 import timm_decor
 from timm_decor.errors import Stopped, UserError
@@ -43,6 +44,12 @@ from timm_decor.training.seeing.observe import Series, phase_times
 from timm_decor.training.seeing.watch import EpochWatch
 
 A_START = {"versions": {}, "machine": {"gpu": None, "cpu": "a CPU", "processes": 1, "torch_threads": 2}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _drawn() -> Iterator[None]:
+    with drawn_reports():
+        yield
 
 
 @pytest.fixture(scope="module")

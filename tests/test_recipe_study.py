@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import recipe_study
-from training_runs import TINY
+from training_runs import TINY, train
 
 from study.script import accuracies, run_train
 from timm_decor.errors import UserError
@@ -74,7 +74,7 @@ def test_a_recipe_without_a_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_is_gone_on_with(tmp_path: Path) -> None:
-    first = run_train([*TINY, "--epochs", "1"], tmp_path / "run")
+    first = json.loads((train(tmp_path / "run", "--epochs", 1) / "results.json").read_text())
     assert accuracies(tmp_path / "run", "eval_top1") == [first["final"]["eval_top1"]]
     assert run_train([*TINY, "--epochs", "2"], tmp_path / "run")["final"]["epoch"] == 2
     assert len(accuracies(tmp_path / "run", "eval_top1")) == 2

@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from test_kill_and_resume import stop_at
-from training_runs import DECOR, TINY, history, reset_accelerate, train
+from training_runs import DECOR, TINY, drawn_reports, history, reset_accelerate, train
 
 from timm_decor.errors import Stopped, UserError
 from timm_decor.training import arm as arm_module
@@ -113,7 +113,7 @@ def test_results_of_a_finished_run_go_when_it_goes_on(two: Path, tmp_path: Path,
         raise UserError("the disk is gone")
 
     monkeypatch.setattr(arm_module, "evaluate", fails)
-    with pytest.raises(UserError, match="the disk is gone"):
+    with pytest.raises(UserError, match="the disk is gone"), drawn_reports():
         gone_on(two, tmp_path / "run", "--epochs", 3)
     assert not (tmp_path / "run" / "results.json").exists()
     assert "Not finished: decorrelated test_resnet 2 of 3 epochs." in (tmp_path / "run" / "report.html").read_text()
@@ -193,10 +193,11 @@ def test_bfloat16_without_its_instructions_is_said(
     run = train(tmp_path / "run", "--epochs", 1, "--amp", "--amp-dtype", "bfloat16")
     line = "--amp-dtype bfloat16 is emulated on this CPU"
     assert (line in capsys.readouterr().out) is not supported
-    weights, words = str(run / "last.safetensors"), ["--dataset", "digits", "--device", "cpu", "-j", "0"]
+    words = ["--dataset", "digits", "--split", "test[:70]", "--device", "cpu", "-j", "0"]
+    words += ["--checkpoint", str(run / "last.safetensors")]
     for precision, said in (["--amp-dtype", "bfloat16", "--amp"], not supported), (["--no-amp"], False):
         reset_accelerate()
-        validation.main(["--checkpoint", weights, *words, *precision])
+        validation.main([*words, *precision])
         assert (line in capsys.readouterr().err) is said
 
 

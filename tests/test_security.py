@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from training_runs import DECOR, TINY, train
+from training_runs import DECOR, TINY, drawn_reports, train
 
 from timm_decor.errors import UserError
 from timm_decor.training import run as train_module
@@ -211,7 +211,8 @@ class TestPaths:
             "--warmup-epochs",
             0,
         )
-        out = train(home / "out", *words, *DECOR, "--compare", "--log-with", "tensorboard", base=base)
+        with drawn_reports():
+            out = train(home / "out", *words, *DECOR, "--compare", "--log-with", "tensorboard", base=base)
 
         files = [out / "report.html", *out.glob("compare.*"), *out.rglob("results.json"), *out.rglob("summary.csv")]
         files += list(out.rglob("hparams.yml")) + list(out.rglob("events.*"))

@@ -47,8 +47,9 @@ def wait_for(*files: Path) -> None:
 
 
 class TestSignals:
-    @pytest.mark.parametrize("workers", [0, 1])
-    @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+    @pytest.mark.parametrize(
+        ("signum", "code", "workers"), [(signal.SIGTERM, 143, 0), (signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 1)]
+    )
     def test_it_saves_leaves_and_can_go_on(self, signum: int, code: int, workers: int, whole: Path, tmp_path: Path):
         run, log = tmp_path / "run", tmp_path / "log"
         words = command(run, *WORDS[:-2], "-j", workers, "--resume", "auto")

@@ -15,7 +15,7 @@ from chaos import final, same
 from stream_files import CLASSES, LENGTHS, encoded, write_info, write_parquets, write_shards, write_tar
 from test_kill_and_resume import stop_at
 from torch import nn
-from training_runs import DECOR, history, options, reset_accelerate, train, untimed
+from training_runs import DECOR, drawn_reports, history, options, reset_accelerate, train, untimed
 
 from timm_decor.errors import Stopped, UserError, message
 from timm_decor.training.data import shards as shards_module
@@ -265,7 +265,8 @@ class TestRuns:
     def test_twins_and_the_report(self, tars: Path, tmp_path: Path):
         """--compare sees the same batches, and the report has its pictures."""
         words = [*STREAMED, str(tars), *DECOR, "--epochs", 1, "-b", 16]
-        run = train(tmp_path / "run", *words, "--compare", "--compare-lr", "0", "--lr", "0")
+        with drawn_reports():
+            run = train(tmp_path / "run", *words, "--compare", "--compare-lr", "0", "--lr", "0")
         report = (run / "report.html").read_text()
         rows = [untimed(history(run / side))[0] for side in ("decorrelated", "plain")]
         assert rows[0] == pytest.approx(rows[1], rel=1e-5), "with a rate of zero the twins see and say the same"
@@ -275,7 +276,8 @@ class TestRuns:
         words = shlex.split(
             "--train-split train --val-split test --img-size 16 -b 8 --epochs 1 --progressive-size 8:.5,16:.5"
         )
-        run = train(tmp_path / "run", *words, "--dataset", f"hfids/{parquets}", "--train-num-samples", TOTAL)
+        with drawn_reports():
+            run = train(tmp_path / "run", *words, "--dataset", f"hfids/{parquets}", "--train-num-samples", TOTAL)
         assert history(run)[0]["steps"] == 5 and "5 images right" in (run / "report.html").read_text()
         assert str(parquets) not in (run / "results.json").read_text() + (run / "report.html").read_text()
 

@@ -35,7 +35,7 @@ from timm_decor.config import DecorConfig
 from timm_decor.convert import convert
 from timm_decor.eligibility import Reasons
 from timm_decor.models.families import Family
-from timm_decor.models.staged import check, knowledge, own_cfgs, unavailable
+from timm_decor.models.staged import check, is_default, knowledge, own_cfgs, unavailable
 from timm_decor.text import near
 
 _logger = logging.getLogger(__name__)
@@ -115,8 +115,9 @@ def _twin_cfg(name: str) -> DefaultCfg:
     timm's are read from its registry, where `hf_hub_id` is already written in full. (A bare `timm/` would be completed
     with the twin's name on registration, and no such repository exists.)
     """
-    cfgs = {**own_cfgs(name), **{split_model_name_tag(k)[1]: cfg for k, cfg in get_arch_pretrained_cfgs(name).items()}}
-    # timm lists the default tag first, and DefaultCfg wants it first: the project's own weights, if there are any.
+    timms = {split_model_name_tag(key)[1]: cfg for key, cfg in get_arch_pretrained_cfgs(name).items()}
+    # timm lists the default tag first, and DefaultCfg wants it first
+    cfgs = {**own_cfgs(name), **timms} if is_default(name) else {**timms, **own_cfgs(name)}
     return DefaultCfg(tags=deque(cfgs), cfgs=cfgs, is_pretrained=any(cfg.has_weights for cfg in cfgs.values()))
 
 

@@ -23,6 +23,7 @@ from timm_decor.knobs import HUB_OWNER_VARIABLE
 # The Hub's account that the weights are under; a fork names its own by the variable.
 HUB_OWNER = os.environ.get(HUB_OWNER_VARIABLE, "timm-decor")
 WEIGHTS = "model.safetensors"
+_GENERAL = 100  # classes
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _CHECKOUT = [_PACKAGE.parent / "hub" / "staged"] if (_PACKAGE.parent / "pyproject.toml").is_file() else []
@@ -31,12 +32,20 @@ _FIELDS = {field.name for field in dataclasses.fields(PretrainedCfg)}
 
 
 def own_cfgs(architecture: str) -> dict[str, PretrainedCfg]:
-    """timm's pretrained configs of the project's own weights of a model, by tag; the default first."""
+    """timm's pretrained configs of the project's own weights of a model, by tag; those with the most classes first."""
     return {
         config["pretrained_cfg"]["tag"]: _cfg(config, folder)
         for folder, config in _staged()
         if config["architecture"] == architecture
     }
+
+
+def is_default(architecture: str) -> bool:
+    """Whether a model's name alone gives the project's own weights: where they had enough to learn for a start.
+
+    Nobody who asks for a model's usual weights wants ten classes instead of ImageNet's.
+    """
+    return any(cfg.num_classes >= _GENERAL for cfg in own_cfgs(architecture).values())
 
 
 @dataclasses.dataclass(frozen=True)
