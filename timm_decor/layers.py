@@ -95,9 +95,10 @@ class DecorMixin:
         """
         # Made here and added to in place: what a compiled forward makes itself lies, with CUDA graphs, in memory that
         # the next one writes over.
-        like = moments.at_least_float32(self.weight.detach()[:0])
-        self.moments = {name: like.new_zeros(moments.moment_shape(name, self.decor_shape)) for name in wanted}
-        self.rows = torch.zeros(1, dtype=torch.float32, device=self.weight.device)
+        device, dtype = self.weight.device, torch.promote_types(self.weight.dtype, torch.float32)
+        shapes = {name: moments.moment_shape(name, self.decor_shape) for name in wanted}
+        self.moments = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+        self.rows = torch.zeros(1, dtype=torch.float32, device=device)
         self.stored = () if stored is None else (stored,)
         self.unrecorded, self.passes, self.moves, self.on_outside = 0, 0, 0, on_outside
         self.wanted, self.sample, self.max_rows, self.recording = wanted, sample, max_rows, True
@@ -117,7 +118,8 @@ class DecorMixin:
         """Go on from what `recorded` returned."""
         if self.recording and sums:
             here = {name: value.to(self.weight.device, copy=True) for name, value in sums.items()}
-            self.rows, self.moments = here.pop("rows"), here
+            self.rows = here.pop("rows")
+            self.moments.update(here)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the layer (EMA, a saved model) is attached to nothing and must not go on recording.
