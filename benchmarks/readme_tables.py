@@ -500,6 +500,7 @@ MAKERS = {
     **{"headline": headline, "budget_curve": budget_curve, "recipe": budget_curve},
     **{"time_to_accuracy": time_to_accuracy, "step_cost": step_cost, "cifar10_resnet18": compare},
     "cifar10_64px_resnet18": compare,
+    "cifar10_64px_regnety_002": compare,
     **{"zoo": zoo, "zoo_layers": zoo_layers, "muon": muon, "finetune": finetune, "staged": staged},
 }
 

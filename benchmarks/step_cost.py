@@ -151,6 +151,8 @@ def open_file(args: argparse.Namespace, config: DecorConfig) -> dict[str, Any]:
         for key in ("config", "versions", "machine", "peer_settings", "baseline", "steps_per_block"):
             if _of_the_device(key, old.get(key)) != _of_the_device(key, head[key]):
                 raise UserError(f"{args.json} was measured with another {key}: name another --json, or remove it")
+        if any("measuring" not in result["ratio"] for result in old["results"]):
+            raise UserError(f"{args.json} is of before the step behind a refresh was timed: name another --json")
         return {**old, "command": head["command"], "commit": head["commit"]}
     return {**head, "results": []}
 

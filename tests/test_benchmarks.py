@@ -95,6 +95,10 @@ def test_step_cost(tmp_path: Path) -> None:
     assert pictures.stored_fingerprint(out.with_suffix(".png")) == pictures.fingerprint(pictures.step_cost_data(record))
     with pytest.raises(UserError, match="was measured with another config"):
         step_cost.main([*command, "--decor-every", "7"])
+    del record["results"][0]["ratio"]["measuring"]
+    out.write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(UserError, match="is of before the step behind a refresh was timed"):
+        step_cost.main(command)
     for words, line in (
         (["--decor-warmup", "3"], "^--decor-warmup was removed: "),
         (["--decor-every", "0"], "every=0"),

@@ -164,6 +164,8 @@ def test_train_refuses_in_one_line(words: str, expected: str, tmp_path: Path, ca
         ("--decay-rate 0.5", "--decay-rate does nothing with --sched cosine: it is for multistep, plateau, poly, step"),
         ("--decay-milestones 3 6", "--decay-milestones does nothing with --sched cosine: it is for multistep"),
         ("--sched step --decay-rate 0.5 --decay-epochs 2", ""),
+        ("--decay-epochs 90", ""),
+        ("--decay-epochs 30", "--decay-epochs does nothing with --sched cosine: it is for rsqrt, wsd, step"),
         (
             "--sched step --min-lr 0.1",
             "--min-lr does nothing with --sched step: it is for cosine, poly, tanh, rsqrt, wsd, plateau",
@@ -177,6 +179,13 @@ def test_train_refuses_in_one_line(words: str, expected: str, tmp_path: Path, ca
 def test_what_waits_for_another_argument_is_told_of(words: str, line: str):
     parser = train_parser()
     assert idle(parser.parse([*TINY, *words.split()]), parser) == [line] * bool(line)
+
+
+def test_each_schedule_has_its_usual_decay():
+    """Recorded as a number, as it was before there was more than one: a run of then that goes on has not changed."""
+    usual = {sched: parse([*TINY, "--sched", sched]).decay_epochs for sched in ("cosine", "step", "wsd", "rsqrt")}
+    assert usual == {"cosine": 90, "step": 90, "wsd": 0.2, "rsqrt": 0.2}
+    assert parse([*TINY, "--sched", "wsd", "--decay-epochs", "5"]).decay_epochs == 5
 
 
 def test_what_a_begun_run_has_is_told_of_and_not_refused(tmp_path: Path):

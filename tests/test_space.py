@@ -88,6 +88,7 @@ class TestWords:
         assert demo.choices() == [
             ("resnet18: Tiny ImageNet, 200 classes", TINY),
             ("resnet18: Oxford Flowers-102, 102 classes", "decor_resnet18.whiten_flowers102_r64"),
+            ("regnety_002: CIFAR-10, 10 classes", "decor_regnety_002.whiten_cifar10_r64"),
             ("resnet18: CIFAR-10, 10 classes", CIFAR),
             ("resnet18: Imagenette, 10 classes", "decor_resnet18.whiten_imagenette_r128"),
         ]

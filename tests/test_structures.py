@@ -114,6 +114,12 @@ class TestStructure:
                 r.add_product(target, w, beta)
                 torch.testing.assert_close(target, expected)
 
+    def test_products_of_no_rows(self, kind, shape):
+        """A process may have none of a sharded layer's."""
+        r, none = refreshed(kind, shape), self.weight(shape)[:, :0]
+        plus = LowRank(self.weight(shape, seed=2)[:, :0, :1, 0], self.weight(shape, seed=3)[:, :1])
+        assert r.apply(none).shape == r.apply_gram(none, None, plus).shape == none.shape
+
     def test_layers_of_a_batch_do_not_see_each_other(self, kind, shape):
         r, w = refreshed(kind, shape), self.weight(shape)
         for i in (0, 1):

@@ -187,7 +187,7 @@ class LayerGroup:
         dtype, device = self.plan.dtype, self._device
 
         def of(layer: DecorLayer, name: str) -> Tensor:
-            if layer.recording:
+            if layer.recording and name in layer.moments:  # a norm that is new behind it wants more
                 return layer.moments[name].to(device, dtype)
             return torch.zeros(moment_shape(name, self.plan.shape), dtype=dtype, device=device)
 

@@ -117,7 +117,8 @@ def _twin_cfg(name: str) -> DefaultCfg:
     """
     timms = {split_model_name_tag(key)[1]: cfg for key, cfg in get_arch_pretrained_cfgs(name).items()}
     # timm lists the default tag first, and DefaultCfg wants it first
-    cfgs = {**own_cfgs(name), **timms} if is_default(name) else {**timms, **own_cfgs(name)}
+    own_first = is_default(name) or not any(cfg.has_weights for cfg in timms.values())
+    cfgs = {**own_cfgs(name), **timms} if own_first else {**timms, **own_cfgs(name)}
     return DefaultCfg(tags=deque(cfgs), cfgs=cfgs, is_pretrained=any(cfg.has_weights for cfg in cfgs.values()))
 
 

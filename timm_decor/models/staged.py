@@ -70,7 +70,7 @@ class Own:
 
 
 def own_weights() -> list[Own]:
-    """The project's own weights of all models; of two of one model the default first."""
+    """The project's own weights of all models, those with the most classes first."""
     found = []
     for folder, config in _staged():
         results = _results(folder)
@@ -146,7 +146,7 @@ def _staged() -> tuple[tuple[Path, dict[str, Any]], ...]:
     folder = next((place for place in _PLACES if place.is_dir()), None)
     files = sorted(folder.glob("*/config.json")) if folder else []
     found = [(file.parent, json.loads(file.read_text(encoding="utf-8"))) for file in files]
-    # The first of a model's becomes its default: of two, the one that had more to learn is the better start.
+    # Of two of a model, the one that had more to learn is the better start.
     return tuple(sorted(found, key=lambda pair: -pair[1]["num_classes"]))
 
 

@@ -191,9 +191,10 @@ class _Spiked:
         basis = self.channel_basis[:, channels]
         rows = rows[..., channels].contiguous().unflatten(1, (outputs, positions))
         out = self._tail_part(rows, scale, out, beta)
-        out.view(groups, outputs * positions, -1).baddbmm_(thin.flatten(1, 2), basis.mT)
+        # Views, or an error: without rows, of which a sharded layer may have none here, -1 would name no size.
+        out.view(groups, outputs * positions, out.shape[-1]).baddbmm_(thin.flatten(1, 2), basis.mT)
         if plus is not None:
-            out.view(groups, outputs, -1).baddbmm_(plus.left, plus.right.transpose(2, 3).flatten(2))
+            out.view(groups, outputs, positions * size).baddbmm_(plus.left, plus.right.transpose(2, 3).flatten(2))
         return out.transpose(2, 3)
 
     def _tail_part(self, rows: Tensor, scale: Tensor | None, out: Tensor | None, beta: float) -> Tensor:

@@ -231,7 +231,7 @@ class ScheduleOptions(Options):
     min_lr: float
     epochs: int
     decay_milestones: list[int]
-    decay_epochs: float | None
+    decay_epochs: float
     decay_rate: float
     patience_epochs: int
 

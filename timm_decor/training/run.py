@@ -53,7 +53,7 @@ from timm_decor.training.runtime import (
 from timm_decor.training.seeing import compare, ending, trackers
 from timm_decor.training.seeing.losswatch import NonFiniteLoss
 from timm_decor.training.seeing.timeleft import TimeLeft
-from timm_decor.training.without_effect import idle, refuse_class_map, refuse_forgotten
+from timm_decor.training.without_effect import idle, refuse_class_map, refuse_forgotten, usual_decay_epochs
 
 
 def parse(argv: Sequence[str], is_begun: bool = False) -> argparse.Namespace:
@@ -86,6 +86,8 @@ def parse(argv: Sequence[str], is_begun: bool = False) -> argparse.Namespace:
     if not (is_begun or args.resume):
         refuse_forgotten(args, parser)
         refuse_class_map(args)
+    if args.decay_epochs is None:
+        args.decay_epochs = usual_decay_epochs(args.sched)
     return args
 
 

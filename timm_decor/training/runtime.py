@@ -79,9 +79,8 @@ def make_accelerator(
             f"{started} processes were started (WORLD_SIZE), but on {accelerator.device} Accelerate trains with "
             f"{accelerator.num_processes}: use --device cpu, or start one process"
         )
-    if accelerator.device.type == "cuda":  # as timm's train.py has them
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
+    if accelerator.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # as timm's train.py has it
     if is_sharded(accelerator):
         # Every process has made the same model already; and Accelerate's way of sending it knows no buffers.
         accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False

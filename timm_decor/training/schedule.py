@@ -104,8 +104,6 @@ def _timm_scheduler(
         )
     kwargs = scheduler_kwargs(options, decreasing_metric=eval_metric == "loss") | {"noise_seed": seed}
     kwargs["step_on_epochs"] |= options.sched == "plateau"  # it follows the metric of whole epochs
-    if options.decay_epochs is None:  # timm's default is the schedule's own; before 1.0.31 it takes no None
-        del kwargs["decay_epochs"]
     try:
         scheduler, epochs = create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=updates_per_epoch)
     except (ValueError, AssertionError, TypeError, ZeroDivisionError) as error:

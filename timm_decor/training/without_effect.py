@@ -59,6 +59,11 @@ _AUGMENTS = ("aa", "reprob", "train_crop_mode", "vflip", "grayscale_prob", "gaus
 _MAPPED = ("folder", "wds")  # data sets that --class-map numbers
 
 
+def usual_decay_epochs(sched: str) -> float:
+    """Of a schedule, where nobody says: as timm has it, in epochs, or below 1 as a share of them."""
+    return 0.2 if sched in _STABLE else 90
+
+
 def refuse_forgotten(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Refuse an argument without the one that it belongs to.
 
@@ -113,6 +118,8 @@ def _idle_in_schedule(args: argparse.Namespace, parser: argparse.ArgumentParser)
 
 
 def _is_given(args: argparse.Namespace, parser: argparse.ArgumentParser, name: str) -> bool:
+    if name == "decay_epochs":  # it has a default for each schedule
+        return args.decay_epochs not in (None, usual_decay_epochs(args.sched))
     return bool(getattr(args, name) != parser.get_default(name))
 
 
