@@ -30,7 +30,7 @@ from timm_decor.training.parser import (
 )
 
 OF_THE_DOOR = {"help", "config"}  # they are done with before there are options
-OF_THE_LAUNCHER = {"grad_accum_steps"}  # None until `follow_launcher` has been asked
+FILLED_IN = {"grad_accum_steps", "decay_epochs"}  # None until `follow_launcher` and `parse` have answered
 TYPES = {
     None: str,
     float: float,
@@ -77,7 +77,7 @@ def expected(action: argparse.Action) -> Any:
     kind: Any = bool if isinstance(action.default, bool) or action.nargs == 0 else TYPES[action.type]
     if action.nargs not in (None, 0, "?"):
         kind = list[kind]
-    optional = action.default is None and not action.required and action.dest not in OF_THE_LAUNCHER
+    optional = action.default is None and not action.required and action.dest not in FILLED_IN
     return kind | None if optional else kind
 
 
