@@ -114,6 +114,11 @@ def time_(args: argparse.Namespace) -> None:
 
     if args.smoke:
         vars(args).update(TIME_SMOKE)
+    timed = (
+        [result["processes"] for result in results(args.json) if "processes" in result] if args.json.is_file() else []
+    )
+    if any("measuring" not in each["ratio"] for processes in timed for each in processes.values()):
+        raise UserError(f"{args.json} is of before the step behind a refresh was timed: name another --json")
     for model, size, batch, opt in itertools.product(args.model, args.img_size, args.batch_size, args.opt):
         case = Case(model, size, batch, opt, "float32", compile=False, channels_last=False)
         for processes in args.processes:

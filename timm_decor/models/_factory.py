@@ -35,10 +35,11 @@ from timm_decor.config import DecorConfig
 from timm_decor.convert import convert
 from timm_decor.eligibility import Reasons
 from timm_decor.models.families import Family
-from timm_decor.models.staged import check, is_default, knowledge, own_cfgs, unavailable
+from timm_decor.models.staged import check, knowledge, own_cfgs, unavailable
 from timm_decor.text import near
 
 _logger = logging.getLogger(__name__)
+_GENERAL = 100  # classes that weights know which are a start for anything
 
 PREFIX = "decor_"
 _SOURCES = {"state_dict", "file", "hf_hub_id", "url"}  # by which a caller names weights of their own
@@ -116,9 +117,12 @@ def _twin_cfg(name: str) -> DefaultCfg:
     with the twin's name on registration, and no such repository exists.)
     """
     timms = {split_model_name_tag(key)[1]: cfg for key, cfg in get_arch_pretrained_cfgs(name).items()}
-    # timm lists the default tag first, and DefaultCfg wants it first
-    own_first = is_default(name) or not any(cfg.has_weights for cfg in timms.values())
-    cfgs = {**own_cfgs(name), **timms} if own_first else {**timms, **own_cfgs(name)}
+    own = own_cfgs(name)
+    # timm lists the default tag first, and DefaultCfg wants it first. Nobody who asks for a model's usual weights wants
+    # ten classes instead of ImageNet's.
+    is_general = any(cfg.num_classes >= _GENERAL for cfg in own.values())
+    own_first = is_general or not any(cfg.has_weights for cfg in timms.values())
+    cfgs = {**own, **timms} if own_first else {**timms, **own}
     return DefaultCfg(tags=deque(cfgs), cfgs=cfgs, is_pretrained=any(cfg.has_weights for cfg in cfgs.values()))
 
 

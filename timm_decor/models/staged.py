@@ -23,7 +23,6 @@ from timm_decor.knobs import HUB_OWNER_VARIABLE
 # The Hub's account that the weights are under; a fork names its own by the variable.
 HUB_OWNER = os.environ.get(HUB_OWNER_VARIABLE, "timm-decor")
 WEIGHTS = "model.safetensors"
-_GENERAL = 100  # classes
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _CHECKOUT = [_PACKAGE.parent / "hub" / "staged"] if (_PACKAGE.parent / "pyproject.toml").is_file() else []
@@ -38,14 +37,6 @@ def own_cfgs(architecture: str) -> dict[str, PretrainedCfg]:
         for folder, config in _staged()
         if config["architecture"] == architecture
     }
-
-
-def is_default(architecture: str) -> bool:
-    """Whether a model's name alone gives the project's own weights: where they had enough to learn for a start.
-
-    Nobody who asks for a model's usual weights wants ten classes instead of ImageNet's.
-    """
-    return any(cfg.num_classes >= _GENERAL for cfg in own_cfgs(architecture).values())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,6 +35,11 @@ _SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "wsd", "
 _DECAYS = ("1-sqrt", "linear", "cosine", "power", "exp")
 
 
+def usual_decay_epochs(sched: str) -> float:
+    """--decay-epochs where nobody says: as timm has it, in epochs, or below 1 as a share of them."""
+    return 0.2 if sched in ("wsd", "rsqrt") else 90
+
+
 def train_parser(prog: str = "train.py") -> Parser:
     """The command line of train.py."""
     parser = Parser(prog=prog, description="Train a timm image classifier, decorrelated or plain.")

@@ -21,7 +21,7 @@ from timm_decor.knobs import changed_flags
 from timm_decor.reporting import ConversionReport
 from timm_decor.text import wrapped
 from timm_decor.training import build, find_lr, results
-from timm_decor.training.args import decor_config, train_parser
+from timm_decor.training.args import decor_config, train_parser, usual_decay_epochs
 from timm_decor.training.arm import Arm, batch_norm_explained
 from timm_decor.training.data.datasets import open_splits
 from timm_decor.training.data.loaders import eval_loader, train_loader, worker_count
@@ -53,7 +53,7 @@ from timm_decor.training.runtime import (
 from timm_decor.training.seeing import compare, ending, trackers
 from timm_decor.training.seeing.losswatch import NonFiniteLoss
 from timm_decor.training.seeing.timeleft import TimeLeft
-from timm_decor.training.without_effect import idle, refuse_class_map, refuse_forgotten, usual_decay_epochs
+from timm_decor.training.without_effect import idle, refuse_class_map, refuse_forgotten
 
 
 def parse(argv: Sequence[str], is_begun: bool = False) -> argparse.Namespace:

@@ -267,10 +267,10 @@ def random_state(device: torch.device) -> dict[str, Any]:
         "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
         "cpu": torch.get_rng_state(),
     }
-    if device.type == "mps":
+    if device.type == "cuda":
+        state["device"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
         state["device"] = torch.mps.get_rng_state()
-    elif device.type != "cpu":
-        state["device"] = getattr(torch, device.type).get_rng_state(device)
     return state
 
 
@@ -280,12 +280,10 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["cpu"])
-    if "device" not in state or device.type == "cpu":
-        return
-    if device.type == "mps":
+    if "device" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["device"], device)
+    elif "device" in state and device.type == "mps":
         torch.mps.set_rng_state(state["device"])
-    else:
-        getattr(torch, device.type).set_rng_state(state["device"], device)
 
 
 def versions() -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from timm_decor.errors import UserError
+from timm_decor.training.args import usual_decay_epochs
 
 # An argument, and the one without which it does nothing.
 _FORGOTTEN = (  # whoever gives the first meant the second
@@ -57,11 +58,6 @@ _SCHEDULES = {  # which of the schedules of --sched read an argument
 _OF_SCHEDULES = ("warmup_epochs", "warmup_lr", "warmup_prefix", "lr_noise")  # all but none do something with them
 _AUGMENTS = ("aa", "reprob", "train_crop_mode", "vflip", "grayscale_prob", "gaussian_blur_prob")  # not with --no-aug
 _MAPPED = ("folder", "wds")  # data sets that --class-map numbers
-
-
-def usual_decay_epochs(sched: str) -> float:
-    """Of a schedule, where nobody says: as timm has it, in epochs, or below 1 as a share of them."""
-    return 0.2 if sched in _STABLE else 90
 
 
 def refuse_forgotten(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

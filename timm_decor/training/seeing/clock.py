@@ -15,10 +15,10 @@ PHASES = ("data", "forward", "backward", "optimizer")  # of an update, in order;
 
 def synchronize(device: torch.device) -> None:
     """Wait for what the device still has to do; the CPU never has."""
-    if device.type == "mps":
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
         torch.mps.synchronize()
-    elif device.type != "cpu":
-        getattr(torch, device.type).synchronize(device)
 
 
 class StepClock:
